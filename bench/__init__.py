@@ -1,1 +1,1 @@
-"""Benchmarks: each a ratio within one run, printed as a table and written as JSON."""
+"""Benchmarks: each measures ratios within one run, printed as a table and written as JSON."""

@@ -1,4 +1,4 @@
-"""`python -m bench`: every benchmark, as a table and JSON. Exits 1 if a floor is missed."""
+"""Run all benchmarks, print a table and write JSON. Exits 1 if a floor is missed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def main() -> int:
         print(f"{name} (about {usual}) …", file=sys.stderr, flush=True)
         began = time.monotonic()
         run = importlib.import_module(f"bench.{name}").run
-        collect_seldom()  # as `nomad-watchdog run`; what stands beside it has it too
+        collect_seldom()  # as in `nomad-watchdog run`; the bare counterparts have it too
         sizes = {"quick": chosen.quick, "large": chosen.large}
         rows += run(**{k: v for k, v in sizes.items() if k in inspect.signature(run).parameters})
         print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)

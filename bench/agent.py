@@ -1,7 +1,7 @@
-"""What one agent costs its node: memory, and time from start to ready, beside bare Python.
+"""Memory of one agent, and its time from start to ready, compared with bare Python.
 
-The agent is the single-file one, as Nomad runs it: two probes, registered in a Consul's place, reporting
-to an API's place; both places are this process. Every figure is the median of several runs.
+The agent is the single-file one, as under Nomad: two probes, registered in a stand-in for Consul, reporting
+to a stand-in for the API; this process is both. Every figure is the median of several runs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ IDLE = "import sys; sys.stdout.write('x'); sys.stdout.flush(); sys.stdin.read()"
 
 
 class Stub(http.server.ThreadingHTTPServer):
-    """The device, the API and Consul in one: answers 200 to all, and notes who reported to be ready."""
+    """Device, API and Consul in one: answers 200 to all requests, and records which agents reported ready."""
 
     daemon_threads = True
     request_queue_size = 256
@@ -45,7 +45,7 @@ class Stub(http.server.ThreadingHTTPServer):
         self.changed = threading.Condition()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A probe that is refused hangs up: that is no news."""
+        """Ignore errors: a refused probe closes its connection."""
 
     def wait_for(self, instances: set[str], timeout_s: float) -> None:
         with self.changed:
@@ -68,7 +68,7 @@ class _Answer(http.server.BaseHTTPRequestHandler):
         now = time.perf_counter()
         report = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self._ok()
-        if report.get("ready"):  # log lines and alerts come here too (bench/weight.py)
+        if report.get("ready"):  # log lines and alerts are sent here too (bench/weight.py)
             with self.server.changed:
                 self.server.ready_at.setdefault(report["instance"], now)
                 self.server.changed.notify_all()
@@ -97,7 +97,7 @@ def stub() -> Iterator[Stub]:
 
 
 def start(argv: list[str], place: Stub, instance: str) -> subprocess.Popen[bytes]:
-    """One agent, with a state folder of none."""
+    """Start one agent, without a state directory."""
     port = place.server_address[1]
     here = f"http://127.0.0.1:{port}"
     device = parse_device_id(f"device-{instance}")
@@ -135,7 +135,7 @@ def _document(config: dict[str, object]) -> int:
 
 @contextlib.contextmanager
 def agents(argv: list[str], place: Stub, names: list[str]) -> Iterator[list[int]]:
-    """The pids of agents that are all ready; stopped by pid at the end."""
+    """Start agents; yield their PIDs when all are ready, and stop them at the end."""
     running: list[subprocess.Popen[bytes]] = []
     try:
         running.extend(start(argv, place, name) for name in names)
@@ -167,7 +167,7 @@ def megabytes(pid: int, file: str, *fields: str) -> float:
 
 
 def bare_rss() -> float:
-    """MB of a Python that does nothing."""
+    """Resident memory of an idle Python, in MB."""
     with subprocess.Popen([*BARE, IDLE], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.read(1)
@@ -177,7 +177,7 @@ def bare_rss() -> float:
 
 
 def bare_start_ms() -> float:
-    """Milliseconds until the first statement of a bare Python has an effect here."""
+    """Milliseconds until the first statement of a bare Python takes effect here."""
     began = time.perf_counter()
     with subprocess.Popen([*BARE, IDLE], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -188,16 +188,16 @@ def bare_start_ms() -> float:
 
 
 def one_agent(argv: list[str], place: Stub, instance: str) -> tuple[float, float]:
-    """(ms from start until its first report that it is ready, MB resident after it has settled)."""
+    """(ms from start to the first ready report, MB resident after SETTLE_S)."""
     began = time.perf_counter()
     with agents(argv, place, [instance]) as (pid,):
         took = (place.ready_at[instance] - began) * 1e3
-        time.sleep(SETTLE_S)  # nothing is waited for: it is to settle
+        time.sleep(SETTLE_S)  # lets it settle; there is no event to wait for
         return took, megabytes(pid, "status", "VmRSS")
 
 
 def measure_one(argv: list[str], place: Stub, runs: int = RUNS) -> dict[str, float]:
-    """Medians of bare Python and of the agent, run in turns."""
+    """Medians of bare Python and of the agent, run alternately."""
     figures: dict[str, list[float]] = {"bare_ms": [], "bare_mb": [], "ms": [], "mb": []}
     for number in range(runs):
         figures["bare_ms"].append(bare_start_ms())
@@ -209,7 +209,7 @@ def measure_one(argv: list[str], place: Stub, runs: int = RUNS) -> dict[str, flo
 
 
 def many(argv: list[str], place: Stub) -> tuple[float, float]:
-    """(private MB, proportional MB) of an agent among AGENTS."""
+    """(private MB, proportional MB) of one of AGENTS agents."""
     with agents(argv, place, [f"many-{n}" for n in range(AGENTS)]) as pids:
         time.sleep(SETTLE_S)  # as above
         private = [megabytes(p, "smaps_rollup", "Private_Clean", "Private_Dirty") for p in pids]
@@ -218,7 +218,7 @@ def many(argv: list[str], place: Stub) -> tuple[float, float]:
 
 
 def node_exporter() -> list[Row]:
-    """Debian's node exporter, the small agent that most nodes already have."""
+    """Debian's node exporter, a small agent that most nodes already run."""
     name = "prometheus-node-exporter RSS"
     program = shutil.which("prometheus-node-exporter")
     if program is None:

@@ -1,4 +1,4 @@
-"""What a user waits for `nomad-watchdog --help`, beside an interpreter that does nothing."""
+"""Duration of `nomad-watchdog --help`, compared with an interpreter that does nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _seconds(*argv: str) -> float:
 def run(*, quick: bool = False) -> list[Row]:
     bare, ours = [], []
     for _ in range(3 if quick else RUNS):
-        # in turn, so that both have the same neighbours
+        # Alternately, so that both run under the same load.
         bare.append(_seconds("-c", "pass"))
         ours.append(_seconds("-m", "nomad_watchdog", "--help"))
     mine, theirs = statistics.median(ours), statistics.median(bare)

@@ -1,6 +1,6 @@
-"""What the benchmarks on Kubernetes stand on: namespaces, settings and a bare loop of applies.
+"""Shared parts of the Kubernetes benchmarks: namespaces, settings, and a bare loop of applies.
 
-A namespace takes 2,000 devices, here as in use.
+A namespace has at most 2,000 devices, as in production.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PER_NAMESPACE = 2000
 
 
 def spaces(first: str, count: int) -> list[str]:
-    """The namespaces of so many devices."""
+    """The namespaces for this number of devices."""
     return [names.namespace_of(first, n) for n in range(-(-count // PER_NAMESPACE))]
 
 
@@ -62,7 +62,7 @@ def settings(
 
 
 def bodies(chosen: Settings, count: int) -> list[KubernetesObject]:
-    """What ours would apply, made before the clock runs."""
+    """The objects that ours would apply, built before the measurement starts."""
     spec = chosen.specs()["default"]
     built = objects.build(spec)
     found = []
@@ -81,7 +81,7 @@ def bodies(chosen: Settings, count: int) -> list[KubernetesObject]:
 async def bare_loop(
     client: KubernetesClient, first: str, things: list[KubernetesObject], at_once: int
 ) -> float:
-    """Seconds for these applies, `at_once` under way at a time, spread over the namespaces."""
+    """Seconds for these applies, `at_once` concurrently, spread over the namespaces."""
     paths = [names.collection(space, "deployment") for space in spaces(first, len(things))]
     rest = iter(enumerate(things))
 

@@ -1,15 +1,15 @@
-"""False alarms and detection times, ours beside the orchestrator that this replaces, in virtual time.
+"""False alarms and detection times, ours compared with the orchestrator that this replaces, in virtual time.
 
-Ours is the product's own deciders: the agent's `FailureDetector`, the start-time estimator and `verdict.judge`, at
-the default intervals, misses, timeouts and graces. The naive one polls each device every POLL_S and calls it
-offline when it was not seen for UNSEEN_S; a device that registered counts as seen at that moment, and is seen
-again when its agent is up.
+Ours uses the product's own code: the agent's `FailureDetector`, the start-time estimator and `verdict.judge`, with
+the default intervals, misses, timeouts and grace periods. The naive one polls each device every POLL_S and reports
+it as offline if it was not seen for UNSEEN_S. A device counts as seen when it registers, and again when its agent
+is up.
 
-Both meet the same faults: each exchange is lost with 1 %, each interval is off by up to 10 %, a service stalls
-(it does not answer, its host does), a whole device stalls (at most 10 s; longer is an outage), devices fail for
-minutes, the host of the watcher cannot ask for minutes (resolver, route, file descriptors), a service is dead for
-minutes while its host answers, and starts are lognormal (p50 6 s, p99 60 s). Nothing here reads a clock: one seed,
-one result.
+Both get the same faults: each exchange is lost with a probability of 1 %, each interval varies by up to 10 %, a
+service stalls (it does not answer, its host does), a whole device stalls (at most 10 s; longer is an outage), devices
+fail for minutes, the watcher's host cannot probe for minutes (resolver, route, file descriptors), a service is dead
+for minutes while its host answers, and start times are lognormal (p50 6 s, p99 60 s). No clock is read: the same
+seed gives the same result.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ DAY_S = 86_400.0
 LOSS = 0.01
 JITTER = 0.10
 ECHOES = builtin._Echo.TIMES
-"""Packets of one ICMP confirmation."""
+"""Number of packets of one ICMP confirmation."""
 UNSEEN_S = 30.0
 POLL_S = 10.0
 START_P50_S, START_P99_S = 6.0, 60.0
@@ -58,7 +58,7 @@ STALL_P50_S, STALL_P99_S = 4.0, 25.0
 FREEZES_A_DAY = 1.0
 FREEZE_P50_S, FREEZE_MOST_S = 1.0, 10.0
 BLIND_A_DAY = 0.2
-"""Times in which the host of the watcher can ask nothing; the naive one takes that for silence."""
+"""Periods per day in which the watcher's host cannot probe; the naive one takes that for silence."""
 DEAD_SERVICES_A_DAY = 0.1
 OUTAGES_A_DAY = 0.2
 OUTAGE_S = (120.0, 600.0)
@@ -66,7 +66,7 @@ JUDGED_EVERY_S = 2.0
 _Z99 = 2.3263
 
 SERVICE, DEVICE, BLIND = 1, 2, 3
-"""What does not answer: the service alone, every path to the device, or the watcher's own host."""
+"""What does not answer: only the service, every path to the device, or the watcher's own host."""
 
 
 def lognormal(chance: random.Random, p50: float, p99: float) -> float:
@@ -75,7 +75,7 @@ def lognormal(chance: random.Random, p50: float, p99: float) -> float:
 
 @dataclass(slots=True)
 class Faults:
-    """The times in which one device does not answer: (begin, end, what, is an outage), in order."""
+    """The periods in which one device does not answer: (begin, end, what, is an outage), in order."""
 
     spans: list[tuple[float, float, int, bool]]
     begins: list[float] = field(init=False)
@@ -85,7 +85,7 @@ class Faults:
         self.begins = [span[0] for span in self.spans]
 
     def at(self, now: float) -> tuple[int, bool]:
-        """What does not answer, and whether it is an outage."""
+        """What does not answer at this time, and whether it is an outage."""
         what, outage = 0, False
         # Spans are few and short: one that covers `now` is among the last that began.
         for begin, end, kind, is_outage in reversed(self.spans[: bisect_right(self.begins, now)]):
@@ -129,20 +129,20 @@ def faults(chance: random.Random) -> Faults:
 
 @dataclass(slots=True)
 class Tally:
-    """False verdicts, and how long true outages took to be told."""
+    """False verdicts, and the time until true outages were reported."""
 
     false: int = 0
     took: list[float] = field(default_factory=list)
     missed: int = 0
     suspect_s: float = 0.0
-    """The longest time that a device was suspect."""
+    """The longest time that a device was suspect, in seconds."""
     degraded: int = 0
-    """Dead services on a live host that were called degraded."""
+    """Dead services on a running host that were reported as degraded."""
     unwatched: int = 0
-    """Times without a way to ask that were called unwatched: our problem."""
+    """Periods in which the host could not probe that were reported as unwatched, not as a fault of the device."""
 
     def outages(self, known: Faults, told: Sequence[float]) -> None:
-        """`told`: when the device was called offline, in order."""
+        """`told`: times at which the device was reported as offline, in order."""
         for begin, end in known.outages():
             place = bisect_right(told, begin)
             if place < len(told) and told[place] < end + UNSEEN_S:
@@ -153,7 +153,7 @@ class Tally:
 
 @dataclass(slots=True)
 class World:
-    """What both are built on."""
+    """The parts that both use."""
 
     chance: random.Random
     limits: Limits
@@ -164,24 +164,24 @@ class World:
         return interval_s * self.chance.uniform(1 - JITTER, 1 + JITTER)
 
     def skip(self, known: Faults, now: float, interval_s: float) -> tuple[float, bool]:
-        """The time of the last exchange before one that may fail, and whether the next one is lost. As
-        one by one, but in one step: how many succeed before a lost one is geometric."""
+        """The time of the last exchange before one that may fail, and whether the next one is lost. Equivalent to
+        single steps, because the number of successes before a loss is geometric."""
         good = int(math.log(1.0 - self.chance.random()) / math.log(1.0 - LOSS))
         fault_at = now if known.at(now)[0] else known.next_after(now)
         if now + (good + 2) * interval_s > fault_at:
-            # What comes before the fault was not lost; what comes then is drawn anew.
+            # Nothing is lost before the fault; the exchanges after that are drawn again.
             good = min(good, max(0, int((fault_at - now) / interval_s) - 1))
             return now + good * interval_s, self.chance.random() < LOSS
         return now + good * interval_s, True
 
 
 def naive(world: World, known: Faults, tally: Tally) -> None:
-    """One device through the day."""
+    """Simulate one device for a day."""
     now, seen, is_off = world.chance.uniform(0, POLL_S), 0.0, False
     told: list[float] = []
     while now < DAY_S:
         lost = world.chance.random() < LOSS
-        if seen == now:  # nothing is pending: go to where the next poll may fail
+        if seen == now:  # nothing is pending: go to the next poll that may fail
             now, lost = world.skip(known, now, POLL_S)
             seen = now
         now += world.gap(POLL_S)
@@ -191,7 +191,7 @@ def naive(world: World, known: Faults, tally: Tally) -> None:
         elif now - seen > UNSEEN_S and not is_off:
             is_off = True
             told.append(now)
-            # «Not seen» is true of an outage only while it lasts.
+            # "Not seen" is a true alarm only while an outage lasts.
             tally.false += not any(begin < now for begin, end in known.outages() if end > seen)
     tally.outages(known, told)
 
@@ -217,14 +217,14 @@ READY = Report(
 
 
 def arrives(world: World, now: float) -> float:
-    """When a report that is sent now is here: a lost one is sent again after its timeout."""
+    """Arrival time of a report that is sent now: a lost one is sent again after its timeout."""
     while world.chance.random() < LOSS:
         now += 3.0 + world.chance.uniform(0.1, 0.5)
     return now + 0.05
 
 
 def ours(world: World, known: Faults, tally: Tally) -> None:
-    """One device through the day: the agent's belief, its reports, and the verdict on each."""
+    """Simulate one device for a day: the agent's state, its reports, and the verdict on each."""
     probe, chance = world.probe, world.chance
     interval_s = probe.interval
     belief = FailureDetector(probe.misses, was_ready=True)
@@ -232,7 +232,7 @@ def ours(world: World, known: Faults, tally: Tally) -> None:
     while now < DAY_S:
         lost = chance.random() < LOSS
         if belief.state == "ok" and not belief.misses:
-            # A success changes nothing of a clean belief (tests/bench): go to where one may fail.
+            # A success does not change a clean state (tests/bench): go to the next exchange that may fail.
             now, lost = world.skip(known, now, interval_s)
         now += world.gap(interval_s)
         what, _ = known.at(now)
@@ -266,7 +266,7 @@ def ours(world: World, known: Faults, tally: Tally) -> None:
 
 @dataclass(slots=True)
 class Starts:
-    """What a slow start was taken for, of so many."""
+    """Verdicts on slow starts, and their total number."""
 
     naive_false: int = 0
     false: int = 0
@@ -276,7 +276,7 @@ class Starts:
 
 
 def starts(world: World, count: int) -> Starts:
-    """Starts one after another (about one a second), many under way at once; each device is on."""
+    """Simulate starts, about one per second, many in progress at once; each device is on."""
     result, chance, limits = Starts(), world.chance, world.limits
     times = StartTimes(
         GraceLimits(limits.startup_grace_s, limits.startup_grace_min_s, limits.startup_grace_max_s)
@@ -307,7 +307,7 @@ def starts(world: World, count: int) -> Starts:
             )
             seen.add(judge(RECORD, evidence, limits, Monotonic(now)).state)
             now += JUDGED_EVERY_S
-        # The first report comes with the first round of probes, one of which may have been lost.
+        # The first report follows the first round of probes, one of which may have been lost.
         lost = chance.random() < LOSS
         state = AgentState.SUSPECT if lost else AgentState.OK
         report = replace(READY, state=state, was_ready=not lost, misses=int(lost))

@@ -1,12 +1,12 @@
-"""Cold start of a fleet against a bare loop of dispatches on the same server.
+"""Cold start of a fleet compared with a bare loop of dispatches on the same server.
 
-The bare loop runs before and after ours, with as many devices each time, each with a parent job of its own:
-Nomad slows down with all that it has to keep, so ours in the middle sees what the two see on average. Its
-dispatches say the same as ours: meta, payload, token, id prefix.
+The bare loop runs before and after ours, each time with the same number of devices and its own parent job. Nomad
+slows down with the number of objects it stores, so ours in the middle sees the average conditions of the two. The
+bare dispatches have the same content as ours: meta, payload, token, ID prefix.
 
-Nomad's schedulers are off: placing the first loop's children costs it many times their dispatch, and would
-still be under way when ours begins. Five rounds, each on a Nomad of its own; the middle one counts, as the
-speed of a shared machine changes within one.
+Nomad's schedulers are off: placing the first loop's children would take many times as long as dispatching them, and
+would still be in progress when ours begins. Five rounds, each on its own Nomad; the median counts, because the
+speed of a shared machine changes within a round.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROUNDS = 5
 
 
 async def measure(count: int) -> tuple[float, float, float, int]:
-    """Ratio, our dispatches a second, those of the bare loop, and how many are under way at a time."""
+    """Ratio, our dispatches per second, those of the bare loop, and the number in progress at a time."""
     async with nomad_server(schedulers=False) as (server, root):
         chosen, _ = settings(server, root / "ours", "ours")
         at_once = chosen.limits().concurrency

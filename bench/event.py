@@ -1,4 +1,4 @@
-"""One device at a time over HTTP: from the API's 2xx to Nomad's answer to the dispatch."""
+"""One device at a time over HTTP: from the API's 2xx to Nomad's response to the dispatch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def latencies(
 
 
 def rows_of(what: str, raw: str, ours_s: list[float], raw_s: list[float]) -> list[Row]:
-    """`what` came of the event, `raw` is its bare counterpart."""
+    """The rows of one event. `what`: the result of the event; `raw`: its bare counterpart."""
     rows = []
     for share in (0.5, 0.99):
         mine, bare = percentile(ours_s, share), percentile(raw_s, share)

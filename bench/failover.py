@@ -1,11 +1,11 @@
-"""How long nobody leads: from the end of the holder to the dispatch of a device by its heir.
+"""Time without a leader: from the end of the lease holder to its successor's dispatch of a device.
 
-Two control planes as a user runs them, one shard, Consul and Nomad real. At the moment when the holder is
-signalled a device is registered with the heir; the time ends with the heir's dispatch, by Nomad's own
-record. SIGTERM is a graceful end, SIGKILL a crash, SIGSTOP a freeze. After each round the old holder is
-started again (or goes on), so that every round has an heir that waits.
+Two control planes as a user runs them, one shard, real Consul and Nomad. When the holder is signalled, a device
+is registered with the successor; the time ends with the successor's dispatch, as recorded by
+Nomad. SIGTERM is a graceful end, SIGKILL a crash, SIGSTOP a freeze. After each round the old holder is
+started again (or resumed), so that every round has a waiting successor.
 
-Beside it: what one registration of a device takes until its dispatch when nobody has ended.
+For comparison: the time from a registration to its dispatch without a failover.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ async def _dispatched(nomad: NomadServer) -> dict[str, float]:
 
 
 async def _until_dispatched(nomad: NomadServer, name: str) -> float:
-    """Wall time of its dispatch."""
+    """Wall-clock time of its dispatch."""
     async with asyncio.timeout(60.0):
         while True:
             found = await _dispatched(nomad)

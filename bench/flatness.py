@@ -1,12 +1,12 @@
-"""Is a fleet's size felt by one dispatch? The rate at 20,000 agents against the rate at 1,000, on two Nomads
-in turn: the speed of a shared machine changes from one second to the next.
+"""Whether the size of a fleet affects one dispatch: the rate at 20,000 agents against the rate at 1,000, alternating
+between two Nomads, because the speed of a shared machine changes from one second to the next.
 
 Nomad walks all children of a parent for each idempotency token: with one parent the rate falls with the
-fleet. Shards give each slice a parent of its own. Nomad's schedulers are off, so that what is measured is
-the intake: nothing is placed, and no evaluation competes with it.
+fleet's size. Shards give each slice its own parent. Nomad's schedulers are off, so that only the
+intake is measured: nothing is placed, and no evaluation competes with it.
 
-Both rates are those of the same number of dispatches by our backend's `ensure`; the fleets are made by bare
-dispatches of the same form, which cost Nomad the same and us less.
+Both rates are for the same number of dispatches by our backend's `ensure`; the fleets are made by bare
+dispatches of the same form, which have the same cost for Nomad and a lower one for the benchmark.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ async def _take(scheduler: Scheduler, spec: AgentSpec, word: str) -> float:
 
 
 async def _rates(fleets: Mapping[int, tuple[NomadServer, Path]], shards: int) -> list[float]:
-    """Dispatches a second in each fleet, in the order of `fleets`."""
+    """Dispatches per second in each fleet, in the order of `fleets`."""
     prefix = f"flat{shards}"
     async with AsyncExitStack() as stack:
         some: list[tuple[Scheduler, AgentSpec]] = []

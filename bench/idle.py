@@ -1,10 +1,10 @@
-"""What a fleet of 10,000 costs its control plane while nothing happens but heartbeats, every 30 s each.
+"""CPU use of the control plane for an idle fleet of 10,000 devices with heartbeats every 30 s each.
 
-Ours is the program as a user runs it, on real Nomad (mock driver) and Consul; gateways beat for a hundred
-devices at a time, as `POST /v1/heartbeats` is made for, and then, in a second measurement, each device by
-itself. The naive poller asks Nomad for the allocations of one device after another, in one thread, with
-python-nomad; it can't keep up with a look every 10 s, so that it is always busy.
-CPU is that of the control plane's process alone, in shares of one core.
+Ours is the program as a user runs it, on real Nomad (mock driver) and Consul. Gateways send heartbeats for a hundred
+devices at a time (`POST /v1/heartbeats`); a second measurement sends them for each device
+separately. The naive poller requests the allocations of one device after another from Nomad, in one thread, with
+python-nomad; it cannot poll every device every 10 s, so it is always busy.
+CPU is that of the control plane's process alone, as a share of one core.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from servers.replica import ControlPlane
 GATEWAY = 100
 BEAT_S = 30.0
 CLIENTS = 8
-"""To place one more costs Nomad with all that its node has: 25 minutes on one node, 8 on these."""
+"""Number of Nomad clients. Placing on a full node is slow: 25 minutes on one node, 8 minutes on these."""
 PLACED_S = 1800.0
-"""For Nomad to place all of them on one machine."""
+"""Timeout for Nomad to place all of them on one machine, in seconds."""
 CONFIG = """\
 backend  = "nomad"
 data_dir = "{root}"
@@ -70,20 +70,20 @@ while True:
 
 
 def cpu_s(pid: int) -> float:
-    """User and system time of a process, all threads."""
+    """User and system time of a process with all its threads, in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def share(pid: int, seconds: float) -> float:
-    """Of one core, over so long."""
+    """CPU use over `seconds`, as a share of one core."""
     before, began = cpu_s(pid), time.monotonic()
     await asyncio.sleep(seconds)
     return (cpu_s(pid) - before) / (time.monotonic() - began)
 
 
 async def _beat(plane: ControlPlane, names: list[str], at_a_time: int) -> None:
-    """Beat for all of them every BEAT_S, spread evenly, until cancelled."""
+    """Send heartbeats for all of them every BEAT_S, spread evenly, until cancelled."""
     batches = [names[n : n + at_a_time] for n in range(0, len(names), at_a_time)]
     async with aiohttp.ClientSession(plane.api) as session:
         began, turn = time.monotonic(), 0
@@ -103,7 +103,7 @@ async def _beat(plane: ControlPlane, names: list[str], at_a_time: int) -> None:
 async def while_beating(
     plane: ControlPlane, names: list[str], at_a_time: int, seconds: float
 ) -> float:
-    """The control plane's share of a core while all devices beat, by so many in one call."""
+    """The control plane's share of a core while all devices send heartbeats, `at_a_time` per call."""
     beating = asyncio.ensure_future(_beat(plane, names, at_a_time))
     await asyncio.sleep(5.0)
     used = await share(plane.process.pid, seconds)
@@ -115,7 +115,7 @@ async def while_beating(
 
 
 async def until_settled(plane: ControlPlane, count: int) -> None:
-    """Wait until all agents are seen and nothing is left to do."""
+    """Wait until all agents are seen and no work is left."""
 
     def settled(status: Any) -> bool:
         return bool(
@@ -126,7 +126,7 @@ async def until_settled(plane: ControlPlane, count: int) -> None:
 
 
 async def stored(client: ConsulClient, nomad: NomadServer) -> dict[str, int]:
-    """By key and by job, when it was last written."""
+    """Key or job → index of its last write."""
     _, rows = await client.kv_tree("nomad-watchdog/")
     jobs: list[Any] = await nomad.request("GET", "/v1/jobs?prefix=idle")
     return {row.key: row.index for row in rows} | {job["ID"]: job["ModifyIndex"] for job in jobs}
@@ -143,8 +143,8 @@ def _fetching(folder: Path) -> Path:
 
 
 async def measure_replicas(count: int, seconds: float) -> list[Row]:
-    """As `measure`, of two replicas that share four shards, each with an address of its own, as the shipped job
-    runs them: only the writes."""
+    """Like `measure`, but only the writes, with two replicas that share four shards, each with its own address, as in
+    the shipped job."""
     with tempfile.TemporaryDirectory(prefix="nomad-watchdog-bench-") as folder:
         root = Path(folder)
         root.chmod(0o755)  # Nomad runs as another user in it
@@ -203,7 +203,7 @@ async def measure(count: int, seconds: float) -> list[Row]:
                     await plane.call("POST", "/v1/devices:bulk", {"devices": some})
 
                 await until_settled(plane, count)
-                # What Nomad still places is news to us, and no idling.
+                # Placements still in progress are events for the control plane, not idling.
                 await until_placed(nomad, PLACED_S)
                 await asyncio.sleep(10.0)
                 before = await stored(client, nomad)

@@ -1,9 +1,9 @@
-"""Signed, durable webhooks against a handler that does nothing: how much of a bare server's rate is left.
+"""Signed, durable webhooks compared with a handler that does nothing: the share of a bare server's rate.
 
-Ours is the real application: the signature is checked over the raw bytes, replays are told apart, the wish
-is committed to SQLite with a full sync, and only then answered. Each call is a device of its own. The bare
-one reads the body and answers. Both are served from this process, and asked by the same child process,
-in turns; the median of the rounds is given.
+Ours is the real application: it checks the signature over the raw bytes, detects replays, commits the desired
+state to SQLite with a full sync, and only then responds. Each call is for a separate device. The bare
+handler reads the body and responds. Both run in this process and are called by the same child process,
+alternately; the result is the median of the rounds.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ async def _served(app: web.Application) -> AsyncIterator[str]:
 
 
 async def _ask(url: str, secret: str, name: str, count: int) -> tuple[float, float]:
-    """Seconds for all calls, and the p99 of one."""
+    """Seconds for all calls, and the p99 of a single call."""
     argv = ["-c", ASK, url, secret, name, str(count), str(AT_ONCE)]
     child = await asyncio.create_subprocess_exec(
         sys.executable, *argv, env=clean_environment(), stdout=asyncio.subprocess.PIPE

@@ -1,12 +1,12 @@
-"""Cold start of a fleet on Kubernetes against a bare loop of applies on the same API server.
+"""Cold start of a fleet on Kubernetes compared with a bare loop of applies on the same API server.
 
-First the API server alone, so that what is compared is the two who ask it: the bare loop runs before and after
-ours, with objects that say the same. Three rounds, each on an API server of its own; the middle one counts, as
-the speed of a shared machine changes within one. Then all controllers and KWOK's nodes, in the same order: from
-the start of a reconciler whose devices are registered already until every pod is running.
+First with only the API server, which compares just the two clients: the bare loop runs before and after ours, with
+the same objects. Three rounds, each on its own API server; the median counts, because the speed of a shared machine
+changes within a round. Then with all controllers and KWOK's nodes, in the same order: from the start of a
+reconciler whose devices are already registered until every pod is running.
 
-Over what then runs, a new control plane: `restart.py` says what is measured. Then nothing happens:
-`kubernetes_idle.py`. An event at a time: `event.py`.
+Then a new control plane starts over this fleet (see `restart.py`), and the fleet idles (see
+`kubernetes_idle.py`). For single events see `event.py`.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ for path in paths:
 """
 ROUNDS = 3
 LOST_AFTER_S = 3600
-"""Never: on a busy machine KWOK's nodes are silent for longer than Kubernetes' own 50 s. Then all pods at once
-are said to be unready, and what is measured is how they are made again."""
+"""Effectively never: on a busy machine KWOK's nodes are silent for longer than Kubernetes' default of 50 s. Then all
+pods would become unready at once, and the benchmark would measure their re-creation."""
 WAIT_S = 1800.0
 
 
@@ -54,8 +54,8 @@ WAIT_S = 1800.0
 async def cluster_of(
     count: int, *, controllers: bool
 ) -> AsyncIterator[tuple[KubernetesCluster, KubernetesClient, Path]]:
-    """A control plane of its own, with the namespaces of so many devices, thrice, and nodes of KWOK's for
-    their pods; and a folder."""
+    """A separate control plane with the namespaces for this number of devices, three times, and KWOK nodes for
+    their pods; and a directory."""
     nodes = 1 + count // 1000 if controllers else 0
     with tempfile.TemporaryDirectory(prefix="nomad-watchdog-bench-") as folder:
         root = Path(folder)
@@ -74,7 +74,7 @@ async def cluster_of(
 
 
 async def until_running(client: KubernetesClient, first: str, count: int) -> None:
-    """Looks no more than a tenth of the time: to look costs the API server too."""
+    """Wait until all pods are running. Polls at most a tenth of the time, because polling loads the API server too."""
     paths = [names.collection(space, "pod") for space in spaces(first, count)]
     async with asyncio.timeout(WAIT_S):
         while True:
@@ -98,7 +98,7 @@ async def bare_start(client: KubernetesClient, first: str, chosen: Settings, cou
 
 
 async def ours(chosen: Settings, count: int, client: KubernetesClient | None) -> float:
-    """Seconds from the start of a reconciler until the last device is started, and with a client until its
+    """Seconds from the start of a reconciler until the last device is started, or with a client until its
     pod is running."""
     async with plane(chosen) as control:
         await control.register([f"device-{n}" for n in range(count)])
@@ -111,7 +111,7 @@ async def ours(chosen: Settings, count: int, client: KubernetesClient | None) ->
 
 
 async def efficiency(count: int) -> tuple[float, float, float, int]:
-    """Ratio, our applies a second, those of the bare loop, and how many are under way at a time."""
+    """Ratio, our applies per second, those of the bare loop, and the number in progress at a time."""
     async with cluster_of(count, controllers=False) as (cluster, client, root):
         chosen, _ = settings(cluster, root, "ours", count)
         at_once, things = chosen.limits().concurrency, bodies(chosen, count)
@@ -148,14 +148,14 @@ async def events(count: int) -> list[Row]:
 
 
 def _ours_in(meta: Mapping[str, Any]) -> tuple[str, ...]:
-    """When we last wrote to an object: others write to its status."""
+    """When we last wrote to an object; other clients write to its status."""
     fields = meta.get("managedFields") or []
     return tuple(one["time"] for one in fields if one["manager"] == MANAGER)
 
 
 async def cold_start(count: int, seconds: float = 60.0, *, apart: bool = False) -> list[Row]:
-    """`apart`: a bare loop and ours each on a cluster of its own, once: of so many, three fleets are too much for
-    one API server on this machine."""
+    """`apart`: run the bare loop and ours on separate clusters, once each, because three fleets of this size are too much
+    for one API server on this machine."""
     bare_s: list[float] = []
     if apart:
         async with cluster_of(count, controllers=True) as (cluster, client, root):

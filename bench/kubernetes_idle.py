@@ -1,8 +1,8 @@
-"""What a fleet on Kubernetes costs its control plane while nothing happens but heartbeats: `idle.py`'s
-measurement, over agents that run already.
+"""CPU use of the control plane for an idle fleet on Kubernetes with heartbeats: the measurement of `idle.py`
+with agents that are already running.
 
-The naive poller asks the API server for one device's Deployment after another, in one thread, over a
-connection that it keeps.
+The naive poller requests the Deployment of one device after another from the API server, in one thread, over a
+persistent connection.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ while True:
 async def rows_of(
     cluster: KubernetesCluster, file: Path, count: int, seconds: float, versions: Versions
 ) -> list[Row]:
-    """Of the fleet that the settings in `file` keep. `versions`: what changes with an object that is touched."""
+    """Measure the fleet of the settings in `file`. `versions`: name → version; a version changes when its object is written."""
     devices = [f"device-{number}" for number in range(count)]
     async with ControlPlane(file.parent, "idle", file.read_text() + API) as plane:
         await until_settled(plane, count)

@@ -1,13 +1,13 @@
-"""The orchestrator that this project replaces, beside ours, on the same Nomad.
+"""The orchestrator that this project replaces, compared with ours, on the same Nomad.
 
 The naive one, as it is usually written, in one thread, with python-nomad:
 
 - every second it reads the list of devices, and dispatches an agent for each new one, one after another;
-- then it asks Nomad about each agent that it started and has not yet seen running, one after another;
-- a device that was registered more than ALERT_S ago and whose agent was not seen running is «offline».
+- then it queries Nomad for each agent that it started and has not yet seen running, one after another;
+- a device that was registered more than ALERT_S ago and whose agent was not seen running is "offline".
 
 All devices register at once, as after a power cut, and all of them are on: every alert is false. The lag of
-a device is from its registration to its job's submission, by Nomad's own record, for both.
+a device is from its registration to its job's submission, as recorded by Nomad, for both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LIMIT_S = 120.0
 
 
 class Naive(threading.Thread):
-    """See the module."""
+    """See the module docstring."""
 
     def __init__(self, address: str, parent: str, devices: list[str]) -> None:
         super().__init__(daemon=True)
@@ -76,7 +76,7 @@ async def measure(counts: tuple[int, ...]) -> list[Row]:
                 naive = Naive(server.http_addr, parent, names)
                 naive.start()
                 await asyncio.to_thread(naive.join, LIMIT_S)
-                # Its turn is over: a round that it has begun must not run beside ours.
+                # Its time is over: a round in progress must not run at the same time as ours.
                 naive.halted.set()
                 await asyncio.to_thread(naive.join)
             theirs = await _lags(server, parent, began)
@@ -94,7 +94,7 @@ async def measure(counts: tuple[int, ...]) -> list[Row]:
                         false_alerts, ours.fleet.verdicts.counts()[VerdictState.OFFLINE]
                     )
                 await waiting
-                # as long as the naive one had to change its mind
+                # As long as the naive one had before it alerted.
                 await asyncio.sleep(ALERT_S)
                 false_alerts = max(false_alerts, ours.fleet.verdicts.counts()[VerdictState.OFFLINE])
             mine = await _lags(server, prefix, began)

@@ -1,7 +1,7 @@
-"""A pass that has nothing to do: cost per device against a bare comparison of two dicts.
+"""A pass without any changes: cost per device compared with a bare comparison of two dicts.
 
-The bare loop is the least that any reconciler could do: for each device, is what is observed what is
-desired? Both run in turns in one process, and the median of the ratios is given.
+The bare loop is the minimum for any reconciler: for each device, compare the observed with the desired
+state. Both run alternately in one process, and the result is the median of the ratios.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the benchmarks on Nomad stand on: a server, and a control plane of ours in this process."""
+"""Shared parts of the Nomad benchmarks: a server, and our control plane in this process."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ nomad {{
 
 @asynccontextmanager
 async def nomad_server(*, schedulers: bool = True) -> AsyncIterator[tuple[NomadServer, Path]]:
-    """A Nomad of its own, and a folder; both are gone at the end."""
+    """A separate Nomad and a directory; both are removed at the end."""
     with tempfile.TemporaryDirectory(prefix="nomad-watchdog-bench-") as folder:
         async with NomadServer(Path(folder) / "nomad", schedulers=schedulers) as server:
             yield server, Path(folder)
 
 
 async def until_placed(server: NomadServer, timeout_s: float) -> None:
-    """Wait until Nomad's schedulers have nothing left to do. Raises TimeoutError."""
+    """Wait until Nomad's schedulers have no work left. Raises TimeoutError."""
     async with asyncio.timeout(timeout_s):
         while await server.request("GET", "/v1/evaluations?status=pending&per_page=1"):
             await asyncio.sleep(2.0)
@@ -74,7 +74,7 @@ def settings(server: NomadServer, root: Path, prefix: str) -> tuple[Settings, Pa
 
 
 class Plane:
-    """A fleet and its reconciler; `started` maps a slug to when its dispatch was answered."""
+    """A fleet and its reconciler; `started` maps a slug to the time at which its dispatch was answered."""
 
     def __init__(self, fleet: Fleet, reconciler: Reconciler) -> None:
         self.fleet = fleet
@@ -114,7 +114,7 @@ class Plane:
 
 @asynccontextmanager
 async def plane(chosen: Settings) -> AsyncIterator[Plane]:
-    """A control plane that does not run yet."""
+    """A control plane that is not started yet."""
     async with open_registry(chosen) as registry:
         installation = await registry.initialise()
         async with open_scheduler(chosen, installation) as scheduler:
@@ -124,7 +124,7 @@ async def plane(chosen: Settings) -> AsyncIterator[Plane]:
 
 @asynccontextmanager
 async def bare_client(server: NomadServer, *parents: str) -> AsyncIterator[NomadClient]:
-    """Our HTTP client, with parent jobs of these names to dispatch to."""
+    """Our HTTP client, with parent jobs of these names for dispatches."""
     client = NomadClient(NomadAccess(address=server.http_addr))
     try:
         job = await client.parse(TEMPLATE.read_text(), "")
@@ -136,7 +136,7 @@ async def bare_client(server: NomadServer, *parents: str) -> AsyncIterator[Nomad
 
 
 def bare_body(name: str) -> dict[str, Any]:
-    """A dispatch as ours, without anything behind it."""
+    """A dispatch of the same form as ours, with dummy content."""
     return {
         "Meta": dict.fromkeys(KEYS, name),
         "Payload": base64.b64encode(b'{"v":1}' * 80).decode(),
@@ -146,7 +146,7 @@ def bare_body(name: str) -> dict[str, Any]:
 
 
 async def bare_loop(client: NomadClient, parent: str, count: int, at_once: int) -> float:
-    """Seconds for `count` dispatches, `at_once` under way at a time."""
+    """Seconds for `count` dispatches, `at_once` concurrently."""
     numbers = iter(range(count))
 
     async def worker() -> None:

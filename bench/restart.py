@@ -1,7 +1,7 @@
-"""A new control plane over a fleet that runs: how soon it decides rightly, and that it touches nothing.
+"""A new control plane over a running fleet: how soon its decision is correct, and that it changes nothing.
 
-Ours is the program as a user starts it (`nomad-watchdog plan`: interpreter, both stores read, decided).
-The raw side is an interpreter that reads the same two lists of Nomad and decodes them.
+Ours is the program as a user starts it (`nomad-watchdog plan`: start the interpreter, read both stores, decide).
+The raw side is an interpreter that reads the same two lists from Nomad and decodes them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _timed(*argv: str) -> tuple[float, str]:
 
 
 async def _touched(versions: Versions, file: Path, seconds: float) -> int:
-    """Changed, new and lost objects while `nomad-watchdog run` was over the fleet."""
+    """Number of changed, new and lost objects while `nomad-watchdog run` managed the fleet."""
     before = await versions()
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "nomad_watchdog", "--config", str(file), "run",
@@ -63,8 +63,8 @@ async def _touched(versions: Versions, file: Path, seconds: float) -> int:
 async def rows_of(
     what: str, file: Path, count: int, raw: Sequence[str], versions: Versions
 ) -> list[Row]:
-    """Over a fleet that runs. `raw`: arguments of an interpreter that reads the same lists; `versions`: what
-    changes with an object that is touched, by its name."""
+    """Measure a running fleet. `raw`: arguments of an interpreter that reads the same lists; `versions`: name → version; a
+    version changes when its object is written."""
     ratios, mine, planned = [], [], 0
     for _ in range(RUNS):
         raw_s, _ = await asyncio.to_thread(_timed, *raw)

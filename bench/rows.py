@@ -1,4 +1,4 @@
-"""What a benchmark gives, and how it is shown."""
+"""Results of a benchmark, and their output."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Row:
 
     @property
     def missed(self) -> bool:
-        """The floor is not kept. A figure that could not be had (NaN) keeps none."""
+        """Whether the floor is missed. A figure that could not be measured (NaN) misses any floor."""
         return not keeps(self.value, self.floor)
 
 
 def keeps(value: float, limit: str) -> bool:
-    """Whether value keeps a limit like `≤ 10` or `≥ 0.8`; everything keeps an empty one."""
+    """Whether value meets a limit such as `≤ 10` or `≥ 0.8`; every value meets an empty one."""
     if not limit:
         return True
     sign, _, number = limit.partition(" ")
@@ -39,7 +39,7 @@ def keeps(value: float, limit: str) -> bool:
 
 
 def figure(value: float) -> str:
-    """Three significant digits, and never an exponent."""
+    """Format with three significant digits, never with an exponent."""
     if not math.isfinite(value):
         return "–"
     if value == 0:
@@ -49,7 +49,7 @@ def figure(value: float) -> str:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The least value that `share` (0 to 1) of the values do not exceed (nearest rank)."""
+    """The smallest value that `share` (0 to 1) of the values do not exceed (nearest rank)."""
     ranked = sorted(values)
     return ranked[max(0, math.ceil(share * len(ranked)) - 1)]
 
@@ -64,7 +64,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def machine() -> dict[str, object]:
-    """What the figures were had on."""
+    """The machine on which the figures were measured."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cores": os.cpu_count(),
@@ -76,7 +76,7 @@ def machine() -> dict[str, object]:
 
 
 def save(rows: Sequence[Row], path: Path) -> None:
-    """The rows as JSON; a figure that could not be had is null."""
+    """Write the rows as JSON; a figure that could not be measured is null."""
     shown = [
         {**asdict(r), "value": r.value if math.isfinite(r.value) else None, "missed": r.missed}
         for r in rows

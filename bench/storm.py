@@ -1,12 +1,12 @@
-"""Ten thousand devices arrive at once, and vanish at once, beside what the server can do at all.
+"""Ten thousand devices arrive and vanish at once, compared with the maximum rate of the server.
 
-Ideal is a bare loop over the same server with the same calls and the same number under way: as many
-dispatches before ours and as many after, each with a parent of its own, so that both see on average as many
-jobs and as many children of one parent; then as many deregistrations. Mid-storm a single device registers every now and then: how much longer does its dispatch
-take than in a quiet fleet?
+The ideal is a bare loop on the same server with the same calls and the same concurrency: as many dispatches before
+ours as after, each with its own parent, so that both see on average the same number of jobs and of children per
+parent; then as many deregistrations. During the storm, single devices register from time to time: how much longer
+does their dispatch take than in a quiet fleet?
 
-Nomad's schedulers are off, as in `dispatch.py`: what is measured is the control plane. When all vanish, the mass-change
-breaker holds the stops until its second read agrees (S7): that wait is part of the figure.
+Nomad's schedulers are off, as in `dispatch.py`: only the control plane is measured. When all devices vanish, the
+mass-change breaker holds the stops until its second read agrees (S7): that wait is part of the figure.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ async def _singles(ours: Plane, found: list[float]) -> None:
 
 
 async def _gone(ours: Plane) -> None:
-    """Until no placement of the fleet is anything but dead or stopping."""
+    """Wait until all placements of the fleet are dead or stopping."""
     over = {PlacementState.DEAD, PlacementState.STOPPING}
     async with asyncio.timeout(600.0):
         while True:

@@ -1,7 +1,7 @@
-"""What an agent weighs: beside what else runs on a node, among 50, forked, by feature, and under Nomad.
+"""Memory and CPU of an agent: compared with other programs on a node, among 50, forked, by feature, and under Nomad.
 
-Agents are ready, probe three ways and are registered in a real Consul. The device and the API are this
-process. MB are of 1,000,000 bytes; private is Private_Clean + Private_Dirty, PSS the kernel's own share.
+Agents are ready, run three probes and are registered in a real Consul. This process is the device and the
+API. MB are 1,000,000 bytes; private is Private_Clean + Private_Dirty; PSS is the kernel's proportional share.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def part(place: Stub, consul: str) -> dict[str, Any]:
 
 
 def features(place: Stub, secure: Stub, ca: str) -> dict[str, dict[str, Any]]:
-    """Feature → what turns it on. One that is off is not imported and has no row."""
+    """Feature → the settings that enable it. A disabled feature is not imported and has no row."""
     port = place.server_address[1]
     five = [{"kind": "http", "port": port, "interval_s": PROBE_S}] * 5
     url = f"http://127.0.0.1:{port}/"
@@ -108,7 +108,7 @@ def features(place: Stub, secure: Stub, ca: str) -> dict[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def agents(argv: list[str], folder: Path, configs: dict[str, Any]) -> Iterator[list[int]]:
-    """The pids of spawned agents: name → document."""
+    """Start agents (name → document) and yield their PIDs."""
     running: list[subprocess.Popen[bytes]] = []
     try:
         for name, config in configs.items():
@@ -144,14 +144,14 @@ def pss(pid: int) -> float:
 
 
 def cpu_ns(pid: int) -> int:
-    """Nanoseconds on a core so far, as the kernel's scheduler counts them."""
+    """CPU time so far in nanoseconds, from the kernel's scheduler."""
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0])
 
 
 def cpu_share(pids: list[int], seconds: float) -> float:
-    """Per cent of a core of one of these, over so long."""
+    """Average CPU use of one of these processes over `seconds`, in percent of a core."""
     before, began = sum(map(cpu_ns, pids)), time.perf_counter()
-    time.sleep(seconds)  # what is measured takes this long
+    time.sleep(seconds)  # the measurement takes this long
     took = (time.perf_counter() - began) * 1e9
     return 100 * (sum(map(cpu_ns, pids)) - before) / took / len(pids)
 
@@ -159,12 +159,12 @@ def cpu_share(pids: list[int], seconds: float) -> float:
 def one(
     argv: list[str], folder: Path, place: Stub, config: dict[str, Any], name: str
 ) -> tuple[float, float]:
-    """(ms from start to its first report that it is ready, MB resident after it has settled)."""
+    """(ms from start to the first ready report, MB resident after SETTLE_S)."""
     began = time.perf_counter()
     with agents(argv, folder, {name: config}) as (pid,):
         place.wait_for({name}, 60.0)
         took = (place.ready_at[name] - began) * 1e3
-        time.sleep(SETTLE_S)  # nothing is waited for: it is to settle
+        time.sleep(SETTLE_S)  # lets it settle; there is no event to wait for
         return took, rss(pid)
 
 
@@ -174,7 +174,7 @@ def medians(runs: list[tuple[float, float]]) -> tuple[float, float]:
 
 @contextlib.contextmanager
 def secure_stub() -> Iterator[tuple[Stub, str]]:
-    """An API with TLS, and its authority as PEM."""
+    """An API with TLS, and its CA as PEM."""
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
@@ -276,7 +276,7 @@ async def forked(folder: Path, place: Stub, consul: str) -> list[Row]:
 
 
 def below(pid: int) -> list[int]:
-    """All processes that descend from this one."""
+    """All descendants of this process."""
     parents: dict[int, list[int]] = {}
     for one_ in Path("/proc").iterdir():
         if one_.name.isdigit():
@@ -291,7 +291,7 @@ def below(pid: int) -> list[int]:
 
 
 def unshaped(job: Job) -> Job:
-    """The job as Nomad's defaults make it: 300 MB of disk, and logs collected."""
+    """The job with Nomad's defaults: 300 MB of disk, and collected logs."""
     for group in job["TaskGroups"] or []:
         group["EphemeralDisk"] = None
         for task in group["Tasks"] or []:
@@ -300,7 +300,7 @@ def unshaped(job: Job) -> Job:
 
 
 async def on_nomad(agent: Path, place: Stub, *, shipped: bool) -> tuple[float, str]:
-    """(PSS of an agent and of the processes that Nomad keeps for it, MB; what they are)."""
+    """(PSS of an agent and of the processes that Nomad runs for it, in MB; description of these processes)."""
     async with nomad_of_its_own() as (server, client):
         variables = {"python": sys.executable, "agent_path": str(agent)}
         text = "".join(f"{k} = {json.dumps(v)}\n" for k, v in variables.items())
@@ -339,7 +339,7 @@ async def nomad_of_its_own() -> AsyncIterator[tuple[NomadServer, NomadClient]]:
 
 
 async def placed(server: NomadServer) -> set[str]:
-    """The allocations of the agents, once all of them run."""
+    """Wait until all agents run, and return their allocations."""
     async with asyncio.timeout(120.0):
         while True:
             found: list[Any] = await server.request("GET", "/v1/allocations")
@@ -403,7 +403,7 @@ def quietly(argv: list[str], folder: Path) -> None:
 
 
 def unpacked(folder: Path) -> str | None:
-    """The program out of Debian's package, not installed; None = no such package here."""
+    """The program from Debian's package, without installing it; None = the package is not available."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         quietly(["apt-get", "download", BLACKBOX], folder)
         (package,) = folder.glob(f"{BLACKBOX}_*.deb")

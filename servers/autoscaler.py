@@ -35,7 +35,7 @@ apm "prometheus" {
 class NomadAutoscaler(ServerProcess):
     """``async with NomadAutoscaler(folder, nomad.http_addr, prometheus.url): …``.
 
-    It scales each job of that Nomad whose `scaling` block has a policy that is enabled."""
+    It scales each job in that Nomad whose `scaling` block has an enabled policy."""
 
     def __init__(self, data_dir: Path, nomad: str, prometheus: str) -> None:
         super().__init__(data_dir)
@@ -43,7 +43,7 @@ class NomadAutoscaler(ServerProcess):
         self._settings = {"nomad": nomad, "prometheus": prometheus, "port": self._port}
 
     async def start(self, timeout_s: float = 30.0) -> None:
-        """Start it, and wait until it answers. Raises TerminalError with the end of its log."""
+        """Start it, and wait until it responds. Raises TerminalError with the end of its log."""
         program = await asyncio.to_thread(find, "nomad-autoscaler")
         self.data_dir.mkdir(parents=True, exist_ok=True)
         file = self.data_dir / "autoscaler.hcl"

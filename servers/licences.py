@@ -1,7 +1,7 @@
 """`python -m servers.licences`: fails if a program built from servers/ contains code that is not open source.
 
-Looks at what is compiled in, as `go list -deps` reports it for the same package and build tags as the
-build. It reads every licence file beside a compiled package and in the folders above it, up to the
+Reads what is compiled in, as `go list -deps` reports it for the same package and build tags as the
+build: every licence file beside a compiled package and in the directories above it, up to the
 module's root, and the first lines of every compiled file, which may name another licence.
 Only the text of a known open-source licence passes. Licences that publish the source but restrict its
 use fail, and so does the AGPL. Go's standard library is not checked. A program that passed is checked
@@ -84,7 +84,7 @@ _NOMAD: Final = (
     "its header says BUSL-1.1, but the LICENSE of this release is MPL 2.0 for all of it, and the "
     "maintainers state that 1.6.2 and 1.6.3 are under MPL 2.0 (hashicorp/nomad, pull request 19203)"
 )
-# One version of a module has one content, which go.sum pins, so an entry is about what was reviewed.
+# A module version has fixed content, pinned by go.sum, so an entry applies to exactly what was reviewed.
 _REVIEWED: Final = {
     ("github.com/tj/go-spin@v1.1.0", ""): "no licence file; Readme.md ends with: License MIT",
     ("github.com/hashicorp/nomad@v1.6.3", "helper/backoff.go"): _NOMAD,
@@ -95,10 +95,10 @@ _REVIEWED: Final = {
 
 
 class Fault(NamedTuple):
-    """What is wrong with one file of a module, or with a module that has no licence file."""
+    """A problem with one file of a module, or with a module that has no licence file."""
 
     module: str
-    """``path@version``; without a version for a module in a folder of this machine."""
+    """``path@version``; without a version for a module in a local directory."""
     file: str
     """Relative to the module's root; empty if no licence file was found."""
     problem: str
@@ -106,20 +106,20 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """A module of which packages are compiled in."""
+    """A module with packages that are compiled in."""
 
     name: str
-    """``path@version`` of the code; without a version for a module in a folder of this machine."""
+    """``path@version`` of the code; without a version for a module in a local directory."""
     root: Path
     files: frozenset[Path]
-    """What is compiled in, and what is embedded."""
+    """Compiled and embedded files."""
 
     def fault(self, file: Path, problem: str) -> Fault:
         return Fault(self.name, str(file.relative_to(self.root)), problem)
 
     @property
     def folders(self) -> frozenset[Path]:
-        """Where a licence that covers one of the files may lie."""
+        """Directories that may contain a licence for one of the files."""
         return frozenset(
             folder
             for parent in {file.parent for file in self.files}
@@ -129,17 +129,17 @@ class Module:
 
 
 class Report(NamedTuple):
-    """What was found in one program."""
+    """The result for one program."""
 
     line: str
-    """Number of modules, and how many have a file under each licence."""
+    """Number of modules, and of those with a file under each licence."""
     faults: list[Fault]
 
 
 def modules_of(name: str, tool: Tool, source: Path, go: Path) -> list[Module]:
-    """The modules of which code is compiled into the program, without the standard library.
+    """The modules with code compiled into the program, without the standard library.
 
-    Downloads what is missing; progress goes to stderr. Raises TerminalError when Go can't list them.
+    Downloads missing modules; progress goes to stderr. Raises TerminalError if Go cannot list them.
     """
     fields = "Dir,Module,GoFiles,CgoFiles,CFiles,CXXFiles,HFiles,SFiles,SysoFiles,EmbedFiles"
     tags = ["-tags", tool.tags] if tool.tags else []
@@ -215,7 +215,7 @@ def inspect(name: str, modules: list[Module]) -> Report:
 
 
 def _read(module: Module, faults: list[Fault]) -> set[str]:
-    """The names of the module's open-source licences; adds what is wrong to `faults`."""
+    """The names of the module's open-source licences; adds problems to `faults`."""
     names: set[str] = set()
     reported: set[str] = set()
     licences = {file: _text(file) for folder in module.folders for file in _licence_files(folder)}
@@ -229,7 +229,7 @@ def _read(module: Module, faults: list[Fault]) -> set[str]:
         names |= permitted
         reported |= closed
     for file in module.files:
-        # A thousand headers may repeat what the licence file says: report it once.
+        # Thousands of headers may repeat the text of the licence file: report it once.
         closed = _forbidden(_header(file)) - reported
         faults += [module.fault(file, f"{licence} is not open source") for licence in closed]
     return names
@@ -242,7 +242,7 @@ def _licence_files(folder: Path) -> tuple[Path, ...]:
         if _FILE.fullmatch(entry.name) and entry.suffix.lower() not in _SOURCE and entry.is_file():
             found.append(entry)
         elif entry.name.upper() in {"LICENSES", "LICENCES"} and entry.is_dir():
-            # The REUSE specification puts licences here, for example as LICENSES/MIT.txt.
+            # The REUSE specification stores licences here, for example as LICENSES/MIT.txt.
             found += [f for f in entry.iterdir() if f.suffix == ".txt" or _FILE.fullmatch(f.name)]
     return tuple(found)
 
@@ -258,7 +258,7 @@ def _text(file: Path) -> str:
 
 @functools.cache
 def _header(file: Path) -> str:
-    """What stands before Go's package clause, or the start of any other file."""
+    """The text before Go's package clause, or the start of any other file."""
     with file.open("rb") as start:
         head = _PACKAGE.split(start.read(_HEADER_BYTES), 1)[0]
     return _plain(head.decode(errors="replace"))
@@ -279,9 +279,9 @@ def _forbidden(text: str) -> set[str]:
 
 
 def check(name: str, tool: Tool, source: Path, go: Path) -> Report:
-    """List and read one program's modules, or take the result from the cache.
+    """List and read the modules of one program, or return the result from the cache.
 
-    `source` is the folder of its go.mod. Raises TerminalError when Go can't list the modules.
+    `source` is the directory of its go.mod. Raises TerminalError if Go cannot list the modules.
     """
     kept = cache_folder() / "licences" / name
     key = _key(tool, source, go)
@@ -289,7 +289,7 @@ def check(name: str, tool: Tool, source: Path, go: Path) -> Report:
         return Report(lines[1], [])
     modules = modules_of(name, tool, source, go)
     report = inspect(name, modules)
-    # A module in a folder of this machine can change while go.sum stays the same.
+    # A module in a local directory can change while go.sum stays the same.
     if not report.faults and all("@" in module.name for module in modules):
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(f"{key}\n{report.line}\n")

@@ -1,4 +1,4 @@
-"""The metrics API of a cluster of this machine (metrics.k8s.io), by a real metrics-server."""
+"""The metrics API (metrics.k8s.io) of a cluster on this machine, by a real metrics-server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GROUP: Final = ("metrics.k8s.io", "v1beta1")
 
 
 class MetricsServer(ServerProcess):
-    """``async with MetricsServer(cluster, folder): …``: it asks the kubelets every 10 s, the least it takes."""
+    """``async with MetricsServer(cluster, folder): …``. It polls the kubelets every 10 s, its minimum interval."""
 
     def __init__(self, cluster: KubernetesCluster, data_dir: Path) -> None:
         super().__init__(data_dir)
@@ -40,7 +40,7 @@ class MetricsServer(ServerProcess):
         await self._cluster.until_served(*_GROUP, timeout_s, process)
 
     async def stop(self) -> None:
-        """Graceful, idempotent; the API is taken out."""
+        """Stop it gracefully and remove the API. Idempotent."""
         await super().stop()
         with contextlib.suppress(WatchdogError):  # the API server may have ended first
             await self._cluster.remove_api(*_GROUP)

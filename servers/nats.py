@@ -1,4 +1,4 @@
-"""A real queue on this machine: a NATS server with JetStream and its monitoring page."""
+"""A real queue on this machine: a NATS server with JetStream and its monitoring endpoint."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class NatsServer(ServerProcess):
         self._port, self._page = free_port(), free_port()
         self.url = f"nats://127.0.0.1:{self._port}"
         self.monitor = f"http://127.0.0.1:{self._page}"
-        """Where `/jsz` tells how deep the streams are."""
+        """URL whose `/jsz` reports the depth of the streams."""
 
     async def start(self, timeout_s: float = 30.0) -> None:
-        """Start it, and wait until it answers. Raises TerminalError with the end of its log."""
+        """Start it, and wait until it responds. Raises TerminalError with the end of its log."""
         program = await asyncio.to_thread(find, "nats-server")
         self.data_dir.mkdir(parents=True, exist_ok=True)
         argv = [str(program), "-a", "127.0.0.1", "-p", str(self._port), "-m", str(self._page)]

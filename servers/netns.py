@@ -1,7 +1,8 @@
-"""Hosts on one machine: a network namespace each, joined by a router in another, and nothing outside.
+"""Several hosts on one machine: each is a network namespace, connected by a router in another one, isolated from outside.
 
-Packets between two hosts pass the router, so that a partition is a rule there: silent, as a dead cable
-is, one-way if wanted, and felt by connections that are already open. Needs root, and `ip` and `nsenter`.
+Packets between two hosts pass through the router, so a partition is a rule there: packets are dropped silently, as
+with a dead cable, in one direction if requested, and open connections are affected too. Needs root, `ip` and
+`nsenter`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from nomad_watchdog.demo.process import Running
 from nomad_watchdog.errors import TerminalError
 
 _SUBNET: Final = "10.231.7"
-"""Inside the namespaces only: the machine has no route to it, and runs beside each other share it."""
+"""Used only inside the namespaces: the machine has no route to it, and concurrent runs share it."""
 _ROUTER: Final = f"{_SUBNET}.254"
 _CLONE_NEWNET: Final = 0x40000000
 _COMMAND_S: Final = 10.0
@@ -33,21 +34,21 @@ _COMMAND_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Where a server runs. `namespace` "" = on this machine itself."""
+    """A host for a server. `namespace` "" = this machine itself."""
 
     name: str = "local"
     address: str = "127.0.0.1"
     namespace: str = ""
 
     def argv(self, command: Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
-        """A command as it is run there; the process that is started becomes the command itself."""
+        """The arguments that run a command on the host; the started process becomes the command itself."""
         if not self.namespace:
             return list(command)
         return ["nsenter", f"--net=/run/netns/{self.namespace}", "--", *command]
 
     def connector(self, trust: ssl.SSLContext | None = None) -> aiohttp.TCPConnector:
-        """For an `aiohttp.ClientSession` of ours whose connections begin there. `trust`: None = the
-        system's authorities."""
+        """A connector for an `aiohttp.ClientSession` with connections from this host. `trust`: None = the
+        system's CAs."""
         tls: ssl.SSLContext | bool = trust or True
         if not self.namespace:
             return aiohttp.TCPConnector(ssl=tls)
@@ -58,7 +59,7 @@ class Host:
         )
 
     def open_socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
-        """A socket of that host; it stays one wherever it is used."""
+        """A socket of this host; it can be used anywhere."""
         with self._entered():
             made = socket.socket(family, kind, protocol)
         made.setblocking(False)
@@ -74,7 +75,7 @@ class Host:
 
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:
-        # A namespace belongs to a thread; nothing is awaited while this one is elsewhere.
+        # Each thread has its own namespace; nothing is awaited while this thread has switched.
         if not self.namespace:
             yield
             return
@@ -100,7 +101,7 @@ def _enter(descriptor: int) -> None:
 class Network(Running):
     """``async with Network(["a", "b"]) as net: … net.hosts["a"].address``.
 
-    All of it is gone at the end. Processes that run in it must be stopped before.
+    Everything is removed at the end. Processes in it must be stopped before.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -113,27 +114,27 @@ class Network(Running):
         self._cuts: set[tuple[str, str]] = set()
 
     async def start(self) -> None:
-        """Raises TerminalError where namespaces can't be made."""
+        """Create the namespaces. Raises TerminalError if that is not possible."""
         await asyncio.to_thread(self._build)
 
     async def stop(self) -> None:
-        """Take the namespaces away; idempotent."""
+        """Remove the namespaces. Idempotent."""
         await asyncio.to_thread(self._remove)
 
     async def cut(self, sender: str, receiver: str) -> None:
-        """Nothing that `sender` sends reaches `receiver` any more; the other way stays open."""
+        """Drop everything from `sender` to `receiver`; the other direction stays open."""
         if (sender, receiver) not in self._cuts:
             self._cuts.add((sender, receiver))
             await asyncio.to_thread(self._rule, "add", sender, receiver)
 
     async def partition(self, one: str, *others: str) -> None:
-        """Nothing passes between `one` and each of the others."""
+        """Cut off `one` from each of the others, in both directions."""
         for other in others:
             await self.cut(one, other)
             await self.cut(other, one)
 
     async def heal(self) -> None:
-        """Everything passes again."""
+        """Remove all partitions."""
         for sender, receiver in sorted(self._cuts):
             await asyncio.to_thread(self._rule, "del", sender, receiver)
         self._cuts.clear()
@@ -163,7 +164,7 @@ class Network(Running):
             _ip("-n", space, "route", "add", "default", "via", _ROUTER)
 
     def _remove(self) -> None:
-        # the pairs of interfaces go with the namespaces
+        # The veth pairs are removed with the namespaces.
         for name in (*(host.namespace for host in self.hosts.values()), self._router):
             with contextlib.suppress(TerminalError):
                 _ip("netns", "del", name)

@@ -1,6 +1,6 @@
-"""A real Nomad on this machine: one process that is server and client, more clients on request.
+"""A real Nomad on this machine: one process that is server and client, and more clients on request.
 
-Not ``-dev``: that keeps nothing, and its default telemetry spoils every measurement.
+Without ``-dev``: that stores nothing, and its default telemetry distorts every measurement.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _POLL_S: Final = 0.05
 _CALL_S: Final = 5.0
 _PORTS_EACH: Final = 900
 _BLOCKS: Final = range(14_000, 20_000 - _PORTS_EACH, _PORTS_EACH)
-"""Each client has a block of dynamic ports: below those of `free_port`. Nomad does not see whether a port of its
-own choice is another's."""
+"""Each client has a block of dynamic ports, below those of `free_port`, because Nomad does not check whether another
+process uses a port that it chooses."""
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _ALLOC_ID: Final = 36
-"""Length of an allocation's id, with which the names of its control groups begin."""
+"""Length of an allocation ID, with which the names of its control groups begin."""
 _AT_ONCE: Final = 200
 _NOBODY: Final = 65534
 _DENIED: Final = "env_aws,env_gce,env_azure,env_digitalocean,vault"
@@ -52,11 +52,11 @@ _DENIED: Final = "env_aws,env_gce,env_azure,env_digitalocean,vault"
 class NomadServer(Running):
     """``async with NomadServer(folder) as nomad: … nomad.http_addr``.
 
-    The first process is the server and a client; each further client is a process of its own.
+    The first process is the server and a client; each further client is a separate process.
     `consul_addr` is one address, or one for each client (two Nomad clients on one Consul agent
-    delete each other's services). Without `schedulers` nothing is placed: jobs wait for ever. Ports stay the same over `stop_process` and `restart`.
-    `unprivileged`: for thousands of allocations on one machine. As root a client mounts two file systems for
-    each, and every mount costs with the number of those that are there. No effect for who is not root.
+    delete each other's services). Without `schedulers` nothing is placed: jobs wait forever. Ports stay the same across
+    `stop_process` and `restart`. `unprivileged`: for thousands of allocations on one machine. As root, a client mounts
+    two file systems for each, and each mount takes longer the more there are. No effect unless this process is root.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class NomadServer(Running):
         self.data_dir = data_dir.resolve()
         self.clients = clients
         self.token = ""
-        """Of the bootstrap when ACLs are on; secret."""
+        """Bootstrap token if ACLs are enabled; secret."""
         self._acl = acl
         self._schedulers = schedulers
         self._user = _NOBODY if unprivileged and os.geteuid() == 0 else None
@@ -95,7 +95,7 @@ class NomadServer(Running):
     async def start(self, timeout_s: float = 60.0) -> None:
         """Start all processes, and wait until every client is ready with its drivers.
 
-        Raises TerminalError with the end of a log when it does not come up."""
+        Raises TerminalError with the end of a log if it does not start."""
         deadline = time.monotonic() + timeout_s
         while len(self._blocks) < self.clients:
             self._blocks.append(take_block(_BLOCKS))
@@ -108,10 +108,10 @@ class NomadServer(Running):
         await self._until(self._all_ready, deadline)
 
     async def _make_keyring(self, deadline: float) -> None:
-        """Let a new server make its keyring before it has a client.
+        """Let a new server create its keyring before it has a client.
 
-        A client that registers in the moment between leadership and keyring is refused («keyring has
-        not been initialized yet», Nomad 1.11.3) and tries again only after 15 to 30 s.
+        A client that registers between leadership and keyring is rejected ("keyring has
+        not been initialized yet", Nomad 1.11.3) and retries only after 15 to 30 s.
         """
         self._client_enabled = False
         await self.restart(0)
@@ -126,7 +126,7 @@ class NomadServer(Running):
         return bool(await self.request("GET", "/v1/operator/keyring/keys"))
 
     async def restart(self, index: int = 0) -> None:
-        """Start process `index` (0 = the server) if it does not run. Does not wait for readiness."""
+        """Start process `index` (0 = the server) if it is not running. Does not wait for readiness."""
         process = self._processes[index]
         if process is not None and process.returncode is None:
             return
@@ -142,7 +142,7 @@ class NomadServer(Running):
         )
 
     def _lend(self, program: Path, user: int) -> Path:
-        """A copy that the other user may run, in a folder that is theirs."""
+        """A copy of the program that the other user may run, in a directory owned by that user."""
         copy = self.data_dir / program.name
         if not copy.exists():
             shutil.copy(program, copy)
@@ -155,18 +155,18 @@ class NomadServer(Running):
         await self._until(self._all_ready, time.monotonic() + timeout_s)
 
     async def kill(self, index: int = 0) -> None:
-        """SIGKILL, as a crash would do it; tasks of its client run on."""
+        """Send SIGKILL, like a crash; tasks of its client keep running."""
         await self._running(index).kill()
 
     def pause(self, index: int = 0) -> None:
-        """SIGSTOP: connections stay open, and nothing is answered."""
+        """Send SIGSTOP: connections stay open, and nothing is answered."""
         self._running(index).send(signal.SIGSTOP)
 
     def resume(self, index: int = 0) -> None:
         self._running(index).send(signal.SIGCONT)
 
     async def stop(self) -> None:
-        """Stop all jobs if one has a process, then our processes, then what they left: mounts, the folder."""
+        """Stop all jobs if one has a process, then all Nomad processes, then remove the mounts and the directory."""
         alive = [one for one in self._processes if one is not None and one.returncode is None]
         for process in alive:
             process.send(signal.SIGCONT)
@@ -181,9 +181,9 @@ class NomadServer(Running):
             give_back(self._blocks.pop())
 
     async def request(self, method: str, path: str, body: Any = None) -> Any:
-        """One plain call for a test or a benchmark: the parsed answer.
+        """Send one request for a test or a benchmark; return the parsed response.
 
-        Raises aiohttp.ClientResponseError for any status but 2xx."""
+        Raises aiohttp.ClientResponseError for any status other than 2xx."""
         headers = {"X-Nomad-Token": self.token} if self.token else {}
         timeout = aiohttp.ClientTimeout(total=_CALL_S)
         async with (
@@ -266,7 +266,7 @@ class NomadServer(Running):
 def _agent_config(
     name: str, data_dir: Path, ports: Sequence[int], *, consul: str
 ) -> dict[str, Any]:
-    """What servers and clients share. `ports`: HTTP, RPC, gossip; `consul`: its address, "" = none."""
+    """Settings of both servers and clients. `ports`: HTTP, RPC, gossip; `consul`: its address, "" = none."""
     return {
         "name": name,
         "data_dir": str(data_dir),
@@ -281,7 +281,7 @@ def _agent_config(
         "log_level": "INFO",
         "telemetry": {"disable_dispatched_job_summary_metrics": True},
         "plugin": [{"raw_exec": [{"config": [{"enabled": True}]}]}],
-        # without a Consul of ours, Nomad must not find somebody's on the default port
+        # Without a Consul of its own, Nomad must not find another one on the default port.
         "consul": {
             "address": urlsplit(consul or "http://127.0.0.1:1").netloc,
             "auto_advertise": False,
@@ -302,12 +302,12 @@ def _server_config() -> dict[str, Any]:
 
 
 def _client_config(servers: Sequence[str], first_port: int, *, consul: str) -> dict[str, Any]:
-    """`servers`: their RPC addresses; dynamic ports are taken from `first_port` on."""
+    """`servers`: their RPC addresses; `first_port`: first port of the dynamic range."""
     return {
         "enabled": True,
         "network_interface": "lo",
         "servers": list(servers),
-        # more than the machine has: agents reserve far more than they use
+        # More than the machine has, because agents reserve far more than they use.
         "cpu_total_compute": 1_000_000,
         "memory_total_mb": 1_000_000,
         "disk_total_mb": 1_000_000,
@@ -327,14 +327,14 @@ def _denied(*, with_consul: bool) -> str:
 
 
 def clean_up(folder: Path) -> None:
-    """Blocking. Kill tasks and executors of this Nomad, remove their control groups, unmount below its
-    folder, remove that."""
+    """Kill tasks and executors of this Nomad, remove their control groups, unmount everything below its
+    directory, and remove that. Blocking."""
     deadline = time.monotonic() + 5.0
     while (left := list(_left_behind(folder))) and time.monotonic() < deadline:
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        time.sleep(_POLL_S)  # noqa: TID251  # runs in a thread of its own
+        time.sleep(_POLL_S)  # noqa: TID251  # runs in a separate thread
     _remove_cgroups({entry.name for entry in folder.glob("*/alloc/*")})
     mounts = sorted(_mounts(folder), reverse=True)
     for first in range(0, len(mounts), _AT_ONCE):  # each call reads the table of all mounts
@@ -346,7 +346,7 @@ def clean_up(folder: Path) -> None:
 
 
 def _left_behind(folder: Path) -> Iterator[int]:
-    """Pids with NOMAD_TASK_DIR under folder, and Nomad's own helpers that name it in their argv."""
+    """PIDs with NOMAD_TASK_DIR below `folder`, and of Nomad's own helpers with it in their arguments."""
     task_dir = f"NOMAD_TASK_DIR={folder}/".encode()
     named = f"{folder}/".encode()
     for entry in Path("/proc").iterdir():
@@ -365,8 +365,8 @@ def _left_behind(folder: Path) -> Iterator[int]:
 
 
 def _remove_cgroups(allocs: AbstractSet[str]) -> None:
-    """Nomad makes control groups for each task, and removes them when the task ends, not when it is
-    stopped itself. The kernel keeps 0.4 MB for each of them: 59,000 took 22 GB."""
+    """Remove the control groups of these allocations. Nomad removes them when a task ends, but not when Nomad itself
+    is stopped. The kernel uses 0.4 MB for each of them: 59,000 took 22 GB."""
     for parent in (*_CGROUPS.glob("*/nomad"), *_CGROUPS.glob("nomad.slice/*")):
         with contextlib.suppress(OSError):
             for entry in parent.iterdir():
@@ -378,7 +378,7 @@ def _remove_cgroups(allocs: AbstractSet[str]) -> None:
 def _mounts(folder: Path) -> list[str]:
     try:
         lines = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux: no tmpfs of Nomad either
+    except OSError:  # not Linux: no Nomad tmpfs either
         return []
     found = [line.split()[1].replace("\\040", " ") for line in lines]
     return [one for one in found if one.startswith(f"{folder}/")]

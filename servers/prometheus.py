@@ -1,4 +1,4 @@
-"""A real Prometheus on this machine, which scrapes what a test shows it."""
+"""A real Prometheus on this machine, which scrapes the targets of a test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from servers.ready import until_ok
 class PrometheusServer(ServerProcess):
     """``async with PrometheusServer(folder, ["127.0.0.1:9000"]) as prometheus: … prometheus.url``.
 
-    Each of `targets` (host:port) is asked for `/metrics` every second."""
+    It scrapes `/metrics` of each of `targets` (host:port) every second."""
 
     def __init__(self, data_dir: Path, targets: Sequence[str]) -> None:
         super().__init__(data_dir)
@@ -25,7 +25,7 @@ class PrometheusServer(ServerProcess):
         self._targets = list(targets)
 
     async def start(self, timeout_s: float = 30.0) -> None:
-        """Start it, and wait until it answers. Raises TerminalError with the end of its log."""
+        """Start it, and wait until it responds. Raises TerminalError with the end of its log."""
         program = await asyncio.to_thread(find, "prometheus")
         self.data_dir.mkdir(parents=True, exist_ok=True)
         job = {"job_name": "test", "static_configs": [{"targets": self._targets}]}

@@ -1,4 +1,4 @@
-"""Waiting for a server of one's own to answer."""
+"""Waits until a started server responds."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _CALL_S: Final = 2.0
 
 
 def pause_s(waited_s: float, least_s: float = 0.02, most_s: float = 0.1) -> float:
-    """Time to wait until the next of many polls: a twentieth of what was waited already.
+    """Seconds until the next of many polls: a twentieth of the time waited so far, within the limits.
 
-    Each poll costs CPU time here and in the server, which what is waited for may need."""
+    Each poll uses CPU time here and in the server, which the awaited operation may need."""
     return min(max(least_s, waited_s / 20), most_s)
 
 
 async def until_ok(process: Process, url: str, timeout_s: float) -> None:
-    """Until `url` answers 200.
+    """Wait until `url` returns 200.
 
-    Raises TerminalError with the end of the log when the time is over or the process has ended."""
+    Raises TerminalError with the end of the log on timeout, or if the process has ended."""
     deadline = time.monotonic() + timeout_s
     timeout = aiohttp.ClientTimeout(total=_CALL_S)
     async with aiohttp.ClientSession(timeout=timeout) as http:

@@ -1,4 +1,4 @@
-"""A control plane as a child process, for tests and benchmarks: one of several on the same stores."""
+"""A control plane as a child process, for tests and benchmarks; several can share the same stores."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _CALL_S: Final = 5.0
 class ControlPlane:
     """``async with ControlPlane(folder, "a", text) as plane: … plane.call("GET", "/v1/leases")``.
 
-    `config`: the HCL file's text, in which ``{root}`` and ``{port}`` are filled in by name. `token`: what
-    `call` says to the API.
+    `config`: the text of the HCL file, in which ``{root}`` and ``{port}`` are replaced. `token`: the bearer token that
+    `call` sends to the API.
     """
 
     def __init__(
@@ -76,13 +76,13 @@ class ControlPlane:
 
     @property
     def process(self) -> Process:
-        """Raises TerminalError before the first start."""
+        """The process. Raises TerminalError before the first start."""
         if self._process is None:
             raise TerminalError(f"{self.name} was not started")
         return self._process
 
     async def start(self) -> None:
-        """`nomad-watchdog run`; again after it has ended, on the same port."""
+        """Start `nomad-watchdog run`; a restart uses the same port."""
         argv = [sys.executable, "-P", "-m", "nomad_watchdog", "--config", str(self.file), "run"]
         self._process = Process.start(argv, log=self.log, env=self._env)
 
@@ -91,9 +91,9 @@ class ControlPlane:
         await self.until("/v1/status", lambda status: bool(status["ready"]), timeout_s)
 
     async def until(self, path: str, test: Any, timeout_s: float = 30.0) -> Any:
-        """Ask until the answer passes the test; that answer.
+        """Poll until the response passes the test; return that response.
 
-        Raises TerminalError with the end of the log when the time is over or the process has ended."""
+        Raises TerminalError with the end of the log on timeout, or if the process has ended."""
         began = time.monotonic()
         last: Any = None
         while (
@@ -112,7 +112,7 @@ class ControlPlane:
         )
 
     async def call(self, method: str, path: str, body: object = None) -> Any:
-        """One call of the API; raises TransientError for anything but a 2xx."""
+        """Send one request to the API. Raises TransientError for anything other than a 2xx."""
         if self._session is None:
             raise TerminalError(f"{self.name} was not entered")
         try:
@@ -129,12 +129,12 @@ class ControlPlane:
         return await self.call("PUT", path, {"address": "127.0.0.1"} | wish)
 
     async def held(self) -> set[int]:
-        """The shards that it holds by its own word."""
+        """The shards that it reports to hold."""
         leases = await self.call("GET", "/v1/leases")
         return {one["shard"] for one in leases["shards"] if one["holder"] == leases["replica"]}
 
     def pause(self) -> None:
-        """SIGSTOP: its sockets stay open, and nothing is answered."""
+        """Send SIGSTOP: its sockets stay open, and nothing is answered."""
         self.process.send(signal.SIGSTOP)
 
     def resume(self) -> None:

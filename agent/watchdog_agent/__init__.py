@@ -1,3 +1,3 @@
-"""The watchdog agent: one small process beside each device. Standard library only."""
+"""The watchdog agent: one small process per device. Standard library only."""
 
 __version__ = "0.1.0"

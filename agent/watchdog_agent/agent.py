@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 
 class Agent:
-    """Connects the parts. All of them run on one thread, in `loop`."""
+    """Connects the agent's components. All of them run on one thread, in `loop`."""
 
     SAVE_EVERY_S = 60.0
     SHUT_DOWN_S = 2.5
     DEPART_S = 3.0
-    """Time limit of the shutdown of an agent whose device has left."""
+    """Shutdown timeout of an agent whose device has left, in seconds."""
 
     def __init__(self, config: Config, environ: Mapping[str, str]) -> None:
         self.config = config
@@ -82,7 +82,7 @@ class Agent:
         self._load_repairs(saved)
 
     def _load_optional(self) -> None:
-        """Import the parts that are configured, so that other agents do not pay for them."""
+        """Import only the configured components, so that other agents do not need memory for them."""
         if "loki" in self.config:
             from watchdog_agent.reporting import loki
 
@@ -118,16 +118,16 @@ class Agent:
             self.escalations.on_change = self.save
 
     def ready(self) -> bool:
-        """Registered, and the first round of probes is done."""
+        """Whether registered, with the first round of probes done."""
         registered = self.registration is None or self.registration.done
         return registered and self.round_done()
 
     def round_done(self) -> bool:
-        """Each probe has ended once."""
+        """Whether each probe has ended at least once."""
         return len(self.prober.results) == len(self.config["probes"])
 
     def run(self) -> int:
-        """Run until retired or signalled; returns the exit code."""
+        """Run until retired or signalled; return the exit code."""
         self.loop.on_signals((signal.SIGTERM, signal.SIGINT), self.signalled)
         self._write_address()
         log("agent started", listen=self.server.address, epoch=self.config["epoch"])
@@ -136,7 +136,7 @@ class Agent:
         return wire.EXIT_CRASH if self.exit_code is None else self.exit_code
 
     def live(self) -> None:
-        """Register, probe and report until the loop is stopped."""
+        """Register, probe and report until the loop stops."""
         if self.registration is not None and not self.reporter.urls:
             self.registration.start()  # no control plane decides whether this agent is accepted
         if self.consul_state is not None:
@@ -153,7 +153,7 @@ class Agent:
             builtin.close()
 
     def _begin(self, saved: Document) -> None:
-        """Restore the state that an earlier run stored in Consul, then begin to probe."""
+        """Restore the state that an earlier run stored in Consul, then start probing."""
         if saved:
             self._restore(saved)
         self.prober.start()
@@ -178,18 +178,18 @@ class Agent:
             triggers.update(self.escalations, self.prober.detector, self.prober.results, gateway)
 
     def probed(self, outcome: Outcome) -> None:
-        """A probe has ended, and its result is recorded."""
+        """Handle the end of a probe whose result is recorded."""
         if self.repairs is not None:
             self.repairs.probed(outcome)
 
     def confirmed(self) -> None:
-        """A confirmation has changed the state."""
+        """Handle a state change by a confirmation."""
         self.changed()
         if self.repairs is not None:
             self.repairs.tick()
 
     def _adopt(self, condition: object) -> None:
-        """Take over the device's condition that began before this agent, from the answer to a report."""
+        """Take over, from the answer to a report, a condition of the device that began before this agent."""
         if self.exit_code is None and self.prober.adopt(condition):
             log("condition taken over", state=self.prober.detector.state)
             self.changed()
@@ -197,20 +197,20 @@ class Agent:
                 self.repairs.tick()
 
     def gateway_answers(self) -> None:
-        """The device's gateway has answered."""
+        """Handle an answer of the device's gateway."""
         if self.escalations is not None:
             self.escalations.clear("gateway")
 
     # -- reporting
 
     def send_report(self) -> None:
-        """Report now: something has changed."""
+        """Report now, because something has changed."""
         if self.reporting and self.exit_code is None:
             self.reporter.changed()
 
     def watch_ready(self) -> None:
-        """Begin to report after the first round of probes, as not ready: registration in Consul waits for the
-        answer, which states whether this is the accepted agent. Then report again, as ready."""
+        """After the first round of probes, start reporting, as not ready: registration in Consul waits for the answer,
+        which states whether this is the accepted agent. Once registered, report again, as ready."""
         if self.exit_code is not None or not self.round_done():
             return
         if self.reporting:
@@ -226,14 +226,14 @@ class Agent:
         return ("repairing", f"{repair}; {reason}") if repair else (state, reason)
 
     def state_age_s(self) -> float:
-        """Seconds since the state that `reported_state` gives began."""
+        """Seconds since the state returned by `reported_state` began."""
         since, current = self.prober.since, None
         if self.repairs is not None and self.prober.detector.state != "ok":
             current = self.repairs.ladder.current
         return max(0.0, time.monotonic() - (since if current is None else current["at"]))
 
     def make_report(self, sequence: int, dropped: int, stopping: bool) -> Report:
-        """The report as of now."""
+        """Build a report of the current state."""
         detector = self.prober.detector
         state, reason = self.reported_state()
         return wire.report(
@@ -256,13 +256,13 @@ class Agent:
         )
 
     def answer(self, path: str, accept: str = "", method: str = "GET") -> Answer | None:
-        """The response of the agent's server: (status, content type, body), or None if there is no such page."""
+        """The response of the agent's HTTP server: (status, content type, body), or None if there is no such page."""
         if path == "/probe":
             return self._on_demand(method)
         if method != "GET":
             return None
         if path == "/healthz":
-            # Consul stores the text of a check, so the text changes only with what it reports.
+            # Consul stores the output of a check, so the text changes only when the condition does.
             text = self.reporter.trouble and f"{self.reporter.trouble}\n"
             return 200, "text/plain", (text or "ok\n").encode()
         if path == "/ready":
@@ -311,8 +311,8 @@ class Agent:
     # -- ending
 
     def signalled(self, number: int) -> None:
-        """Shut down with 128 + number; a second signal ends the agent at once. The first signal after a 410, which
-        a scheduler sends for the same reason, does not interrupt the shutdown."""
+        """Shut down with exit code 128 + number; a second signal stops the agent at once. The first signal after a 410,
+        which the scheduler sends for the same reason, does not interrupt the shutdown."""
         if self.was_signalled:
             self.loop.stop()
             return
@@ -322,15 +322,15 @@ class Agent:
             self._shut_down(128 + number)
 
     def retire(self, reason: str, departed: bool = False) -> None:  # as the reporter calls it
-        """Shut down: the control plane does not accept this agent. `departed`: the device has left the registry,
-        so no other agent ends its alerts."""
+        """Shut down because the control plane does not accept this agent. `departed`: the device has left the registry,
+        so no other agent resolves its alerts."""
         self.departed = departed
         if self.exit_code is None:
             log("retired by the control plane", reason=reason)
             self._shut_down(wire.EXIT_RETIRED, report=False)
 
     def _shut_down(self, code: int, *, report: bool = True) -> None:
-        """Shut down one part after the other. Each has its own time limit, and SHUT_DOWN_S limits all."""
+        """Shut down the components one by one. Each has its own timeout; SHUT_DOWN_S limits the total."""
         self.exit_code = code
         self.limit = self.loop.later(self.SHUT_DOWN_S, self.loop.stop)
         self.save()
@@ -350,7 +350,7 @@ class Agent:
         if self.escalations is None:
             then()
         elif self.departed:  # the answer to the last report may have stated that
-            # No other agent ends them, so the time limit is longer, but below Nomad's kill timeout of 5 s.
+            # No other agent resolves them, so the timeout is longer, but below Nomad's kill timeout of 5 s.
             self.limit[2] = None
             self.loop.later(self.DEPART_S, self.loop.stop)
             self.escalations.depart(then)
@@ -370,7 +370,7 @@ class Agent:
         self.loop.later(self.SAVE_EVERY_S * between(0.8, 1.2), self._save_periodically)
 
     def save(self) -> bool:
-        """Store the state that survives a restart; false if that failed."""
+        """Store the state that survives a restart; return False on failure."""
         if not self.folder and self.consul_state is None:
             return False
         saved: SavedState = {

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class ConfigError(Exception):
-    """What is wrong, and what is allowed."""
+    """An invalid configuration, with the allowed values."""

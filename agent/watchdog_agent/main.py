@@ -1,4 +1,4 @@
-"""How the process of an agent begins and ends."""
+"""Start and exit of the agent process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from watchdog_agent.runtime.log import log
 
 
 def main() -> None:
-    """Run the agent of this environment. Exits by the exit contract in `wire`."""
+    """Run the agent configured by the environment. Exits with the codes in `wire`."""
     try:
         agent = Agent(configuration.load(os.environ), os.environ)
     except configuration.ConfigError as error:
@@ -31,5 +31,5 @@ def main() -> None:
         place = f"{os.path.basename(where.filename)}:{where.lineno}"
         log("crashed", reason=f"{type(error).__name__}: {error}", at=place)
         os._exit(wire.EXIT_CRASH)
-    # Nothing is left to flush, and taking down the interpreter costs more than the agent's work.
+    # Nothing is left to flush, and shutting down the interpreter would cost more than the agent's work.
     os._exit(code)

@@ -1,21 +1,21 @@
 """The contract between the agent and the control plane. Standard library only; both sides import it.
 
-One JSON document configures an agent. It comes as a file named by ``WATCHDOG_CONFIG``, or
+One JSON document configures an agent. It is a file named by ``WATCHDOG_CONFIG``, or
 base64-encoded in ``WATCHDOG_CONFIG_B64``; under Nomad the file is the dispatch payload. These
 environment variables take precedence over the document, for values that only a scheduler knows:
 
 ======================  ====================================================================
-``WATCHDOG_INSTANCE``   id of this run (else ``NOMAD_ALLOC_ID``, ``POD_UID``, else random)
-``WATCHDOG_LISTEN``     ``host:port`` to serve on (else ``NOMAD_IP_http``/``NOMAD_PORT_http``, else
+``WATCHDOG_INSTANCE``   ID of this run (else ``NOMAD_ALLOC_ID``, ``POD_UID``, else random)
+``WATCHDOG_LISTEN``     ``host:port`` to listen on (else ``NOMAD_IP_http``/``NOMAD_PORT_http``, else
                         ``127.0.0.1:0``)
-``WATCHDOG_STATE_DIR``  where state is kept (else ``NOMAD_ALLOC_DIR``/data, else none)
+``WATCHDOG_STATE_DIR``  directory for stored state (else ``NOMAD_ALLOC_DIR``/data, else none)
 ``WATCHDOG_TOKEN_FILE`` file with the bearer token for the API, for a document without a credential
-``WATCHDOG_CA_CERT``    file with the authorities that the API's certificate is verified with
-``WATCHDOG_LOKI_URL``   ship log lines there, as ``loki`` in the document
-``CONSUL_HTTP_ADDR``    the local Consul agent; ``CONSUL_HTTP_TOKEN``/``_FILE`` its token,
-                        ``CONSUL_HTTP_SSL`` = true: over https, whatever scheme it names
-``CONSUL_CACERT``       over https: the authorities that are trusted; ``CONSUL_CLIENT_CERT`` and
-                        ``CONSUL_CLIENT_KEY`` what is shown; paths
+``WATCHDOG_CA_CERT``    file with the CAs that the API's certificate is verified with
+``WATCHDOG_LOKI_URL``   URL to ship log lines to, as ``loki`` in the document
+``CONSUL_HTTP_ADDR``    the local Consul agent; ``CONSUL_HTTP_TOKEN``/``_FILE``: its token;
+                        ``CONSUL_HTTP_SSL`` = true: use https, whatever scheme the address has
+``CONSUL_CACERT``       for https: path of the trusted CAs; ``CONSUL_CLIENT_CERT`` and
+                        ``CONSUL_CLIENT_KEY``: paths of the client certificate and its key
 ======================  ====================================================================
 
 Configuration document (version 1)::
@@ -37,10 +37,10 @@ Configuration document (version 1)::
      "escalate": {"sinks": [{"kind": "webhook", "url": "http://127.0.0.1:8080/hook"}]},
      "gateway": {"address": "10.0.0.1", ...a probe...}}      (optional)
 
-The other kinds of probe and their keys stand in ``agent/README.md``. The label ``gateway`` of a device, if it is
-an IP address, takes precedence over the address in ``gateway``. Addresses follow the rule of `address`.
+The other probe kinds and their keys are documented in ``agent/README.md``. The label ``gateway`` of a device, if it
+is an IP address, takes precedence over the address in ``gateway``. Addresses follow the rule of `address`.
 
-Keys that only some documents have; an agent that does not know one leaves it alone::
+Keys that only some documents have; an agent ignores those it does not know::
 
     {"escalate": {"sinks": [{"kind": "webhook|alertmanager|consul_event", "url": "...",
                              "token_file": "path", "name": "of the event"}], "degraded": false,
@@ -50,25 +50,25 @@ Keys that only some documents have; an agent that does not know one leaves it al
      "loki": {"url": "...", "token_file": "path", "tenant": "..."},
      "state": "consul", "prefix": "nomad-watchdog"}
 
-`prefix` begins the keys in Consul's KV store.
+`prefix` is the prefix of the keys in Consul's KV store.
 
-The credential is the bearer token of this one agent: good for reports of this device and epoch only. It
-is a secret: the document is read by nobody else, and no page, log or report of the agent shows it.
+The credential is the bearer token of this agent alone, valid only for reports of this device and epoch. It
+is a secret: only the agent reads the document, and no page, log or report of the agent contains it.
 
 Report, ``POST {api}/v1/agents/report`` (version 1): the fields of `report`. Answers: 200 accepted, with
-``{"api": [...]}`` where there are several replicas: their addresses, for when this one does not answer, and with
-``{"condition": {"state": "offline|degraded", "age_s": 123.4, "reason": "...", "misses": 3}}`` where the device has
-one that began before this agent: the agent believes it until a probe of its own has succeeded;
-410 not, or no longer, the accepted agent: stop and exit 0, and when the error's code is ``departed`` the
-device itself has left: end its alerts before; 409 not decidable yet: send it again after
-``Retry-After`` seconds; 429 and 5xx: later. Anything else is this agent's bug and is logged.
+``{"api": [...]}`` if there are several replicas: their addresses, for use when this one does not answer, and with
+``{"condition": {"state": "offline|degraded", "age_s": 123.4, "reason": "...", "misses": 3}}`` if the device has
+a condition that began before this agent: the agent adopts it until one of its own probes has succeeded;
+410 this agent is not, or no longer, accepted: stop and exit 0; with the error code ``departed`` the
+device itself has left: resolve its alerts first; 409 not decided yet: send the report again after
+``Retry-After`` seconds; 429 and 5xx: retry later. Any other answer is a bug of this agent and is logged.
 
-Of a class with repairs a report holds ``"repairs": {"active": "what is done now, or empty", "exhausted":
+For a class with repairs, a report contains ``"repairs": {"active": "the current repair, or empty", "exhausted":
 false, "dry_run": false, "attempts": [{"number": 1, "step": "interface eth1", "outcome": "running|verifying|recovered|
-no help|unable|failed|interrupted|dry run", "reason": "...", "age_s": 3.2}]}``, and while a step is taken or its
-effect is awaited its ``state`` is ``repairing``.
+no help|unable|failed|interrupted|dry run", "reason": "...", "age_s": 3.2}]}``, and its ``state`` is ``repairing``
+while a step runs or its effect is being verified.
 
-Exit contract: 0 only after a 410; 128+n on signal n; 64 for a bad configuration;
+Exit codes: 0 only after a 410; 128+n on signal n; 64 for an invalid configuration;
 70 for a crash.
 """
 
@@ -76,7 +76,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    # only checkers read it: at run time it would cost each device 0.7 MB
+    # Only for type checkers: at run time it would need 0.7 MB per device.
     from collections.abc import Mapping
     from typing import Final, NotRequired, TypedDict
 
@@ -87,7 +87,7 @@ if TYPE_CHECKING:
         version: NotRequired[str]
 
     class RepairReport(TypedDict):
-        """What is done about the device now, and the last attempts."""
+        """The current repair of the device, and the last attempts."""
 
         active: str
         exhausted: bool
@@ -124,7 +124,7 @@ REPORT_PATH: Final = "/v1/agents/report"
 SERVICE: Final = "device-watchdog-agent"
 STATES: Final = ("ok", "suspect", "degraded", "repairing", "offline", "unable")
 DEPARTED: Final = "departed"
-"""The code of a 410 for a device that has left the registry: its alerts end."""
+"""Error code of a 410 for a device that has left the registry: its alerts are resolved."""
 EXIT_RETIRED: Final = 0
 EXIT_CONFIG: Final = 64
 EXIT_CRASH: Final = 70
@@ -139,7 +139,7 @@ def agent_config(
     address: str,
     labels: dict[str, str],
 ) -> dict[str, object]:
-    """The configuration document of one agent: the class's part with the device's laid over it."""
+    """The configuration document of one agent: the class's settings, overridden by the device's."""
     return {
         **class_part,
         "v": VERSION,
@@ -170,12 +170,12 @@ def report(  # noqa: PLR0913  # the report is flat on the wire; keyword-only arg
     gateway_dead: bool = False,
     repairs: RepairReport | None = None,
 ) -> Report:
-    """One report. `sequence` goes up by one for each report of an instance; `dropped` counts reports
-    that were lost to the bounded buffer; `state_age_s`: seconds since the state began, by the agent's
-    monotonic clock, over its restarts and over its predecessor's time where it has taken that over;
-    `stopping` is true in the last one before an exit; `gateway` is the address of what stands before the
-    device, `gateway_dead` that it did not answer: both only where there is one. `repairs` is there only for
-    a class with repairs: what is done now, and the last attempts."""
+    """Build one report. `sequence` increases by one per report of an instance; `dropped` counts reports
+    lost because the buffer was full; `state_age_s`: seconds since the state began, by the agent's monotonic
+    clock, including restarts and a predecessor's time if the state was taken over; `stopping` is true
+    in the last report before an exit; `gateway` is the address of the device's gateway, and `gateway_dead` is true
+    if it did not answer; both are set only if there is a gateway. `repairs` is present only for a class with repairs:
+    the current repair, and the last attempts."""
     made: Report = {
         "v": VERSION,
         "device_id": config["device_id"],

@@ -1,15 +1,15 @@
-"""A parent that has imported the agent once and forks it: what is never written stays shared by all.
+"""Zygote: imports the agent once and forks it. Memory pages that are never written stay shared by all agents.
 
-`run(FD)`, in a Python of its own, serves a Unix socket of sequential packets, one request and one
-answer at a time, both JSON. Standard library only; it ends when the other side of the socket is gone,
-and its agents go on. Requests::
+`run(FD)`, in its own Python process, serves a Unix SOCK_SEQPACKET socket: one request and one
+response at a time, both JSON. Standard library only. It exits when the peer closes the socket;
+its agents keep running. Requests::
 
     {"do": "start", "env": {...}, "name": "..."} with descriptors [log, lock]  -> {"pid": n}
-    {"do": "ended", "pid": n}   -> {"code": n or null}   -n = signal n; null = it runs, or is not ours
-    {"do": "bury", "pid": n}    -> {}                    reap a dead one
+    {"do": "ended", "pid": n}   -> {"code": n or null}   -n = signal n; null = running, or not a child
+    {"do": "bury", "pid": n}    -> {}                    reap an exited agent
 
-An agent that was started so has the null device as its input, `log` as its output, `lock` as descriptor
-3, the given environment alone, a session of its own, and every signal as a new process has it.
+Each agent gets the null device as stdin, `log` as stdout and stderr, `lock` as descriptor 3, only the
+given environment, its own session, and the signal handling of a new process.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 65536
 INT = 4
-"""Bytes of a descriptor in a message."""
+"""Size of a file descriptor in a message, in bytes."""
 LOCK = 3
-"""The descriptor that an agent keeps for its whole life (S3)."""
+"""The descriptor that an agent keeps open as long as it runs (S3)."""
 
 
 def serve(channel: socket.socket) -> None:
-    """Answer until the other side is gone."""
+    """Answer requests until the peer closes the socket."""
     while True:
         data, descriptors = receive(channel)
         if not data:
@@ -48,7 +48,7 @@ def serve(channel: socket.socket) -> None:
 
 
 def receive(channel: socket.socket) -> tuple[bytes, list[int]]:
-    """A request and the descriptors that came with it: socket.recv_fds, which the C module has not."""
+    """Receive a request and its file descriptors, like socket.recv_fds, which `_socket` does not have."""
     room = socket.CMSG_SPACE(2 * INT)
     data, more, _flags, _where = channel.recvmsg(MAX_BYTES, room)
     descriptors: list[int] = []
@@ -82,11 +82,11 @@ def _wait(pid: int, options: int) -> Any:
 
 
 def _agent(environment: dict[str, str], name: str, log: int, lock: int) -> NoReturn:
-    """Be an agent; never returns into the nursery's code."""
+    """Run the agent in the forked child; never returns to the caller."""
     try:
         os.setsid()
         null = os.open(os.devnull, os.O_RDONLY)
-        # None of these is 0 to 3: the nursery keeps those taken.
+        # None of these is 0 to 3: the zygote keeps those in use.
         for source, target in ((null, 0), (log, 1), (log, 2), (lock, LOCK)):
             os.dup2(source, target)
         os.closerange(LOCK + 1, max(null, log, lock, *_open()) + 1)
@@ -105,7 +105,7 @@ def _open() -> list[int]:
 
 
 def _call_it(name: str) -> None:
-    """What `ps -o comm` and `top` show: all agents have the nursery's command line."""
+    """Set the name that `ps -o comm` and `top` show: all agents share the zygote's command line."""
     try:
         with open("/proc/self/comm", "wb", buffering=0) as file:
             file.write(name.encode()[:15])
@@ -114,9 +114,9 @@ def _call_it(name: str) -> None:
 
 
 def run(descriptor: int) -> NoReturn:
-    """Be a nursery until the other side of this socket is gone."""
+    """Run the zygote until the peer closes the socket."""
     while (spare := os.open(os.devnull, os.O_RDONLY)) <= LOCK:
-        pass  # so that no descriptor that comes later is one of 0 to 3
+        pass  # so that no later descriptor is 0 to 3
     if descriptor <= LOCK:
         taken, descriptor = descriptor, os.dup(descriptor)
         os.dup2(spare, taken)
@@ -126,8 +126,8 @@ def run(descriptor: int) -> NoReturn:
     try:
         zygote_warmup.warm()
     except OSError:
-        pass  # it makes agents lighter, not right
-    # What lives now is never looked at by the collector of a child, which would copy its pages.
+        pass  # optional: it only reduces the memory of agents
+    # Exclude existing objects from garbage collection in the children, which would copy their pages.
     gc.collect()
     gc.freeze()
     channel.send(b"{}")

@@ -1,4 +1,4 @@
-"""The first seconds of an agent's life, lived once before the fork, so that what they make is shared."""
+"""Runs an agent briefly before the fork, so that the memory it initializes is shared by all agents."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Document
 
 PROBES = 10
-"""Of each kind, at the same time: they take no longer than one."""
+"""Number of probes of each kind. They run concurrently, so they take no longer than one."""
 RUNS = 60
-"""CPython rewrites code that has run eight times, and then leaves it alone."""
+"""Number of probe runs. CPython specializes code after eight runs, and then leaves it unchanged."""
 LONGEST_S = 2.0
 
 
 def warm() -> None:
-    """Run an agent against its own pages on 127.0.0.1; no packet leaves the machine.
+    """Run an agent against its own HTTP server on 127.0.0.1; no packet leaves the host.
 
-    It registers, probes, reports and serves for a moment, and is forgotten. Raises OSError when not even
-    that can be had."""
+    It registers, probes, reports and serves for a moment, and is then discarded. Raises OSError if it cannot start."""
     taken = socket.socket()
     try:
         taken.bind(("127.0.0.1", 0))
@@ -54,7 +53,7 @@ def _document(port: int) -> Document:
 
 
 def _quietly(agent: Agent) -> None:
-    """Run it without its log until RUNS probes have run, for at most LONGEST_S."""
+    """Run it with its log discarded until RUNS probes have run, for at most LONGEST_S."""
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
 

@@ -1,1 +1,1 @@
-"""A stand-in for a kubelet: runs pods as processes of this machine."""
+"""A substitute for a kubelet: runs pods as processes on this machine."""

@@ -1,14 +1,14 @@
-"""A stand-in for a kubelet, where there are no containers: pods of the real API server as processes.
+"""A substitute for a kubelet where there are no containers: runs pods of the real API server as processes.
 
 It takes the pods that the real scheduler has bound to its node, starts their commands with their
-environment, runs their probes as written, restarts with back-off, kills what takes more memory than its
-limit, reports status, and obeys deletion with SIGTERM and the grace period. What it does not do: an
-image is a command that the caller names; a mount is a folder whose path is put into arguments and
-environment in the place of the mount's, so that what a file says of paths leads nowhere; users and
-capabilities are not changed; each pod has an address of the loopback network, where 0.0.0.0 is that of
-all pods; and what a container uses is what its first process uses.
+environment, runs their probes as specified, restarts with back-off, kills containers that exceed their memory
+limit, reports status, and handles deletion with SIGTERM and the grace period. Limitations: an
+image is a command that the caller names; a mount is a directory whose path replaces the mount's path in arguments and
+environment, so paths inside files do not resolve; users and
+capabilities are not changed; each pod has an address of the loopback network, where 0.0.0.0 means the addresses of
+all pods; and a container's resource usage is that of its first process.
 
-It is a process of its own: stopped by SIGSTOP its node is lost while the agents on it go on.
+It runs in its own process: after SIGSTOP its node is lost while the agents on it keep running.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ _RETELL_BEATS: Final = 10
 class Kubelet(Running):
     """``async with Kubelet(kubeconfig, folder, images={"agntup/watchdog-agent": Image(…)}) as node: …``
 
-    `subnet`: its pods have addresses 127.<subnet>.x.y. `backoff_s`: the first wait of a crash loop
-    (10 s for a real kubelet). `pods`: room for so many.
+    `subnet`: its pods have addresses 127.<subnet>.x.y. `backoff_s`: the first delay of a crash loop
+    (10 s for a real kubelet). `pods`: maximum number of pods.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class Kubelet(Running):
         await self._leave()
 
     async def _leave(self) -> None:
-        """Take the node from the cluster: until the controllers miss its lease (50 s by default) the scheduler
-        would go on placing pods there."""
+        """Delete the node from the cluster: otherwise the scheduler would place pods there until the controllers miss its
+        lease (50 s by default)."""
         client = KubernetesClient(KubernetesAccess.discover(str(self._kubeconfig)))
         try:
             with contextlib.suppress(WatchdogError):  # the API server may have ended first
@@ -143,21 +143,21 @@ class Kubelet(Running):
         return up and not tainted
 
     async def stop(self) -> None:
-        """End it and all that its pods run; the API server is told nothing. Idempotent."""
+        """Stop it and all processes of its pods, without informing the API server. Idempotent."""
         if self._process is not None:
             await self._process.terminate(10.0)
             self._process = None
         self.kill_pods()
 
     def pause(self) -> None:
-        """The node is cut off: nothing is heard of it, and its agents go on."""
+        """Cut off the node: it sends nothing, and its agents keep running."""
         self._running().send(signal.SIGSTOP)
 
     def resume(self) -> None:
         self._running().send(signal.SIGCONT)
 
     async def crash(self) -> None:
-        """The machine is gone, and all that ran on it."""
+        """Kill the node and all processes that ran on it, like a machine failure."""
         await self._running().kill()
         self.kill_pods()
 
@@ -167,7 +167,7 @@ class Kubelet(Running):
                 os.kill(pid, signal.SIGKILL)
 
     def processes(self, uid: str = "") -> set[int]:
-        """Pids of the live processes of a pod, or of all."""
+        """PIDs of the running processes of a pod, or of all pods."""
         return set(_pids(self.folder, uid))
 
     def _running(self) -> Process:
@@ -191,7 +191,7 @@ def _pids(folder: Path, uid: str = "") -> Iterator[int]:
 
 
 class _Node:
-    """The stand-in itself."""
+    """The kubelet substitute itself."""
 
     def __init__(
         self, client: KubernetesClient, http: aiohttp.ClientSession, options: Mapping[str, Any]
@@ -226,7 +226,7 @@ class _Node:
             yield from pod.uses()
 
     async def register(self) -> None:
-        """The node, and its lease by which the controllers tell that it lives."""
+        """Create the node, and the lease that tells the controllers that it is alive."""
         meta = {"name": self.name, "labels": {"kubernetes.io/hostname": self.name}}
         node = {"apiVersion": "v1", "kind": "Node", "metadata": meta}
         lease = {
@@ -285,8 +285,8 @@ class _Node:
             await asyncio.sleep(_BEAT_S)
 
     async def retell(self) -> None:
-        """What could not be told is told again, and what the controllers wrote over a pod's status while
-        the node was away is put right."""
+        """Report again what could not be reported, and correct pod statuses that the controllers have overwritten while
+        the node was unreachable."""
         beats = 0
         while True:
             await asyncio.sleep(_BEAT_S)
@@ -356,7 +356,7 @@ _LEASES: Final = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases
 
 async def _main(kubeconfig: str, options: Mapping[str, Any]) -> None:
     client = KubernetesClient(KubernetesAccess.discover(kubeconfig))
-    # no connection is kept: a probe that finds one half closed would fail for nothing
+    # No keep-alive: a probe on a half-closed connection would fail for no reason.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=connector) as http:
         node = _Node(client, http, options)

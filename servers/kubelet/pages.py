@@ -1,4 +1,4 @@
-"""The two pages of a kubelet that others ask for: a container's log, and what all containers use."""
+"""The two endpoints of a kubelet that other components use: container logs and resource metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FindLog = Callable[[str, str, str], Path | None]
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """Of one container: seconds of CPU since its start (seconds since 1970), and bytes resident."""
+    """Usage of one container: CPU seconds since its start, start time (seconds since 1970), and resident bytes."""
 
     namespace: str
     pod: str
@@ -29,7 +29,7 @@ class Use:
 
 
 async def serve_pages(port: int, find: FindLog, uses: Callable[[], Iterable[Use]]) -> None:
-    """Serve on 127.0.0.1 until cancelled, over TLS with a certificate of its own making."""
+    """Serve on 127.0.0.1 until cancelled, over TLS with a self-signed certificate."""
 
     async def log(request: web.Request) -> web.Response:
         parts = request.match_info
@@ -62,7 +62,7 @@ async def serve_pages(port: int, find: FindLog, uses: Callable[[], Iterable[Use]
 
 
 def resource_metrics(uses: list[Use]) -> str:
-    """The page `/metrics/resource` (kubernetes.io, "Node metrics data"); the node's part is that of its pods."""
+    """The page `/metrics/resource` (kubernetes.io, "Node metrics data"); the node's usage is the sum of its pods."""
     lines = [
         f"node_cpu_usage_seconds_total {sum(one.cpu_s for one in uses):.9f}",
         f"node_memory_working_set_bytes {sum(one.memory for one in uses)}",

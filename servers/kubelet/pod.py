@@ -1,4 +1,4 @@
-"""One pod as processes of this machine: start, probe, restart, stop, as its spec says."""
+"""One pod as processes on this machine: starts, probes, restarts and stops them according to its spec."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from servers.kubelet.volumes import Volumes
 
 _BACKOFF_MAX_S: Final = 300.0
 _QUIET_S: Final = 600.0
-"""A container that ran for so long has its back-off forgotten."""
+"""Running time in seconds after which a container's back-off is reset."""
 _MEMORY_S: Final = 0.5
 _AGAIN_S: Final = 0.5
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
@@ -41,13 +41,13 @@ def _resident_pages(pid: int) -> int:
 
 
 def _cpu_s(pid: int) -> float:
-    """Of a process with all its threads, to the nanosecond: a metrics-server takes 0 for not measured. The
-    clock's number is what clock_getcpuclockid(3) gives. Raises OSError when there is no such process."""
+    """CPU seconds of a process with all its threads, in nanosecond resolution: metrics-server ignores a value of 0. The
+    clock ID is that of clock_getcpuclockid(3). Raises OSError if there is no such process."""
     return time.clock_gettime(~pid << 3 | 2)
 
 
 class Pod:
-    """`live` is its life as a coroutine; `seen` tells it what the API server says of it now."""
+    """`live` is the coroutine of its whole life; `seen` passes it updates from the API server."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Pod:
         self._told: dict[str, Any] = {}
         self._phase = ""
         self.owes = False
-        """Its status could not be written: tell it again."""
+        """Its status could not be written and must be reported again."""
         self._writing = asyncio.Lock()
 
     @property
@@ -92,22 +92,22 @@ class Pod:
             self._leaving.set()
 
     def uses(self) -> Iterator[Use]:
-        """What its containers use that run now."""
+        """Resource usage of its running containers."""
         meta = self.pod["metadata"]
         for container, run in zip(self._containers, self._runs, strict=True):
             try:
                 memory, cpu_s = _resident_pages(run.pid) * _PAGE, _cpu_s(run.pid)
-            except (OSError, IndexError):  # it runs no more, or not yet
+            except (OSError, IndexError):  # no longer running, or not yet
                 continue
             yield Use(meta["namespace"], meta["name"], container["name"], run.began, cpu_s, memory)
 
     def leave(self) -> None:
-        """The node goes down: stop, and say nothing of it."""
+        """Stop without reporting, because the node shuts down."""
         self._quiet = True
         self._leaving.set()
 
     async def live(self) -> None:
-        """Until it is deleted, ends by itself, or the node goes down."""
+        """Run until it is deleted, ends by itself, or the node shuts down."""
         self.seen(self.pod)
         ends = await asyncio.gather(*(self._keep(at) for at in range(len(self._runs))))
         if self._quiet:
@@ -121,7 +121,7 @@ class Pod:
                     await self.tell()
                 if self.pod["metadata"].get("deletionTimestamp"):
                     await self._client.delete(self.path, grace_s=0, uid=self.uid)
-            except (NotFoundError, ConflictError):  # it is gone, or another has its name
+            except (NotFoundError, ConflictError):  # it is gone, or another pod has its name
                 return
             except WatchdogError:
                 self.owes = True
@@ -130,10 +130,10 @@ class Pod:
             await asyncio.sleep(_AGAIN_S)
 
     async def tell(self) -> None:
-        """Say how it is, if that is news. The API server's own conditions are left alone.
+        """Report its status if it has changed. The API server's own conditions are not modified.
 
-        Never raises: what cannot be said now is owed, for a node that ended with its API server would
-        take all its agents along.
+        Never raises: an update that fails now is sent later, because a node that ended with its API server would
+        also end all its agents.
         """
         phase = self._phase
         if not phase:
@@ -148,7 +148,7 @@ class Pod:
             if status == self._told:
                 self.owes = False
                 return
-            # uid: not the next pod of the same name
+            # With the UID, so that it does not apply to the next pod of the same name.
             body = {"metadata": {"uid": self.uid}, "status": status}
             try:
                 self.pod = await self._client.call(
@@ -156,25 +156,25 @@ class Pod:
                     content="application/strategic-merge-patch+json",
                 )  # fmt: skip
             except (NotFoundError, ConflictError):
-                pass  # nobody is left to be told
+                pass  # the pod no longer exists
             except WatchdogError:
                 self.owes = True
                 return
             self._told, self.owes = status, False
 
     def is_written_over(self) -> bool:
-        """The conditions contradict each other: the controllers took the node for lost."""
+        """Whether the conditions contradict each other, because the controllers considered the node lost."""
         found = (self.pod.get("status") or {}).get("conditions") or []
         told = {one["type"]: one["status"] for one in found}
         return told.get("Ready") != told.get("ContainersReady")
 
     async def retell(self) -> None:
-        """Say it again, whatever was said: the API server may have changed it meanwhile."""
+        """Report again even without a change: the API server may have modified the status meanwhile."""
         self._told = {}
         await self.tell()
 
     async def _keep(self, at: int) -> int:
-        """Run one container, again and again; its last exit code."""
+        """Run one container repeatedly; return its last exit code."""
         policy = self.pod["spec"].get("restartPolicy", "Always")
         code, failures = 0, 0
         while not self._leaving.is_set():
@@ -195,7 +195,7 @@ class Pod:
             run = self._runs[at]
             run.last, run.restarts = run.state, run.restarts + 1
             failures = 0 if time.monotonic() - began > _QUIET_S else failures + 1
-            if failures > 1:  # the first restart is at once, as a kubelet's
+            if failures > 1:  # the first restart is immediate, as in a kubelet
                 message = f"back-off restarting failed container {self._containers[at]['name']}"
                 await self._wait(at, "CrashLoopBackOff", message, failures - 2)
         return code
@@ -258,8 +258,8 @@ class Pod:
     async def _attend(
         self, at: int, child: subprocess.Popen[bytes], died: asyncio.Future[None], why: list[str]
     ) -> None:
-        """Until the process has died: probe it, and stop it when a probe, its memory or the pod's end
-        says so."""
+        """Until the process has exited: probe it, and stop it because of a probe, its memory use or the pod's
+        end."""
         watchers = self._watchers(at, child, died, why)
         tasks = [asyncio.ensure_future(one) for one in watchers]
         try:
@@ -268,7 +268,7 @@ class Pod:
                 await asyncio.wait([died, *pending], return_when=asyncio.FIRST_COMPLETED)
                 for task in [one for one in pending if one.done()]:
                     pending.discard(task)
-                    task.result()  # a bug of a watcher ends the stand-in, it does not hide
+                    task.result()  # raise errors of a watcher instead of hiding them
         finally:
             await _end(tasks)
 
@@ -311,7 +311,7 @@ class Pod:
         why: list[str],
         reason: str,
     ) -> None:
-        """SIGTERM, and SIGKILL after the grace period."""
+        """Send SIGTERM, and SIGKILL after the grace period."""
         if reason:
             why.append(reason)
         meta = self.pod["metadata"]
@@ -346,7 +346,7 @@ class Pod:
         run: Run,
         name: str,
     ) -> None:
-        """Ask as often as the spec says, and tell of each change that its thresholds make."""
+        """Probe at the specified interval, and call `act` on each change according to the thresholds."""
         await asyncio.sleep(float(probe.get("initialDelaySeconds") or 0))
         good = bad = 0
         last: bool | None = None
@@ -379,7 +379,7 @@ class Pod:
         try:
             scheme = (asked.get("scheme") or "HTTP").lower()
             url = f"{scheme}://{host}:{port}{asked.get('path') or '/'}"
-            # a kubelet looks at no certificate either
+            # A kubelet does not verify certificates either.
             async with self._http.get(
                 url, timeout=timeout, allow_redirects=False, ssl=False
             ) as answer:
@@ -425,8 +425,8 @@ class Pod:
 
 
 async def _end(tasks: Collection[asyncio.Future[None]]) -> None:
-    """Cancel until they have ended: a time-out of a probe that falls together with a cancellation swallows
-    it, and the pod would wait for ever for a probe that goes on."""
+    """Cancel repeatedly until all have ended: a probe timeout at the same time as a cancellation swallows the
+    cancellation, and the pod would wait forever for a probe that continues."""
     pending = set(tasks)
     while pending:
         for task in pending:

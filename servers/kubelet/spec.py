@@ -1,4 +1,4 @@
-"""What a pod's spec asks for, and how its status is told. Pure, but for the folder of its volumes."""
+"""Reads pod specs and builds pod status. Pure, except for the directory of the volumes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 MARK: Final = "NOMAD_WATCHDOG_DEV_POD"
-"""In the environment of each process: the folder of its pod, so that none is left behind."""
+"""Variable in the environment of each process with the directory of its pod, so that none is left behind."""
 _REFERENCE: Final = re.compile(r"\$\$|\$\(([A-Za-z_][A-Za-z0-9_.-]*)\)")
 _UNITS: Final = {
     "": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 1024.0, "Mi": 1024.0**2, "Gi": 1024.0**3,
@@ -18,12 +18,12 @@ Object = Mapping[str, Any]
 
 
 class CannotRunError(Exception):
-    """The container can't be made from this spec; the message goes into its status."""
+    """The container cannot be created from this spec; the message is put into its status."""
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """What stands in for an image: what it runs, and the environment that it brings."""
+    """Replacement for an image: its command and its environment."""
 
     entrypoint: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
@@ -31,13 +31,13 @@ class Image:
 
 @dataclass(slots=True)
 class Run:
-    """One container's life so far."""
+    """The state and history of one container."""
 
     ready: bool = False
     started: bool = False
     restarts: int = 0
     pid: int = 0
-    """0 while there is none: no process has that number in /proc."""
+    """0 without a process: no process has this number in /proc."""
     began: float = 0.0
     state: dict[str, Any] = field(
         default_factory=lambda: {"waiting": {"reason": "ContainerCreating"}}
@@ -58,7 +58,7 @@ class Run:
 
 
 def quantity(text: str) -> float:
-    """Kubernetes' numbers: 100m, 128Mi."""
+    """Parse a Kubernetes quantity such as 100m or 128Mi."""
     found = re.fullmatch(r"([0-9.]+)([A-Za-z]*)", text)
     if found is None or found[2] not in _UNITS:
         raise CannotRunError(f"not a quantity: {text!r}")
@@ -66,13 +66,13 @@ def quantity(text: str) -> float:
 
 
 def memory_limit(container: Object) -> float | None:
-    """Bytes; None = no limit."""
+    """The memory limit in bytes; None = no limit."""
     limit = ((container.get("resources") or {}).get("limits") or {}).get("memory")
     return None if limit is None else quantity(str(limit))
 
 
 def field_of(pod: Object, path: str, ip: str) -> str:
-    """The downward API."""
+    """The value of a downward API field."""
     meta, spec = pod["metadata"], pod["spec"]
     if found := re.fullmatch(r"metadata\.(labels|annotations)\['([^']+)'\]", path):
         return str((meta.get(found[1]) or {}).get(found[2], ""))
@@ -93,9 +93,9 @@ def field_of(pod: Object, path: str, ip: str) -> str:
 def environment(
     pod: Object, container: Object, image: Image, ip: str, secrets: Mapping[str, Mapping[str, str]]
 ) -> dict[str, str]:
-    """The container's environment, with ``$(NAME)`` replaced by what was set before it.
+    """The container's environment, with ``$(NAME)`` replaced by variables set earlier.
 
-    Raises CannotRunError for a reference that leads nowhere."""
+    Raises CannotRunError for an invalid reference."""
     env = dict(image.env)
     for one in container.get("env") or []:
         source = one.get("valueFrom")
@@ -116,22 +116,22 @@ def environment(
 
 
 def expand(text: str, env: Mapping[str, str]) -> str:
-    """``$(NAME)`` by the environment, ``$$`` as a dollar; what is not known stays as it is."""
+    """Replace ``$(NAME)`` from the environment and ``$$`` by a dollar sign; unknown names are not changed."""
     return _REFERENCE.sub(
         lambda found: "$" if found[0] == "$$" else env.get(found[1], found[0]), text
     )
 
 
 def secret_names(container: Object) -> set[str]:
-    """The Secrets that the container's environment names."""
+    """Names of the Secrets that the container's environment refers to."""
     sources = [one.get("valueFrom") or {} for one in container.get("env") or []]
     return {one["secretKeyRef"]["name"] for one in sources if "secretKeyRef" in one}
 
 
 def moved(text: str, mounts: Mapping[str, str]) -> str:
-    """A path in the container as a path here: there is no file system of its own. `mounts`: mount path
-    → folder."""
-    for path, folder in sorted(mounts.items(), reverse=True):  # the inner one of two first
+    """Convert a path in the container to a path on this machine, because there is no separate file system. `mounts`:
+    mount path → directory."""
+    for path, folder in sorted(mounts.items(), reverse=True):  # the innermost one first
         if text == path or text.startswith(f"{path}/"):
             return folder + text[len(path) :]
     return text
@@ -146,7 +146,7 @@ def command(container: Object, image: Image, env: Mapping[str, str]) -> list[str
 def pod_status(
     pod: Object, runs: Sequence[Run], *, ip: str, phase: str, started_at: str, now: str
 ) -> dict[str, Any]:
-    """A patch of the status; a condition that is as it was keeps its time."""
+    """A patch of the status; an unchanged condition keeps its time."""
     known = {one["type"]: one for one in (pod.get("status") or {}).get("conditions") or []}
     ready = bool(runs) and all(run.ready for run in runs) and phase == "Running"
     truth = {"Initialized": True, "ContainersReady": ready, "Ready": ready}

@@ -1,4 +1,4 @@
-"""The volumes of a pod as folders: what it is given of Secrets, ConfigMaps and its own service account."""
+"""The volumes of a pod as directories: its Secrets, ConfigMaps and service account token."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _REASON: Final = "CreateContainerConfigError"
 
 
 class Volumes:
-    """Of one pod, below `folder`. What it reads it reads once, at the start of a container: a change of a
-    Secret or a ConfigMap is not seen, and a token is not renewed before its hour is over."""
+    """Volumes of one pod, below `folder`. They are read once, at the start of a container: changes of a
+    Secret or a ConfigMap are not applied, and a token is not renewed before its hour is over."""
 
     def __init__(self, client: KubernetesClient, pod: Object, folder: Path, ip: str) -> None:
         self._client, self._pod, self._folder, self._ip = client, pod, folder, ip
         self._namespace: str = pod["metadata"]["namespace"]
 
     async def secret(self, name: str) -> dict[str, str]:
-        """Its keys. Raises CannotRunError when there is none."""
+        """The keys of a Secret. Raises CannotRunError if it does not exist."""
         data = (await self._get("secret", name)).get("data") or {}
         return {key: base64.b64decode(value).decode() for key, value in data.items()}
 
     async def mounts(self, container: Object) -> dict[str, str]:
-        """Mount path → folder or file, for the mounts of a container. Raises CannotRunError for a volume
-        that can't be made."""
+        """Mount path → directory or file, for the mounts of a container. Raises CannotRunError for a volume
+        that cannot be created."""
         known = {volume["name"]: volume for volume in self._pod["spec"].get("volumes") or []}
         found = {}
         for mount in container.get("volumeMounts") or []:
@@ -78,7 +78,7 @@ class Volumes:
         return {item["path"]: data[item["key"]] for item in items if item["key"] in data}
 
     async def _token(self, asked: Object) -> str:
-        """A token of the pod's service account that ends with the pod."""
+        """A token of the pod's service account that expires with the pod."""
         meta = self._pod["metadata"]
         account = self._pod["spec"].get("serviceAccountName") or "default"
         wish = {

@@ -1,1 +1,1 @@
-"""The agent's document and its checks."""
+"""The configuration document and its validation."""

@@ -1,4 +1,4 @@
-"""The configuration document, checked: a wrong one is refused whole, in words."""
+"""Validation of the configuration document. Any error rejects the whole document."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONSUL_TLS = (
 
 
 def load(environ: Mapping[str, str]) -> Config:
-    """The checked document of this environment. Raises ConfigError."""
+    """Load and check the document that the environment names. Raises ConfigError."""
     if environ.get("WATCHDOG_CONFIG_B64"):
         import base64
 
@@ -55,7 +55,7 @@ def load(environ: Mapping[str, str]) -> Config:
 
 
 def _of_consul(config: Document, environ: Mapping[str, str]) -> None:
-    """The environment's settings of Consul take precedence over the document, by the rules of Consul's own CLI. Raises
+    """Apply the environment's Consul settings, which override the document, by the rules of Consul's own CLI. Raises
     ConfigError."""
     place = environ.get("CONSUL_HTTP_ADDR") or config.get("consul")
     if isinstance(place, str) and place:
@@ -69,12 +69,12 @@ def _of_consul(config: Document, environ: Mapping[str, str]) -> None:
     if not _flag(environ, "CONSUL_HTTP_SSL_VERIFY", True):
         found["verify"] = False
     known = config.get("consul_tls", {})
-    if found and isinstance(known, dict):  # else `check` refuses it
+    if found and isinstance(known, dict):  # else `check` rejects it
         config["consul_tls"] = known | found
 
 
 def _flag(environ: Mapping[str, str], variable: str, usual: bool) -> bool:
-    """A boolean as Go reads it. Raises ConfigError."""
+    """Parse a boolean as Go does. Raises ConfigError."""
     text = environ.get(variable) or str(usual)
     if text in ("1", "t", "T", "TRUE", "true", "True"):
         return True
@@ -84,7 +84,7 @@ def _flag(environ: Mapping[str, str], variable: str, usual: bool) -> bool:
 
 
 def check(config: object) -> Config:
-    """The document with defaults filled in. Raises ConfigError."""
+    """Check the document and fill in defaults. Raises ConfigError."""
     if not isinstance(config, dict):
         raise ConfigError("the configuration must be an object")
     if config.get("v") != wire.VERSION:
@@ -118,7 +118,7 @@ def check(config: object) -> Config:
 
 
 def _check_consul_tls(config: Document) -> None:
-    """Fill it in for an https:// address, and drop it for any other, for which no TLS is loaded."""
+    """Check it for an https:// address; remove it for any other, which needs no TLS."""
     spec = config.pop("consul_tls", {})
     if not str(config.get("consul")).startswith("https://"):
         return
@@ -130,7 +130,7 @@ def _check_consul_tls(config: Document) -> None:
 
 
 def _other_kind(probe: Document) -> Probe:
-    """An independent path to the device: another kind than this probe."""
+    """The default confirmation: a probe of another kind than this one."""
     return probes.check(
         {"kind": "tcp", "port": 80} if probe["kind"] == "icmp" else {"kind": "icmp"}, ""
     )
@@ -157,7 +157,7 @@ def _check_identity(config: Document) -> None:
 
 
 def instance_of(environ: Mapping[str, str]) -> str:
-    """The id of this run, as the scheduler counts runs."""
+    """The ID of this run, from the scheduler if it sets one."""
     for name in ("WATCHDOG_INSTANCE", "NOMAD_ALLOC_ID", "POD_UID"):
         if environ.get(name):
             return environ[name][:128]
@@ -165,7 +165,7 @@ def instance_of(environ: Mapping[str, str]) -> str:
 
 
 def listen_of(environ: Mapping[str, str]) -> tuple[str, int]:
-    """(host, port) to serve on. Raises ConfigError."""
+    """(host, port) to listen on. Raises ConfigError."""
     text = environ.get("WATCHDOG_LISTEN", "")
     if not text and environ.get("NOMAD_PORT_http"):
         text = f"{environ.get('NOMAD_IP_http') or '127.0.0.1'}:{environ['NOMAD_PORT_http']}"
@@ -177,7 +177,7 @@ def listen_of(environ: Mapping[str, str]) -> tuple[str, int]:
 
 
 def state_dir_of(environ: Mapping[str, str]) -> str:
-    """Where state is kept; empty = nowhere."""
+    """The directory for stored state; "" = none."""
     if environ.get("WATCHDOG_STATE_DIR"):
         return environ["WATCHDOG_STATE_DIR"]
     folder = environ.get("NOMAD_ALLOC_DIR")

@@ -1,4 +1,4 @@
-"""The rules of escalation, log shipping and kept state in the configuration document; imported only where
+"""Validation of escalation, log shipping and stored state in the configuration document. Imported only if
 a document has one of them."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The gateway's part of the document."""
+"""The gateway in the configuration document."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 LABEL = "gateway"
-"""A device's label with the address of its gateway; it goes before the class's."""
+"""Device label with the address of its gateway; overrides the class's gateway address."""
 
 
 def check(config: Document) -> None:
-    """Put the gateway's checked probe, with its address, under `gateway`, or take the key away.
+    """Put the gateway's checked probe, with its address, under `gateway`, or remove the key.
 
     Raises ConfigError."""
     given = config.get("gateway") or {}
@@ -25,11 +25,11 @@ def check(config: Document) -> None:
         raise errors.ConfigError("gateway must be an object")
     labels = config.get("labels")
     named = labels.get(LABEL) if isinstance(labels, dict) else None
-    # A label is data from outside: any other name, as "gw-north", may mean a place, and looking it up
+    # A label is external data: any other value, such as "gw-north", may be the name of a place, and resolving it
     # could block.
     address = literal(named) or given.get("address")
     config.pop("gateway", None)
-    # The gateway may be watched as a device too, with the same class: then nothing stands before it.
+    # The gateway may be a device of the same class itself; then it has no gateway.
     if not address:
         return
     address = validators.host(address, "gateway: address")

@@ -1,4 +1,4 @@
-"""The settings of an agent that only some documents have: type, bounds and default of each (see `table`)."""
+"""Type, bounds and default of the settings that only some agents have (see `table`)."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ NAME = TextRule('a name of letters, digits, "_", "." and "-"', 64, ALNUM + "._-"
 
 
 class TlsProbe:
-    """Of probes of the kind tls."""
+    """Settings of tls probes."""
 
     warn_days = Number(14, 0, 3650)
 
 
 class FileProbe:
-    """Of probes of the kind file."""
+    """Settings of file probes."""
 
     file = PATH
     expect_text = PHRASE
@@ -67,7 +67,7 @@ class FileProbe:
 
 
 class Mqtt:
-    """Of probes and repairs of the kind mqtt."""
+    """Settings of mqtt probes and repairs."""
 
     tls = Flag(False)
     user = PHRASE
@@ -75,20 +75,20 @@ class Mqtt:
 
 
 class SnmpProbe:
-    """Of probes of the kind snmp."""
+    """Settings of snmp probes."""
 
     community_file = PATH
 
 
 class DnsProbe:
-    """Of probes of the kind dns. `name` is a domain name, too."""
+    """Settings of dns probes. `name` must also be a domain name."""
 
     type = Choice("A", "AAAA")
     name = TextRule("ASCII without blanks", 253, ASCII)
 
 
 class Repair:
-    """Of a step of any kind."""
+    """Settings of every repair step."""
 
     when = Choice("suspect", "degraded", "offline")
     budget = Whole(3, 1, 1000)
@@ -102,7 +102,7 @@ class Repair:
 
 
 MAX_TRIES = 64
-"""Maximum number of attempts of all steps per episode, so that the record of it is bounded."""
+"""Maximum number of attempts of all steps per episode; it limits the size of the history."""
 TARGETS = {
     "interface": "interface",
     "http": "url",
@@ -112,11 +112,11 @@ TARGETS = {
     "wake": "mac",
     "plugin": "plugin",
 }
-"""Kind of step → the setting that names what it acts on."""
+"""Step kind → the setting that names its target."""
 
 
 class RepairTarget:
-    """What a step acts on; its kind decides which one it has. `url` is checked as a URL."""
+    """Targets of steps; the kind of a step determines which one it has. `url` is checked as a URL."""
 
     interface = TextRule("the name of a network interface", 15, ALNUM + "._:-", ALNUM)
     topic = TextRule("ASCII without blanks, + and #", 256, ASCII.replace("+", "").replace("#", ""))
@@ -127,13 +127,13 @@ class RepairTarget:
 
 
 class RepairHttp:
-    """Of steps of the kind http."""
+    """Settings of http steps."""
 
     method = Choice("POST", "GET")
 
 
 class RepairPolicyTable:
-    """Of all repairs of a class."""
+    """Settings of all repairs of a class."""
 
     dry_run = Flag(False)
     accepted_beats = Whole(4, 1, 1000)
@@ -141,13 +141,13 @@ class RepairPolicyTable:
 
 
 class GatewayTable:
-    """Of the gateway's probe."""
+    """Settings of the gateway's probe."""
 
     timeout_s = Number(2.0, 0.01, 600.0)
 
 
 class Escalate:
-    """Of the block `escalate`."""
+    """Settings of the block `escalate`."""
 
     degraded = Flag(False)
     window_s = Number(30.0, 1.0, 3600.0)
@@ -165,12 +165,12 @@ MAX_SINKS = 8
 
 
 class SinkTable:
-    """Of a receiver of escalations; only `consul_event` has it."""
+    """Settings of an escalation sink; only for `consul_event`."""
 
     name = NAME
 
 
 class Loki:
-    """Of log shipping."""
+    """Settings of log shipping."""
 
     tenant = NAME

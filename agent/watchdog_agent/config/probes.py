@@ -1,5 +1,5 @@
-"""One probe of the configuration, checked. What only one kind knows is checked in that kind's own
-module, which is loaded only where the kind is configured."""
+"""Validation of one probe. Settings of a single kind are checked in that kind's module, which is
+loaded only if the kind is configured."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ MODULES = {
     "snmp": "snmp",
     "plugin": "plugin",
 }
-"""Kind → the module that knows it: it has `check(probe, where)` and `start(loop, probe, address, ended)`.
+"""Kind → its module, with `check(probe, where)` and `start(loop, probe, address, ended)`.
 tcp, http and icmp are in `probes.builtin`."""
 KINDS = ("tcp", "http", "icmp", *MODULES)
 
 
 def module_of(kind: str) -> Any:
-    """The module of a kind that is in MODULES, loaded now if it was not."""
+    """Return the module of a kind in MODULES; load it if necessary."""
     return __import__(f"watchdog_agent.probes.{MODULES[kind]}", fromlist=["start"])
 
 
 def check(probe: object, where: str) -> Probe:
-    """The probe with defaults filled in. Raises ConfigError."""
+    """Check a probe and fill in defaults. Raises ConfigError."""
     if not isinstance(probe, dict) or probe.get("kind") not in KINDS:
         kind = probe.get("kind") if isinstance(probe, dict) else probe
         raise ConfigError(f"{where}: kind is {kind!r}; allowed are {', '.join(KINDS)}")
@@ -70,7 +70,7 @@ def _check_port(probe: Document, kind: str, where: str) -> None:
 
 
 def _rename(probe: Document, where: str) -> None:
-    """Give settings with an old name their name. Raises ConfigError for both at once."""
+    """Rename settings with an old name. Raises ConfigError if both names are set to different values."""
     for old, name in OLD_NAMES:
         value = probe.pop(old, None)
         if value is not None and probe.setdefault(name, value) != value:
@@ -78,7 +78,7 @@ def _rename(probe: Document, where: str) -> None:
 
 
 def check_http(probe: Document, where: str) -> None:
-    """Path and expectations. Raises ConfigError."""
+    """Check the path and expectations of an HTTP probe. Raises ConfigError."""
     validators.fill(probe, table.HttpProbe, where)
     wanted = probe.setdefault("expect_status", table.STATUS.default)
     several = wanted if isinstance(wanted, list) else [wanted]
@@ -89,8 +89,8 @@ def check_http(probe: Document, where: str) -> None:
 
 
 def name_of(spec: Mapping[str, object]) -> str:
-    """How a probe is called in reasons: http:8080, tcp:22, icmp, plugin:modbus. An ICMP probe that had to ask
-    TCP is called what it was."""
+    """The probe's name in reasons, such as http:8080, tcp:22, icmp or plugin:modbus. An ICMP probe that fell back to
+    TCP has the name of the TCP probe."""
     if spec.get("instead"):
         return f"tcp:{spec['instead']}"
     if spec["kind"] == "plugin":

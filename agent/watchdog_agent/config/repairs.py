@@ -1,4 +1,4 @@
-"""Checks of `repairs` and `repair_policy`; loaded only where a document has repairs."""
+"""Validation of `repairs` and `repair_policy`; loaded only if a document has repairs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _step(step: object, known: list[str]) -> Step:
         raise ConfigError(f"repairs: probe is {step['probe']!r}; there are {', '.join(known)}")
     _target(step)
     step["name"] = _name_of(step)
-    # What is done makes the identity, not the place in the list: a budget outlives a new order.
+    # The ID depends on the action, not on the position: its budget survives reordering.
     does = {name: step.get(name) for name in ("kind", *TARGETS.values(), "broker", "method")}
     step["id"] = f"{step['kind']}-{binascii.crc32(json.dumps(does, sort_keys=True).encode()):08x}"
     result: Step = validators.checked(step)

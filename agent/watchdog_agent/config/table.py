@@ -1,9 +1,9 @@
-"""The settings of an agent: type, bounds and default of each.
+"""Type, bounds and default of each setting of an agent.
 
-The agent checks its document by this table, and the control plane its configuration file, so that both accept the
-same values. Times are in seconds; in the control plane such a setting has no `_s` at the end of its name.
-A setting without a default is optional, or only some kinds have it. The `check` of each rule raises ValueError with
-what is allowed. `optional_table` has the settings that only some agents have.
+The agent checks its document against this table, and the control plane its configuration file, so both accept the
+same values. Times are in seconds; the control plane's names of such settings have no `_s` suffix.
+A setting without a default is optional, or only some kinds have it. The `check` method of each rule raises ValueError
+with the allowed values. `optional_table` has the settings that only some agents have.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Flag:
 
 
 class Choice:
-    """One of several words; the first is the default."""
+    """One of several words; the first one is the default."""
 
     __slots__ = ("default", "words")
 
@@ -80,9 +80,9 @@ class Choice:
 
 
 class TextRule:
-    """Text of 1 to `most` characters of `allowed` ("" = all printable ones), the first of them of `first`.
+    """Text of 1 to `most` characters in `allowed` ("" = all printable ones); the first one must be in `first`.
 
-    `expected` describes it in an error."""
+    `expected` describes the rule in errors."""
 
     __slots__ = ("allowed", "expected", "first", "most")
 
@@ -120,21 +120,21 @@ PHRASE = TextRule("printable text", 1024)
 STATUS = Whole(200, 100, 599)
 MAX_STATUSES = 32
 PORT = Whole(0, 1, 65535)
-"""Its default is that of the kind: `PORTS`."""
+"""The default depends on the kind: `PORTS`."""
 PORTS = {"https": 443, "tls": 443, "dns": 53, "mqtt": 1883, "snmp": 161}
-"""Kind of probe → its default port; the other kinds have none."""
+"""Probe kind → its default port; the other kinds have none."""
 MQTT_TLS_PORT = 8883
 
 
 class AgentTable:
-    """Of the document itself."""
+    """Settings of the document itself."""
 
     beat_s = Number(15.0, 0.1, 3600.0)
     register_every_s = Number(45.0, 0.1, 3600.0)
 
 
 class ProbeTable:
-    """Of a probe of any kind."""
+    """Settings of every probe."""
 
     interval_s = Number(5.0, 0.05, DAY_S)
     timeout_s = Number(2.0, 0.01, 600.0)
@@ -146,7 +146,7 @@ class ProbeTable:
 
 
 class HttpProbe:
-    """Of probes of the kinds http and https."""
+    """Settings of http and https probes."""
 
     path = TextRule("a path that begins with /, of ASCII without blanks", 1024, ASCII, "/")
     expect_body = PHRASE

@@ -1,4 +1,4 @@
-"""Checks that more than one part of the configuration needs."""
+"""Validation functions shared by several parts of the configuration."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ MAX_SHOWN = 80
 
 
 def checked(part: Document) -> Any:
-    """A part of the document as its TypedDict, after all checks."""
+    """Return a fully checked part of the document as its TypedDict."""
     return part
 
 
 def fill(part: Document, rules: type, where: str = "") -> None:
-    """Check the settings of a class of `config.table`, and fill in its defaults. Raises ConfigError."""
+    """Check the settings in a class of `config.table`, and fill in defaults. Raises ConfigError."""
     for name, rule in vars(rules).items():
         if name[0] == "_":
             continue
@@ -44,7 +44,7 @@ def fill(part: Document, rules: type, where: str = "") -> None:
 
 
 def require(part: Mapping[str, object], name: str, rule: Rule, where: str = "") -> None:
-    """Check one setting. Raises ConfigError, which repeats the value unless it is long."""
+    """Check one setting. Raises ConfigError, which quotes the value unless it is long."""
     try:
         rule.check(part.get(name))
     except ValueError as error:
@@ -55,7 +55,7 @@ def require(part: Mapping[str, object], name: str, rule: Rule, where: str = "") 
 
 
 def place(value: object, default_port: int) -> tuple[str, int]:
-    """(host, port) of HOST or HOST:PORT. Raises ValueError."""
+    """Parse HOST or HOST:PORT into (host, port). Raises ValueError."""
     host, _, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
     if isinstance(value, str) and (":" not in value or address.literal(value)):
         host, port = value, str(default_port)
@@ -67,7 +67,7 @@ def place(value: object, default_port: int) -> tuple[str, int]:
 
 
 def host(value: object, name: str) -> str:
-    """A host name or an IP address, by the rule of `address`. Raises ConfigError."""
+    """Check a host name or an IP address by the rule of `address`. Raises ConfigError."""
     try:
         return address.checked(value)
     except address.AddressError as error:
@@ -75,8 +75,8 @@ def host(value: object, name: str) -> str:
 
 
 def check_trust(probe: Document, where: str, *, later: bool = False) -> None:
-    """Put the trusted CAs and the client certificate under `trust`. Raises ConfigError. `later`: a file that
-    cannot be used now does not raise; `Trust.now` does, each time until it can."""
+    """Put the trusted CAs and the client certificate under `trust`. Raises ConfigError. With `later`, a file that
+    cannot be used now does not raise here; instead `Trust.now` raises until it can be used."""
     require({"verify": probe.setdefault("verify", True)}, "verify", table.Flag(True), where)
     for name in ("ca_cert", "client_cert", "client_key"):
         if not isinstance(probe.setdefault(name, ""), str):
@@ -92,7 +92,7 @@ def check_trust(probe: Document, where: str, *, later: bool = False) -> None:
 
 
 def check_url(url: object, what: str, *, tls: bool) -> None:
-    """Raises ConfigError."""
+    """Check a URL. Raises ConfigError."""
     try:
         Url(str(url), tls=tls)
     except ValueError:
@@ -100,7 +100,7 @@ def check_url(url: object, what: str, *, tls: bool) -> None:
 
 
 def check_list(config: Document, name: str) -> list[object]:
-    """The list, empty when there is none. Raises ConfigError."""
+    """Return the list, or an empty one if the key is missing. Raises ConfigError."""
     value = config.get(name, [])
     if not isinstance(value, list) or len(value) > 32:
         raise ConfigError(f"{name} must be a list of at most 32")

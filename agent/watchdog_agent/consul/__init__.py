@@ -1,1 +1,1 @@
-"""Registration in Consul, and its key-value store."""
+"""Registration in Consul, and Consul's key-value store."""

@@ -1,8 +1,8 @@
-"""The small state of an agent in Consul's KV store, for where no folder survives a restart.
+"""The agent's state in Consul's KV store, for hosts where no directory survives a restart.
 
-Key ``<prefix>/agent-state/<slug>``: ``{"epoch": n, "state": {…}}``, at most 2 KiB. Written when it has changed, and
-at most once in EVERY_S; always by compare-and-set, and never over a newer epoch's: an agent that was
-replaced and does not know it yet cannot overwrite the state of its successor.
+Key ``<prefix>/agent-state/<slug>``: ``{"epoch": n, "state": {…}}``, at most 2 KiB. Written after changes, at most
+once per EVERY_S, always by compare-and-set, and never over the state of a newer epoch: a replaced agent that does
+not know it yet cannot overwrite the state of its successor.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class ConsulState:
-    """Reads once, then writes."""
+    """Reads the state once, then writes it."""
 
     READ_S = 1.0
     EVERY_S = 10.0
@@ -42,7 +42,7 @@ class ConsulState:
         self.epoch: int = config["epoch"]
         self.device_id: str = config["device_id"]
         self.index: int | None = None
-        """ModifyIndex of what we have seen; None = not known, so that it must be read before a write."""
+        """Last known ModifyIndex; None = unknown, so the key must be read before a write."""
         self.written: Mapping[str, object] = {}
         self.wanted: SavedState | None = None
         self.outdated = False
@@ -51,7 +51,7 @@ class ConsulState:
         self.timer: Timer | None = None
 
     def load(self, done: Callable[[Document], None]) -> None:
-        """`done(state)`, {} when there is none of an earlier or this epoch; within READ_S."""
+        """Call `done(state)` within READ_S; {} if this or an earlier epoch has stored none."""
         waiting = True
 
         def once(state: Document, remark: str) -> None:
@@ -72,7 +72,7 @@ class ConsulState:
         self.kv.listed(self.slug, listed)
 
     def _seen(self, found: list[KvEntry]) -> Document:
-        """Remember the index, and whether a newer epoch has written; the state that we may go on from."""
+        """Remember the index, and whether a newer epoch has written; return the state to continue from, or {}."""
         entry = next((one for one in found if one["name"] == self.slug), None)
         self.index = entry["index"] if entry is not None else 0
         value = entry["value"] if entry is not None else None
@@ -80,21 +80,21 @@ class ConsulState:
             return {}
         self.outdated = value["epoch"] > self.epoch
         state = value.get("state")
-        # The slug contains a hash of the id, so another device's state here was put there on purpose.
+        # The slug contains a hash of the device ID, so another device's state here was put there on purpose.
         if self.outdated or not isinstance(state, dict) or state.get("device_id") != self.device_id:
             return {}
         self.written = state
         return state
 
     def save(self, state: SavedState) -> None:
-        """Store this soon, unless it is already stored."""
+        """Store this state soon, unless it is already stored."""
         self.wanted = small(state)
         if not self.outdated and not self.busy and self.timer is None and self._changed():
             self._write()
 
     def delete(self, then: Callable[[], None]) -> None:
-        """The device has left: delete its state, and call back. The state of a newer epoch stays."""
-        self.outdated = True  # nothing is written any more
+        """Delete the state of a device that has left, then call back. The state of a newer epoch stays."""
+        self.outdated = True  # no further writes
         self._read_and_delete(self.TRIES, then)
 
     def _read_and_delete(self, tries: int, then: Callable[[], None]) -> None:
@@ -113,13 +113,13 @@ class ConsulState:
             if gone or tries <= 1:
                 then()
             else:
-                # A write of ours that was on its way came between.
+                # A write of this agent that was in progress came first.
                 self._read_and_delete(tries - 1, then)
 
         self.kv.delete(self.slug, deleted, entry["index"])
 
     def _changed(self) -> bool:
-        """Whether more than a reason or a number of misses has changed; these are written with the next change."""
+        """Whether anything else than reason, misses and `since` has changed; those are written with the next change."""
         if self.wanted is None:
             return False
         passing = {"reason": "", "misses": 0, "since": 0}
@@ -138,13 +138,13 @@ class ConsulState:
         assert state is not None
         body = {"epoch": self.epoch, "state": state}
         if len(json.dumps(body)) > self.MAX_BYTES:
-            # Only this part grows. A repeated alert is better than a lost state.
+            # Only this part grows without limit. A repeated alert is better than a lost state.
             body["state"] = {name: value for name, value in state.items() if name != "escalations"}
 
         def written(taken: bool | None, _reason: str) -> None:
             if taken:
                 self.written = state
-            # An index we do not know: read before the next write.
+            # The new index is unknown: read before the next write.
             self.index = None
             self._next(good=bool(taken))
 
@@ -171,8 +171,8 @@ class ConsulState:
 
 
 def small(state: SavedState) -> SavedState:
-    """Of a state what is worth a write to Consul. Sequences are taken in thousands, so that a report costs
-    none: a restart goes on above all that were used."""
+    """Reduce a state to what is stored in Consul. Sequences are rounded up to thousands, so that a report needs no
+    write; after a restart they continue above all used ones."""
     escalations: list[EscalationEntry] = [
         {**one, "evidence": {}, "summary": one["summary"][:120]}
         for one in state.get("escalations", [])

@@ -1,4 +1,4 @@
-"""The few calls to Consul's KV store and sessions that coordination and kept state need."""
+"""Calls to Consul's KV store and sessions, for coordination and stored state."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 2.0
 MAX_BYTES = 4 << 20
-"""Of a listing; what is beyond it is not seen. About 8,000 notes."""
+"""Maximum size of a listing in bytes, about 8,000 notes; the rest is ignored."""
 
 
 class Kv:
-    """Calls of one agent, each over its own connection that is closed after it."""
+    """Consul calls of one agent, each over its own connection, which is closed afterwards."""
 
     def __init__(self, loop: Loop, config: Config, folder: str) -> None:
-        """`folder`: below the installation's prefix, as ``anomalies``."""
+        """`folder`: path below the installation's prefix, such as ``anomalies``."""
         self.loop = loop
         self.config = config
         self.url = registration.place(config)
@@ -37,12 +37,12 @@ class Kv:
         timeout_s: float = TIMEOUT_S,
         most: int = MAX_BYTES,
     ) -> http.HttpRequest:
-        """`path` begins after /v1. The token goes in a header and is read anew (S10)."""
+        """Send a request; `path` is below /v1. The token goes in a header and is read again each time (S10)."""
         token = registration.read_token()
         headers = [("X-Consul-Token", token)] if token else []
         raw = b"" if body is None else json.dumps(body).encode()
         data = http.request(method, f"{self.url.base}/v1{path}", self.url.host_header, raw, headers)
-        # 1.0: to 1.1 Consul sends what is longer than some KB in chunks, and `http` knows none.
+        # HTTP/1.0, because to 1.1 Consul sends bodies of more than a few KB in chunks, which `http` does not support.
         data = data.replace(b" HTTP/1.1\r\n", b" HTTP/1.0\r\n", 1)
         trusted = registration.trusted_by(self.config)
         return transport.send(self.loop, self.url, data, timeout_s, done, trusted, max_body=most)
@@ -54,7 +54,7 @@ class Kv:
         body: Mapping[str, object],
         done: Callable[[bool | None, str], None],
     ) -> http.HttpRequest:
-        """`done(taken, reason)`: None = Consul did not answer properly, and why."""
+        """Write a key. `done(taken, reason)`; taken is None if Consul did not answer properly."""
 
         def answered(
             status: int | None, _headers: dict[str, str], body: bytes, reason: str
@@ -72,8 +72,8 @@ class Kv:
         done: Callable[[list[KvEntry] | None, str], None],
         most: int = MAX_BYTES,
     ) -> http.HttpRequest:
-        """All entries whose key begins so, each with its decoded ``value`` and its key below our folder
-        as ``name``; [] when there is none. Of a listing of more than `most` bytes the beginning."""
+        """List all entries with this key prefix, each with its decoded ``value`` and, as ``name``, its key relative to
+        the folder; [] if there are none. A listing of more than `most` bytes is cut off."""
 
         def answered(
             status: int | None, _headers: dict[str, str], body: bytes, reason: str
@@ -92,7 +92,7 @@ class Kv:
     def delete(
         self, key: str, done: Callable[[bool], None], index: int | None = None
     ) -> http.HttpRequest:
-        """`index`: only if it is still as it was then. `done(gone)`."""
+        """Delete a key; with `index`, only if it is unchanged since. `done(gone)`."""
         path = f"/kv/{self.folder}/{key}" + ("" if index is None else f"?cas={index}")
 
         def answered(
@@ -104,8 +104,8 @@ class Kv:
 
 
 def entries(body: bytes, folder: str, most: int = MAX_BYTES) -> list[KvEntry] | None:
-    """Consul's listing, decoded; of one that was cut at `most` bytes the whole entries. None of what is no
-    listing: to take that for an empty one would make each agent of many the only one."""
+    """Decode Consul's listing; if it was cut off at `most` bytes, its complete entries. None for anything that is not
+    a listing: treating it as empty would make each of many agents believe that it is the only one."""
     import base64
 
     if len(body) >= most:
@@ -130,5 +130,5 @@ def entries(body: bytes, folder: str, most: int = MAX_BYTES) -> list[KvEntry] | 
 
 
 def reason_of(status: int, body: bytes) -> str:
-    """Why Consul refused a call: the status and the beginning of its answer."""
+    """Why Consul rejected a call: the status and the beginning of the response body."""
     return f"status {status}: {body[:120].decode('utf-8', 'replace').strip()}"

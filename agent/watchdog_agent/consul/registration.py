@@ -1,4 +1,4 @@
-"""Registration of this agent in the local Consul agent. Evidence for others; we live without it."""
+"""Registration of this agent in the local Consul agent. It informs others; the agent runs without it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 class Registration:
-    """Registers, repeats it (free when unchanged, and it cures a Consul agent that lost us), and
-    deregisters. `log(text)` gets what is worth a log line, once a change."""
+    """Registers the agent, repeats it periodically (a no-op if unchanged; it repairs a Consul agent that lost the
+    registration), and deregisters it. `log(text)` is called once per change."""
 
     TIMEOUT_S = 2.0
     CLOSE_S = 1.0
@@ -35,7 +35,7 @@ class Registration:
         log: Log,
         registered: Callable[[], None] = lambda: None,
     ) -> None:
-        """`registered()` is called when Consul has taken us for the first time."""
+        """`registered()` is called when Consul first accepts the registration."""
         self.loop = loop
         self.log = log
         self.registered = registered
@@ -55,7 +55,7 @@ class Registration:
         self.put_off = True
 
     def start(self) -> None:
-        """Register now, and again for ever."""
+        """Register now, then periodically."""
         self._call("PUT", "/register?replace-existing-checks=false", self.body, self._answered)
 
     def _call(
@@ -96,8 +96,8 @@ class Registration:
             self.start()
 
     def answered(self, status: int | None) -> None:
-        """A report had this answer; None = it had none. Whoever is put off (409) is not the accepted agent,
-        and must not take another instance's place in Consul: it registers once it is accepted."""
+        """Handle the status of a report; None = no answer. An agent that gets a 409 is not accepted yet, and must not
+        replace another instance's registration in Consul: it registers once it is accepted."""
         if status == 409:
             self.put_off = True
         elif self.put_off and status != 410 and self.closing is None:
@@ -109,9 +109,9 @@ class Registration:
             self._again()
 
     def close(self, then: Callable[[], None]) -> None:
-        """Deregister, then call back, at the latest after two CLOSE_S. Also when no registration was
-        confirmed: one that was on its way may have been taken. What another instance of this device has
-        registered under the same id stays: Consul would not know that instance until it registers again."""
+        """Deregister, then call back, after at most two CLOSE_S. This also applies without a confirmed registration:
+        one that was in progress may have succeeded. A registration of another instance of this device under the same
+        ID stays: Consul would not know that instance until it registers again."""
         self.closing = then
         if self.fetch is not None:
             self.fetch.cancel()
@@ -135,22 +135,22 @@ class Registration:
 
 
 def place(config: Config) -> http.Url:
-    """Where Consul is; without a port on that of the scheme, as Consul's own CLI takes it."""
+    """URL of Consul; without a port, the scheme's default port, as in Consul's own CLI."""
     url = http.Url(config["consul"], tls=True)
     url.server_name = config.get("consul_tls", {}).get("server_name") or ""
     return url
 
 
 def trusted_by(config: Config) -> ssl.SSLContext | None:
-    """What `http.ask` needs for the next call of Consul; None over http."""
+    """TLS context for the next call to Consul; None for http."""
     spec = config.get("consul_tls")
     return None if spec is None else spec["trust"].now()
 
 
 def registration(config: Config, instance: str, listen: str) -> Document:
-    """The service as Consul wants it (https://developer.hashicorp.com/consul/api-docs/agent/service).
+    """The service in Consul's format (https://developer.hashicorp.com/consul/api-docs/agent/service).
 
-    The slug is id and tag: a tag is what Consul's DNS and its cheap lookups can find."""
+    The slug is both ID and tag, because Consul's DNS and its inexpensive lookups can find a tag."""
     host, _, port = listen.rpartition(":")
     return {
         "ID": config["slug"],
@@ -180,7 +180,7 @@ def registration(config: Config, instance: str, listen: str) -> Document:
 
 
 def read_token() -> str:
-    """The token, read anew each time: a mounted file rotates."""
+    """Read the token; again for each call, because mounted files rotate."""
     path = os.environ.get("CONSUL_HTTP_TOKEN_FILE")
     if path:
         return secrets.token(path)

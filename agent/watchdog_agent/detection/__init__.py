@@ -1,1 +1,1 @@
-"""When to probe, and what to believe."""
+"""Probe scheduling and failure detection."""

@@ -1,19 +1,19 @@
-"""Probe results → what is believed of the device. Pure: no clock, no I/O.
+"""Determines the state of the device from probe results. Pure: no clock, no I/O.
 
-- **ok**: each probe answers, or has missed fewer times in a row than make it suspect.
-- **suspect**: a probe missed `need` times in a row (or has missed and none has answered since the start), and
-  confirmation is under way. Transient: each missed round asks the independent probe once.
-- **offline**: no probe answers, and two independent confirmations with a missed probe between them failed too.
-  One would do if losses were independent; a device that stands still for some seconds after a lost packet is
-  why there are two (bench/detection.py). Only a device that has answered before is called offline (S6).
-- **degraded**: a confirmation, or another probe, succeeds while a probe misses; or a warning threshold is
-  exceeded, which never counts as a miss. A device that was offline becomes it only by a probe that was asked
-  after something answered (`to_ask`): the misses of before say nothing about a device that is back.
-- **unable**: a probe could not be asked `need` times in a row, or two confirmations could not be asked. Nothing
-  that was not asked counts as a miss, as an answer or as a confirmation.
+- **ok**: every probe succeeds, or has fewer consecutive misses than its threshold (`need`).
+- **suspect**: a probe missed `need` times in a row (or has missed and none has succeeded since the start), and
+  confirmation is in progress. Transient: each round of misses runs the independent probe once.
+- **offline**: no probe succeeds, and two independent confirmations failed, with a missed probe between them.
+  If losses were independent, one would be enough; the second one covers a device that stalls for a few seconds
+  after a lost packet (bench/detection.py). Only a device that has answered before can be offline (S6).
+- **degraded**: a confirmation or another probe succeeds while a probe misses; or a warning threshold is
+  exceeded, which never counts as a miss. An offline device becomes degraded only by the result of a probe that
+  started after something answered (`to_ask`): earlier misses do not describe a device that is back.
+- **unable**: a probe could not be run `need` times in a row, or two confirmations could not be run. A probe that
+  could not be run counts neither as a miss nor as a success, and not as a confirmation.
 
-A device that has answered before leaves `suspect` after MAX_ROUNDS missed rounds of all its probes at the
-latest, each of which asks its gateway or the confirmation. One that never answered stays suspect while its
+A device that has answered before leaves `suspect` after at most MAX_ROUNDS rounds in which all its probes missed;
+each round probes its gateway or runs the confirmation. A device that has never answered stays suspect while its
 confirmations fail.
 """
 
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 
 BEFORE = ""
-"""In the place of a probe's name: what an earlier run, or a predecessor, found."""
+"""Placeholder probe name for the result of an earlier run or of a predecessor."""
 
 
 class FailureDetector:
-    """The belief about one device. `need`: misses in a row of one probe that make it suspect."""
+    """The state of one device. `need`: consecutive misses of one probe that make it suspect."""
 
     ROUNDS = 2
-    """Confirmations in a row that must fail, or be impossible to ask."""
+    """Consecutive confirmations that must fail, or be impossible to run."""
     MAX_ROUNDS = 4
-    """Missed rounds after which a device is no longer suspect: fail, dead gateway, fail, dead gateway."""
+    """Maximum number of missed rounds in `suspect`: fail, dead gateway, fail, dead gateway."""
 
     def __init__(self, need: int, *, was_ready: bool = False) -> None:
         self.need = need
@@ -48,64 +48,64 @@ class FailureDetector:
         """Whether a probe has succeeded since the start."""
         self.reason = "no probe has answered yet"
         self.behind = ""
-        """The reason why the state of the device is unknown: its gateway does not answer. Empty if it does."""
+        """Why the state of the device is unknown: its gateway does not answer. Empty while the gateway answers."""
         self._last_reason = self.reason
         self._was_ok = False
-        """Whether an earlier run has found the device well, and nothing was asked since."""
+        """Whether an earlier run found the device healthy, and no probe has run since."""
         self._misses: dict[str, int] = {}
         self._unable: dict[str, int] = {}
         self._late: dict[str, str] = {}
-        """Probes that missed as often as makes suspect, and why; the one that changed last is last."""
+        """Probe → reason, for probes at their miss threshold; the most recently changed one is last."""
         self.to_ask: set[str] = set()
-        """Probes that missed before something of an offline device answered, and were not asked since."""
+        """Probes that missed before an offline device answered again, and have not been run since."""
         self.returns = 0
-        """How often that was so. A probe that was asked at a lower number belongs to before."""
+        """Number of such returns. The result of a probe that started at a lower number is outdated."""
         self._partial = False
-        """The device was degraded before: one miss of a probe that has not answered yet means that it still is."""
+        """The device was degraded before: one miss of a probe that has not succeeded yet keeps it degraded."""
         self._blind: dict[str, str] = {}
-        """Probes that could not be asked as often, and why."""
+        """Probe → reason, for probes that could not be run `need` times in a row."""
         self._warned: dict[str, str] = {}
         self._well: set[str] = set()
         """Probes that have succeeded since the start."""
         self._alive = ""
-        """What answered while a probe misses."""
+        """The probe or confirmation that succeeded while another probe misses."""
         self._found = ""
-        """What the last confirmation found, in words."""
+        """Description of the last confirmation's result."""
         self._offline = False
-        """Two confirmations have failed, and nothing has answered since."""
+        """Two confirmations have failed, and nothing has succeeded since."""
         self._inherited = False
-        """That is the word of an earlier run or of a predecessor."""
+        """`_offline` was taken over from an earlier run or a predecessor."""
         self._rounds = self._unasked = 0
         self._misses_then = 0
 
     @property
     def misses(self) -> int:
-        """Most misses in a row of any probe."""
+        """Highest number of consecutive misses of any probe."""
         return max(self._misses.values(), default=0)
 
     @property
     def confirmed(self) -> bool:
-        """Whether the device is offline, with all that this takes."""
+        """Whether the device is offline, with all required confirmations."""
         return self.state == "offline"
 
     @property
     def well(self) -> bool:
-        """Whether the device was found to be well, now or by an earlier run after which nothing was asked."""
+        """Whether the device is healthy, as found now, or by an earlier run with no probe since."""
         return self.state == "ok" and (self.answered or self._was_ok)
 
     @property
     def cause(self) -> str:
-        """What the reason is about: it changes with the cause of a state, not with what is measured."""
+        """The cause of the state. Unlike `reason`, it does not change with each measured value."""
         if self.state == "ok":
             return ""
         warned = self.state == "degraded" and not self._late
         return "; ".join(self._warned) if warned else self.reason
 
-    # -- what others knew
+    # -- restored state
 
     def restore(self, state: object, reason: object, misses: object) -> None:
-        """Go on from what an earlier run, or a predecessor, believed, so that a restart is not taken for a
-        recovery. It counts as a probe of its own, BEFORE, that has missed until any probe answers."""
+        """Continue with the state of an earlier run or of a predecessor, so that a restart does not look like a
+        recovery. It counts as a probe of its own, BEFORE, that misses until any probe succeeds."""
         if not self.was_ready:
             return
         self._was_ok = state == "ok"
@@ -125,13 +125,13 @@ class FailureDetector:
         self._found = found
         self._offline = self._inherited = state == "offline"
         if state == "degraded":
-            # Words of ours, so that the same reason comes of it.
+            # Remove the words added by `_describe`, so that it produces the same reason again.
             self._alive = found.removeprefix("but ").removesuffix(" answers") or "another probe"
         self._update()
 
     def adopt(self, state: str, reason: str, misses: int) -> bool:
-        """Take over the condition that the control plane knows of the device, offline or degraded; whether it
-        was. Not after a success of a probe or confirmation: then what is known here is newer."""
+        """Take over the condition (offline or degraded) that the control plane has for the device; return whether it
+        was taken over. Not after a probe or confirmation has succeeded: then this agent's own results are newer."""
         if self.answered or self._alive:
             return False
         self.was_ready = True
@@ -139,7 +139,7 @@ class FailureDetector:
         self.restore(state, reason, misses)
         return True
 
-    # -- what is found
+    # -- results
 
     def probed(
         self,
@@ -150,8 +150,8 @@ class FailureDetector:
         warning: str = "",
         asked_at: int | None = None,
     ) -> bool:
-        """Take one result of probe `name` (unique among the probes); true when the state changed. `warning`:
-        the threshold that a success exceeds, in words. `asked_at`: `returns` when it was asked; None = as now."""
+        """Record one result of probe `name` (unique among the probes); return whether the state changed. `warning`:
+        description of the exceeded threshold. `asked_at`: value of `returns` when the probe started; None = current."""
         if outcome:
             self._answered(name, reason, warning)
         elif outcome is None:
@@ -160,7 +160,7 @@ class FailureDetector:
             if self._unable[name] >= (need or self.need):
                 self._blind[name] = reason
                 if self._late.keys() <= {*self._blind, BEFORE}:
-                    # The device may come back unseen: what was confirmed is confirmed anew.
+                    # The device may return unnoticed meanwhile, so confirmation starts over.
                     self._offline = self._inherited = False
                     self._rounds, self._found = 0, ""
         else:
@@ -184,7 +184,7 @@ class FailureDetector:
             self._late[name] = reason
 
     def _missed_again(self, name: str) -> None:
-        """A probe that was asked after something answered has missed too: the device is back in part."""
+        """A probe that started after something answered has missed too: the device is only partly back."""
         self.to_ask.discard(name)
         if name in self._late:
             self._late[name] = self._late.pop(name)
@@ -192,7 +192,7 @@ class FailureDetector:
             self.to_ask.clear()
 
     def _returned(self) -> None:
-        """Something of an offline device answers: what it is now is for probes that are asked from now on."""
+        """An offline device answers again: only probes that start from now on determine its state."""
         self._offline = self._inherited = False
         self.returns += 1
         self.to_ask = {name for name, count in self._misses.items() if count and name != BEFORE}
@@ -224,12 +224,12 @@ class FailureDetector:
         self._last_reason = reason
 
     def wants_confirmation(self) -> bool:
-        """Whether an independent probe should be asked now: once for each missed probe, while none answers."""
+        """Whether to run the independent probe now: once per missed round, while no probe succeeds."""
         silent = all(self._misses.values()) and self.misses > self._misses_then
         return bool(self._late) and silent
 
     def confirmation(self, name: str, outcome: Outcome, reason: str) -> bool:
-        """Take the outcome of the independent probe; true when the state changed."""
+        """Record the outcome of the independent probe; return whether the state changed."""
         if not self.wants_confirmation():
             return False
         self._misses_then = self.misses
@@ -262,13 +262,13 @@ class FailureDetector:
         if not self._offline:
             self._found = why
             if self._unasked >= self.ROUNDS:
-                self._alive = ""  # that was too long ago
+                self._alive = ""  # the success is too old
                 self.to_ask.clear()
 
     def gateway(self, outcome: Outcome, reason: str) -> bool:
-        """Record whether the device's gateway answers; true when the state or reason changed.
+        """Record whether the device's gateway answers; return whether the state or reason changed.
 
-        While it does not, nothing that fails behind it confirms anything (S6). A device that was offline
+        While the gateway does not answer, failures behind it confirm nothing (S6). A device that was offline
         before stays offline."""
         if outcome or self._offline or not self._late:
             was, self.behind = self.behind, ""
@@ -288,8 +288,8 @@ class FailureDetector:
         return self._update() or self.reason != before
 
     def doubt(self, *, confirmed_too: bool) -> bool:
-        """Count no round that failed so far, and ask again from the next missed probe on; true when the state
-        changed. Of a device that is offline already that is done only with `confirmed_too`."""
+        """Discard the failed rounds and confirm again from the next missed probe on; return whether the state
+        changed. For a device that is already offline, only with `confirmed_too`."""
         if not self._late or (self._offline and not confirmed_too):
             return False
         self._rounds, self._misses_then = 0, self.misses
@@ -298,7 +298,7 @@ class FailureDetector:
             self._found = "found while the control plane was not heard either"
         return self._update()
 
-    # -- what follows
+    # -- evaluation
 
     def _update(self) -> bool:
         before, self.state = self.state, self._judged()
@@ -317,7 +317,7 @@ class FailureDetector:
         return "degraded" if self._warned else "ok"
 
     def _judged_late(self) -> State:
-        """The state while a probe misses."""
+        """The state while at least one probe misses."""
         if self._alive:
             return "suspect" if self.to_ask else "degraded"
         return "unable" if self._blind or self._unasked >= self.ROUNDS else "suspect"
@@ -335,7 +335,7 @@ class FailureDetector:
                 if self.state == "degraded"
                 else self._last_reason
             )
-        # How often it missed is in the report: in the reason it would be out of date with the next probe.
+        # Without the number of misses, which is in the report: it would be outdated after the next probe.
         cause = next(reversed(self._late.values()))
         found = f"but {self._alive} answers" if self.state == "degraded" else self._found
         return f"{cause}; {found}" if found else cause

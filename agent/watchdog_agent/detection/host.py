@@ -1,4 +1,4 @@
-"""What the prober needs of its agent; for type checkers only."""
+"""The interface that the prober needs from its agent; for type checkers only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from watchdog_agent.runtime.types import Config, Outcome
 
 
 class ProbeHost(Protocol):
-    """The agent that probes are run for."""
+    """The agent that runs the probes."""
 
     loop: Loop
     config: Config

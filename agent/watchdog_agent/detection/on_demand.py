@@ -1,8 +1,8 @@
-"""Probes on demand, by `POST /probe`: run once, and displayed; the device's state does not depend on them.
+"""On-demand probes (`POST /probe`): run once and displayed; they do not affect the device's state.
 
-What is believed of a device stands on probes at their own pace; asking more often must not make a device
-offline sooner. So anybody who reaches the agent may ask, without a token and without input: at most once a
-second, and only what is configured anyway."""
+The state depends only on probes at their configured interval, so requests here cannot make a device offline
+sooner. So any client that reaches the agent may send one, without a token: at most one run per second, and only
+of configured probes; the request has no parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EVERY_S = 1.0
 
 
 class OnDemand:
-    """The last run that was asked for."""
+    """The last on-demand run."""
 
     def __init__(self, loop: Loop, config: Config) -> None:
         self.loop, self.config = loop, config
@@ -31,7 +31,7 @@ class OnDemand:
         self.results: list[Document | None] = []
 
     def start(self) -> Answer:
-        """Run every probe and every confirmation now; 202, or 429 if the last run was less than a second ago."""
+        """Run every probe and confirmation now; 202, or 429 less than a second after the last run or while it runs."""
         now = time.monotonic()
         if now - self.last < EVERY_S or None in self.results:
             return (
@@ -55,7 +55,7 @@ class OnDemand:
                 self.results[place] = {**about, **outcome.result_json(ok, reason, took_s, warning)}
 
         if "follower" in spec:
-            # A log's new lines are judged once: that is left to the usual round.
+            # Each log line is evaluated once, by the scheduled probe; a copy leaves its position unchanged.
             spec = {**spec, "follower": spec["follower"].peek()}
         builtin.start(self.loop, spec, self.config["address"], done)
 

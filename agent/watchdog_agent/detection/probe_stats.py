@@ -1,4 +1,4 @@
-"""The last results of one probe: loss and latency, in 240 bytes. Pure."""
+"""Loss and latency over the last results of one probe, in 240 bytes. Pure."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _MAX_US = _LOST - 1
 
 
 class Stats:
-    """A ring of the last KEPT results, in whole microseconds (at most 71 minutes)."""
+    """A ring buffer of the last KEPT results, in whole microseconds (at most 71 minutes)."""
 
     def __init__(self) -> None:
         self._ring = bytearray(4 * KEPT)
         self._next = 0
         self.count = 0
-        """Results that are in the ring, 0 to KEPT."""
+        """Number of results in the buffer, 0 to KEPT."""
         self.streak = 0
-        """Losses in a row up to now."""
+        """Number of consecutive losses up to now."""
 
-    def add(self, ok: bool, took_s: float) -> None:  # as a probe's callback says it
-        """Take one result; the oldest goes when there are KEPT."""
+    def add(self, ok: bool, took_s: float) -> None:  # as passed by a probe's callback
+        """Add one result; replaces the oldest one when KEPT are stored."""
         value = min(_MAX_US, max(0, int(took_s * 1e6))) if ok else _LOST
         struct.pack_into("=I", self._ring, 4 * self._next, value)
         self._next = (self._next + 1) % KEPT
@@ -40,12 +40,12 @@ class Stats:
         return 1 - len(self._values()) / self.count if self.count else 0.0
 
     def earlier(self) -> tuple[int, float]:
-        """(results, loss) without the losses that are going on: how the path is in its good days."""
+        """(results, loss) without the current run of losses: the normal quality of the path."""
         before = self.count - min(self.streak, self.count)
         return (before, 1 - len(self._values()) / before) if before else (0, 0.0)
 
     def summary(self) -> ProbeStats:
-        """For /status; latencies in seconds, of the results that were no loss; null when there are none."""
+        """For /status. Latencies in seconds, of successful results only; null without any."""
         values = sorted(self._values())
         loss = 1 - len(values) / self.count if self.count else 0.0
         count = len(values)
@@ -54,7 +54,7 @@ class Stats:
             "loss": round(loss, 4),
             "min_s": _seconds(values[0]) if values else None,
             "mean_s": _seconds(sum(values) / count) if values else None,
-            # The nearest rank: with few results it is one that was measured.
+            # Nearest-rank percentile: always a measured value, also with few results.
             "p50_s": _seconds(values[(count - 1) // 2]) if values else None,
             "p95_s": _seconds(values[-(-count * 19 // 20) - 1]) if values else None,
             "max_s": _seconds(values[-1]) if values else None,

@@ -1,4 +1,4 @@
-"""Runs the probes of the device, of its gateway, and the independent confirmations.
+"""Runs the probes of the device and its gateway, and the independent confirmations.
 
 `detection.failure_detector` determines the state from the results; `agent` acts on it.
 """
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 MAX_HISTORY = 32
 """Maximum number of state changes in /status."""
 MAX_AGE_S = 10 * 365 * 86400.0
-"""An age beyond it is taken for this much."""
+"""Maximum age of a state in seconds; older ones are clamped to it."""
 
 
 _WEIGHT = (True, False, None)
-"""Of several confirmations one that works is enough to doubt the probe instead of the device; one that could
-not be asked counts only where no other was."""
+"""Priority of confirmation outcomes. One success is enough to doubt the probe instead of the device; one that could
+not be run counts only if no other was run."""
 
 
 class Prober:
-    """Probes the device of `agent`, and tells it what changed."""
+    """Probes the device of `agent`, and notifies the agent of changes."""
 
     def __init__(self, agent: ProbeHost) -> None:
         self.agent = agent
@@ -46,12 +46,12 @@ class Prober:
         self.results: dict[str, ProbeResult] = {}
         self.stats: dict[str, Stats] = {}
         self.quick: dict[str, int] = {}
-        """Probes in a row at the quick pace."""
+        """Consecutive probes at the quick interval."""
         self.runs = self.failures = self.unable = 0
         self.no_route = False
-        """The last probe could not be asked because this host has no route to the device."""
+        """The last probe could not be run because this host has no route to the device."""
         self.adopted = False
-        """Whether the word of a predecessor was taken over."""
+        """Whether the condition that a predecessor reported was taken over."""
         self.confirming = 0
         self.confirm_began = self.confirmed_at = float("-inf")
         self.confirmations: list[tuple[str, Outcome, str]] = []
@@ -59,7 +59,7 @@ class Prober:
         self.detector = FailureDetector(min(int(p["misses"]) for p in self.config["probes"]))
         self.history: deque[Document] = deque(maxlen=MAX_HISTORY)
         self.since = time.monotonic()
-        """When the state of the belief began; before our start for one that was taken over."""
+        """Start of the detector's state (monotonic); before this agent's start for a state that was taken over."""
         self._state = self.detector.state
         self._cause, self._rewords, self._reword_at = "", 0, 0.0
         self._waiting: dict[str, Timer] = {}
@@ -81,14 +81,14 @@ class Prober:
                 self.thresholds[name] = Thresholds(spec)
 
     def start(self) -> None:
-        """Begin to probe."""
+        """Start probing."""
         for name, spec in zip(self.names, self.config["probes"], strict=True):
             self._probe(name, spec)
 
-    # -- the state, and since when
+    # -- the state, and its start
 
     def record_state(self) -> bool:
-        """Record the time of a change of state; returns whether there was one."""
+        """Record the time of a state change; return whether the state changed."""
         changed = self._state != self.detector.state
         if changed:
             self._state, self.since = self.detector.state, time.monotonic()
@@ -102,7 +102,7 @@ class Prober:
             self.history.append({"at": round(time.time(), 3), "state": state, "reason": reason})
 
     def restore(self, saved: Document) -> None:
-        """Go on from what an earlier run kept: the belief, and since when."""
+        """Continue with the state, and its start, that an earlier run stored."""
         detector = self.detector
         detector.was_ready = saved.get("was_ready") is True
         detector.restore(saved.get("state"), saved.get("reason"), saved.get("misses"))
@@ -110,12 +110,12 @@ class Prober:
         if saved.get("state") == detector.state:
             self._began(time.time() - parsing.number_or(saved.get("since"), time.time()))
         if detector.confirmed:
-            # when is not kept: if no answer comes now, none may have come then
+            # Its time is not stored; assume now: if no report is answered now, perhaps none was then.
             self.confirmed_at = time.monotonic()
 
     def dump(self, *, isolated: bool) -> DetectorState:
-        """The part of the stored state. `isolated`: what was confirmed then is not claimed by the next run, whose
-        reports may be answered at once."""
+        """The detector's part of the stored state. `isolated`: store `offline` as `suspect`, so that the next run, whose
+        reports may be answered at once, confirms it again."""
         detector = self.detector
         return {
             "was_ready": detector.was_ready,
@@ -126,7 +126,7 @@ class Prober:
         }
 
     def reconnected(self, isolated: bool) -> None:  # as the reporter calls it
-        """A report was answered again: confirm anew what was found while none was."""
+        """A report was answered again: confirm again what was found while none was."""
         if self.agent.exit_code is not None:
             return
         self.episode += 1  # ignore confirmations that began while no answer arrived
@@ -134,7 +134,7 @@ class Prober:
             self.agent.changed()
 
     def adopt(self, condition: object) -> bool:
-        """Take over the device's condition from an answer to a report, once; whether it was."""
+        """Take over the device's condition from the answer to a report, once; return whether it was taken over."""
         if (
             self.adopted
             or not isinstance(condition, dict)
@@ -147,7 +147,7 @@ class Prober:
         if not self.detector.adopt(condition["state"], text, count):
             return False
         self.adopted = True
-        self.episode += 1  # a confirmation that is under way belongs to what was believed before
+        self.episode += 1  # discard a confirmation in progress: it is for the previous state
         self.record_state()
         self._began(parsing.number_or(condition.get("age_s"), 0.0))
         return True
@@ -156,8 +156,8 @@ class Prober:
         self.since = time.monotonic() - min(max(0.0, age_s), MAX_AGE_S)
 
     def _cause_changed(self) -> bool:
-        """Whether the cause of a state that lasts is another one, and this is to be reported now: the first time
-        at once, and each time twice as long after the one before, as a cause may alternate."""
+        """Whether the cause of an unchanged state has changed and must be reported now. The first change is reported at
+        once; after that the delay doubles each time, because causes may alternate."""
         now = time.monotonic()
         if self.detector.cause == self._cause or now < self._reword_at:
             return False
@@ -186,8 +186,8 @@ class Prober:
         self._waiting[name] = self.loop.later(delay_s, lambda: self._probe(name, spec))
 
     def _ask_again(self, returns: int) -> None:
-        """Something of an offline device answers, if the count was `returns` before: ask those that missed now,
-        not an interval later. One that is under way is asked again when it has ended."""
+        """If an offline device has answered since the count was `returns`, run the probes that missed now, not one
+        interval later. A probe in progress runs again when it has ended."""
         if self.detector.returns == returns:
             return
         for name, spec in zip(self.names, self.config["probes"], strict=True):
@@ -197,7 +197,7 @@ class Prober:
                 self._probe_in(0.0, name, spec)
 
     def _pace(self, name: str, spec: Probe) -> float:
-        """Seconds from the start of this probe to the start of the next."""
+        """Seconds between the starts of two probes, with jitter."""
         quick = self.quick.get(name, 0)
         wanted: float = probe_interval.interval(
             spec["interval_s"], spec["min_interval_s"], self.detector.state, quick
@@ -243,7 +243,7 @@ class Prober:
     def _count(
         self, name: str, spec: Probe, ok: Outcome, took_s: float, warning: str
     ) -> tuple[int, str]:
-        """(misses in a row that make the device suspect, warnings of this result)."""
+        """(consecutive misses that make the device suspect, warnings of this result)."""
         self.runs += 1
         self.failures += ok is False
         self.unable += ok is None
@@ -259,11 +259,11 @@ class Prober:
     def _record(self, name: str, result: ProbeResult) -> None:
         first = name not in self.results
         self.results[name] = {**result, "at": time.time()}
-        if first:  # in the order of the configuration, whichever probe ends first
+        if first:  # in the order of the configuration, not of completion
             self.results = {n: self.results[n] for n in self.names if n in self.results}
 
     def _doubt(self, name: str, spec: Probe) -> None:
-        """After a miss, probe the gateway first, then confirm."""
+        """After a miss: probe the gateway first, then confirm."""
         detector = self.detector
         if self.gateway is None or detector.state in ("offline", "degraded"):
             self._want_confirmation(name, spec)
@@ -276,7 +276,7 @@ class Prober:
             self.gateway.probe(answered)
 
     def behind(self, alive: Outcome) -> bool:
-        """Take the outcome of the gateway's probe; whether it answers."""
+        """Record the outcome of the gateway's probe; return whether the gateway answers."""
         assert self.gateway is not None
         if alive:
             self.agent.gateway_answers()
@@ -286,7 +286,7 @@ class Prober:
         return bool(alive)
 
     def _want_confirmation(self, name: str, spec: Probe) -> None:
-        # At the quick pace too they stay an interval apart: see pace.
+        # Confirmations stay one interval apart at the quick interval too: see probe_interval.
         apart_s = spec["interval_s"] * (1 - spec["jitter"])
         soon = time.monotonic() - self.confirm_began < apart_s
         quick = 0 < self.quick.get(name, 0) < probe_interval.MAX_QUICK
@@ -306,7 +306,7 @@ class Prober:
             if ok is False and not self._independent(spec):
                 ok, reason = None, f"{reason}; that is no independent evidence"
             answers.append((probes.name_of(spec), ok, reason))
-            # The device may have come back and gone again meanwhile: that is to be asked anew.
+            # The device may have returned and failed again meanwhile; that needs a new confirmation.
             if not self.confirming and self.episode == episode:
                 self._confirmed(answers, episode)
 
@@ -318,7 +318,7 @@ class Prober:
             start(spec)
 
     def _confirmed(self, answers: list[tuple[str, Outcome, str]], episode: int) -> None:
-        """All confirmations have ended."""
+        """Evaluate the confirmations after all have ended."""
         answers.sort(key=lambda answer: _WEIGHT.index(answer[1]))
         self.confirmations = answers
         name, ok, reason = answers[0]
@@ -341,23 +341,23 @@ class Prober:
                 apply()
 
         if ok is False and self.gateway is not None:
-            # It may have died meanwhile: what failed counts only if it answers now.
+            # The gateway may have failed meanwhile: the failure counts only if it answers now.
             self.confirming = 1
             self.gateway.probe(answered)
         else:
             apply()
 
     def _independent(self, spec: Probe) -> bool:
-        """Whether the silence of this confirmation is evidence besides the probes'. Without the right to ping
-        it is not: TCP on a port that nobody chose may be filtered, and probes that had to ask TCP themselves
-        share the path of a TCP confirmation."""
+        """Whether a failure of this confirmation is evidence in addition to the probes. Without permission to ping it is
+        not: TCP to a port that was not configured may be filtered, and probes that fell back to TCP share the path of
+        a TCP confirmation."""
         if spec.get("instead"):
             return False
         instead = all(one.get("instead") for one in self.config["probes"])
         return spec["kind"] != "tcp" or not instead
 
     def status(self) -> ProberStatus:
-        """The part of /status."""
+        """The prober's part of /status."""
         return {
             "was_ready": self.detector.was_ready,
             "misses": self.detector.misses,
@@ -369,7 +369,7 @@ class Prober:
         }
 
     def evidence(self) -> Document:
-        """What the belief stands on: failing probes, the last confirmation, the gateway."""
+        """The evidence for the state: failing probes, warnings, the last confirmation, the gateway."""
         failing = {name: r["reason"] for name, r in self.results.items() if not r["ok"]}
         warned = {name: r["warning"] for name, r in self.results.items() if "warning" in r}
         evidence: Document = {"failing": failing}

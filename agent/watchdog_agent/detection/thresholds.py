@@ -1,9 +1,9 @@
-"""Warnings of one probe that succeeds: it takes too long, or too many of its runs are lost. Loaded only where a
-probe has such a threshold. Pure: no clock, no I/O.
+"""Warnings for a probe that succeeds but is slow or loses too many runs. Loaded only if a probe has such a
+threshold. Pure: no clock, no I/O.
 
-`warn_time_s`: exceeded `misses` times in a row begins the warning; as many good times in a row end it.
-`warn_loss`: a share of the last 60 runs, judged from 20 on; at most half of it ends the warning. An outage is
-not loss: a run of misses that makes the device suspect is left out, with all before it.
+`warn_time_s`: the warning begins after `misses` consecutive slow runs, and ends after as many fast ones.
+`warn_loss`: a share (0 to 1) of the last 60 runs, evaluated from 20 runs on; the warning ends at half of it or less.
+Outages are not loss: a run of misses that makes the device suspect clears the statistics.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Thresholds:
         self.need = int(spec["misses"])
         self._slow = self._lossy = False
         self._streak = 0
-        """Runs in a row that are on the other side of `most_s` than `_slow` says."""
+        """Consecutive runs that contradict `_slow`."""
         self._stats = Stats()
         self._misses = 0
 
     def record(self, outcome: Outcome, took_s: float, need: int) -> str:
-        """Take one result; what is exceeded now, in words, or "". `need`: misses that make suspect."""
+        """Record one result; return the exceeded thresholds in words, or "". `need`: misses that make suspect."""
         if outcome is None:
             return self._describe(took_s)
         self._misses = 0 if outcome else self._misses + 1

@@ -1,18 +1,18 @@
-"""Agents that see the same anomaly elect one of them to escalate it, through Consul's KV store.
+"""Agents that detect the same anomaly elect one of them to escalate it, through Consul's KV store.
 
-Imported with the first anomaly: without one an agent writes nothing to Consul for this, and holds no session.
-Keys, below ``<prefix>/anomalies/<group>/``:
+Imported with the first anomaly: before that, an agent writes nothing to Consul for this and holds no session.
+Keys below ``<prefix>/anomalies/<group>/``:
 
 =============  =========================================================================
-``<slug>``     the note of one agent, locked by its session; unlocked when the alert is sent,
-               with the time until which it is valid; deleted when its device has recovered
+``<slug>``     the note of one agent, locked by its session; unlocked once the alert is sent,
+               with its expiry time; deleted when its device has recovered
 ``_leader``    the lock; its holder sends the alert
-``_told``      the alert that is being sent, or was (`escalation.election`)
+``_told``      the alert that is being sent or was sent (`escalation.election`)
 =============  =========================================================================
 
-A session has a TTL, no lock delay, and deletes what it locked when it ends: a dead agent's note and
-lock are gone after at most 2 x TTL, those of one that is stopped at once. If Consul does not
-answer for `consul_wait_s`, the agent escalates by itself, marked ``uncoordinated``.
+A session has a TTL and no lock delay, and deletes the keys it locked when it ends: the note and lock
+of a dead agent are gone after at most 2 x TTL, those of a stopped agent at once. If Consul does not
+answer for `consul_wait_s`, the agent escalates on its own, marked ``uncoordinated``.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 
 class Coordinator:
-    """The session of this agent, and its rounds: one for each anomaly whose alert is not sent yet."""
+    """The session of this agent, and its rounds: one per anomaly whose alert is not sent yet."""
 
     CLOSE_S = 0.4
 
     def __init__(self, loop: Loop, config: Config, escalate: Callable[..., None]) -> None:
-        """`escalate(document, group, own, done)`: escalate this; `done(accepted)` when all sinks have ended."""
+        """`escalate(document, group, own, done)` sends an escalation; `done(accepted)` when all sinks have finished."""
         self.loop, self.config, self.escalate = loop, config, escalate
         self.kv = Kv(loop, config, "anomalies")
         rules = config["escalate"]
@@ -65,18 +65,18 @@ class Coordinator:
         return note_of(entry, self.config["device_id"], every_s, episode)
 
     def sweep(self) -> None:
-        """Take away what agents that are gone have left."""
+        """Delete what agents that are gone have left behind."""
         sweep(self.kv)
 
     def end(self, it: ElectionRound) -> None:
-        """A round is over; with the last one the session goes."""
+        """End a round; the last one also ends the session."""
         if it in self.rounds:
             self.rounds.remove(it)
         if not self.rounds:
             self._drop()
 
     def with_session(self, then: Callable[[str], None]) -> None:
-        """Call back with our session's id, made when there is none; "" when Consul made none."""
+        """Call back with the session's ID, creating a session if there is none; "" if that failed."""
         if self.session:
             then(self.session)
             return
@@ -121,14 +121,14 @@ class Coordinator:
             if status == 404:
                 self.lost()
                 return
-            # a failed renewal is tried sooner: one more still fits into the TTL
+            # Retry a failed renewal sooner: another attempt still fits into the TTL.
             self.timer = self.loop.later(self.ttl_s / (3 if status == 200 else 6), self._renew)
 
         if session:
             self.kv.call("PUT", f"/session/renew/{session}", None, answered)
 
     def lost(self) -> None:
-        """The session has expired in Consul, and the notes with it: the rounds that wait start again."""
+        """The session has expired in Consul, with its notes: restart the waiting rounds."""
         self._forget()
         for it in list(self.rounds):
             it.restart()
@@ -149,7 +149,7 @@ class Coordinator:
             then()
 
     def close(self, then: Callable[[], None]) -> None:
-        """Leave: what we locked is free at once, so that another can go on."""
+        """End all rounds and the session, which frees its locks for other agents at once."""
         self.closed = True
         for it in list(self.rounds):
             it.stop()
@@ -163,9 +163,9 @@ ENDED_TRIES = 20
 def ended(
     kv: Kv, entry: EscalationEntry, done: Callable[[str], None], tries: int = ENDED_TRIES
 ) -> None:
-    """`done(episode)`: the episode whose last anomaly this one was, or "". This agent's note must be deleted before.
-    If Consul does not answer, it is the episode that this agent knows: a repeated ``resolved`` has the same key, and a
-    missing one would leave the alert open."""
+    """Call `done(episode)` with the episode whose last anomaly this one was, or "". This agent's note must already be
+    deleted. If Consul does not answer, it is the episode that this agent knows: a repeated ``resolved`` has the same key,
+    and a missing one would leave the alert open."""
 
     def listed(found: list[KvEntry] | None, _reason: str) -> None:
         if found is None and not entry["told"] and tries > 1:
@@ -179,24 +179,24 @@ def ended(
 
 MAX_CLEANED = 64
 MAX_SWEPT = 1 << 18
-"""Maximum number of bytes of the listing of all groups that are read."""
+"""Maximum size of the listing of all groups, in bytes."""
 
 
 def clean(kv: Kv, found: list[KvEntry]) -> None:
-    """Take away what agents that are gone have left in this listing, if it is still as it was read."""
+    """Delete what agents that are gone have left in this listing, unless it has changed since."""
     for one in election.stale(found, time.time())[:MAX_CLEANED]:
         kv.delete(one["name"], lambda _ok: None, one["index"])
 
 
 def sweep(kv: Kv) -> None:
-    """Clean all groups: the keys of a group whose agents are all gone are read nowhere else."""
+    """Clean all groups: keys of a group whose agents are all gone are not read anywhere else."""
     kv.listed("", lambda found, _reason: clean(kv, found or []), MAX_SWEPT)
 
 
 def note_of(
     entry: EscalationEntry, device_id: str, every_s: float, episode: str | None = None
 ) -> dict[str, str | float]:
-    """The note of an anomaly; `every_s`: it will be written anew so often."""
+    """The note of an anomaly; `every_s`: interval at which it is rewritten."""
     return {
         "id": entry["id"],
         "device_id": device_id,
@@ -213,7 +213,7 @@ def refresh_note(
     note: dict[str, str | float],
     written: Callable[[], None],
 ) -> None:
-    """Rewrite the note of an alert that was sent; `written` is called in any case."""
-    # A lock that is on it stays: only a key with a session of its own in the query changes that.
+    """Rewrite the note of a sent alert; `written` is called in any case."""
+    # A lock on it stays: only a query with a session changes that.
     query = "flags=0"
     kv.put(f"{election.folder_of(entry)}/{slug}", query, note, lambda *_: written())

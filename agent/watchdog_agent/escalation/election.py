@@ -1,15 +1,15 @@
-"""What the agents of a group that see the same anomaly do next. Pure: no clock, no I/O; takes `now`.
+"""Decides the next action of the agents of a group that detect the same anomaly. Pure: no clock, no I/O; takes `now`.
 
-A group is what anomalies have in common (a gateway, a site, a class or a host) and the kind of anomaly. Each of its
-agents keeps a note in Consul. The holder of the group's lock, the elected agent, alone sends the alert. The group's
+A group is what anomalies have in common (a gateway, a site, a class or a host), plus the kind of anomaly. Each of its
+agents keeps a note in Consul. Only the elected agent, which holds the group's lock, sends the alert. The group's
 document records the alert. It is written by compare-and-set in two steps: with the state ``telling`` before anything
 is sent, and with ``told`` when a sink has accepted it. A successor that finds ``telling`` sends the same alert again
-under the same key; one that finds ``told`` sends nothing. So an alert is sent whatever crashes, and a receiver can
+with the same key; one that finds ``told`` sends nothing. So an alert is sent despite crashes, and a receiver can
 recognize a repeated one by its key.
 
 A note without a lock means that the device is still unhealthy, until the note's `until` (seconds since 1970). Its
-agent rewrites it long before. An older note belongs to an agent that is gone: it is ignored, and any agent that finds
-it deletes it.
+agent rewrites it long before then. An expired note belongs to an agent that is gone: it is ignored, and any agent
+that finds it deletes it.
 
 Document: ``{"episode": id, "rev": n, "state": "telling"|"told", "at": seconds since 1970, "ids": [note ids],
 "members": [[device id, reason], ...]}``. `at` is compared with other hosts' clocks, so their differences count against
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import EscalationEntry, GroupAlert, KvEntry
 
 MAX_NAMED = 500
-"""Maximum number of devices that an escalation names; it has the number of all."""
+"""Maximum number of devices that an escalation names; its count includes all of them."""
 OLD_S = 2700.0
 """Age at which a group's document without notes is deleted, seconds."""
 FAR_S = 30 * 86400.0
 """Maximum lifetime of a note; a longer one was written by a wrong clock."""
 TAKE_OVER_S = 60.0
-"""Minimum time for which a successor finishes a document of others: Consul needs 2 x TTL to free a lock."""
+"""Minimum time for which a successor finishes another agent's document: Consul needs 2 x TTL to free a lock."""
 
 
 def group_of(
     by: list[str], labels: Mapping[str, str], values: Mapping[str, str]
 ) -> tuple[str, str] | None:
-    """(kind, value) of the one group of an anomaly: the first kind of `by` that has a value. `values`
-    (what is known now) takes precedence over `labels` (what the device was registered with)."""
+    """(kind, value) of the group of an anomaly: the first kind in `by` that has a value. `values` (current data)
+    takes precedence over `labels` (from the device's registration)."""
     for kind in by:
         value = values.get(kind) or labels.get(kind)
         if value:
@@ -49,7 +49,7 @@ def group_of(
 def still_to_gather(
     began: float, newest: float, now: float, gather_s: float, window_s: float
 ) -> float:
-    """Seconds to wait for more members: until none has joined for gather_s, at most window_s."""
+    """Seconds to wait for more members: until none has joined for gather_s, at most window_s in total."""
     return max(0.0, min(newest + gather_s, began + window_s) - now)
 
 
@@ -61,9 +61,9 @@ def covers(alert: GroupAlert | None, note_id: str) -> bool:
 def next_document(
     alert: GroupAlert | None, present: Mapping[str, list[str]], now: float, window_s: float
 ) -> tuple[GroupAlert | None, float]:
-    """(the alert that the lock's holder must send now, 0), (None, seconds to wait), or (None, 0) = nothing is left.
+    """(the alert that the lock's holder must send now, 0), (None, seconds to wait), or (None, 0) = nothing left to do.
 
-    `present`: note id → [device id, reason] of the notes whose agents live. `now`: wall seconds."""
+    `present`: note ID → [device ID, reason] of the notes of running agents. `now`: seconds since 1970."""
     if alert is not None and alert["state"] == "telling":
         mine = any(one in present for one in alert["ids"])
         if mine or now < alert["at"] + max(TAKE_OVER_S, 2 * window_s):
@@ -117,7 +117,7 @@ def checked(document: object) -> GroupAlert | None:
 
 
 def read_group(found: list[KvEntry]) -> tuple[dict[str, list[str]], GroupAlert | None, int]:
-    """(note id → [device id, reason] of the notes of running agents that wait, the alert, its index)."""
+    """(note ID → [device ID, reason] of the notes of running agents that wait, the alert, its index)."""
     present: dict[str, list[str]] = {}
     alert, index = None, 0
     for one in found:
@@ -130,8 +130,8 @@ def read_group(found: list[KvEntry]) -> tuple[dict[str, list[str]], GroupAlert |
 
 
 def counts(one: KvEntry, now: float) -> bool:
-    """Whether an entry is the note of a running agent: it is locked by a session, or young enough. `now`: seconds
-    since 1970."""
+    """Whether an entry is the note of a running agent: locked by a session, or not expired. `now`: seconds since
+    1970."""
     value = one["value"]
     if one["name"].rpartition("/")[2][:1] == "_" or not isinstance(value, dict):
         return False
@@ -149,7 +149,7 @@ def ended(found: list[KvEntry], entry: EscalationEntry, now: float) -> str:
         # Another agent has sent an alert that includes this device, or may have.
         episode = alert["episode"]
     same = alert["ids"] if alert is not None and alert["episode"] == episode else ()
-    # Agents whose device is in the alert, but that do not know it yet, count as well.
+    # Agents whose device is in the alert but that do not know it yet count too.
     notes = [one["value"] for one in found if counts(one, now)]
     left = any(
         isinstance(one, dict) and (one.get("told") == episode or one.get("id") in same)
@@ -159,7 +159,7 @@ def ended(found: list[KvEntry], entry: EscalationEntry, now: float) -> str:
 
 
 def stale(found: list[KvEntry], now: float) -> list[KvEntry]:
-    """The keys that agents which are gone have left: old notes, and the document and lock of a group without any
+    """Keys left behind by agents that are gone: expired notes, and the document and lock of a group without any
     other key."""
     lived_in = {one["name"].rpartition("/")[0] for one in found if counts(one, now)}
     out = []

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Config, EscalationEntry, GroupAlert, KvEntry, Timer
 
     class Owner(Protocol):
-        """Whose round it is: it holds the session."""
+        """The owner of a round, which holds the session."""
 
         loop: Loop
         config: Config
@@ -59,7 +59,7 @@ class ElectionRound:
         self.reached = time.monotonic()
         self.leading = self.sending = self.over = self.finishing = False
         self.withdrawn: Callable[[], None] | None = None
-        """Called after a withdrawal that waits for a call in progress."""
+        """Called after a withdrawal that had to wait for a call in progress."""
         self.began = self.newest = 0.0
         self.seen: set[str] = set()
         self.polls = 0
@@ -74,7 +74,7 @@ class ElectionRound:
         self.owner.with_session(self._post)
 
     def restart(self) -> None:
-        """The session is lost: start again, unless the alert is being sent. Its document has the alert and its key."""
+        """Start again after the session is lost, unless the alert is being sent: its document has the alert and its key."""
         if not self.sending and not self.over:
             self.leading = False
             self._later(between(0.1, 0.5), self.start)
@@ -117,7 +117,7 @@ class ElectionRound:
             self._later(between(0.3, 1.0), self._lead if self.leading else self.start)
 
     def _poll(self) -> None:
-        """Read whether the alert is sent, and whether an agent is about to send it."""
+        """Check whether the alert is sent, and whether another agent is about to send it."""
         self.fetch = self.kv.listed(f"{self.folder}/_", self._polled)
 
     def _polled(self, found: list[KvEntry] | None, reason: str) -> None:
@@ -135,7 +135,7 @@ class ElectionRound:
         elif (
             "_leader" in entries and entries["_leader"]["session"]
         ) or time.monotonic() < self.resigned_until:
-            # The interval grows: a successor is needed within seconds, not at once.
+            # The interval grows: a successor is needed within seconds, not immediately.
             self.polls += 1
             wait = min(self.gather_s * 1.2**self.polls, max(self.gather_s, 5.0))
             self._later(wait * between(0.8, 1.2), self._poll)
@@ -259,7 +259,7 @@ class ElectionRound:
             else:
                 self._later(between(0.2, 0.8), lambda: self._mark_sent(document, tries + 1))
 
-        # Not in `fetch`: it goes on after the end of the round. Else a successor would send the alert again.
+        # Not in `fetch`: it continues after the end of the round. Else a successor would send the alert again.
         self.kv.listed(f"{self.folder}/_told", found)
 
     # -- ending
@@ -316,8 +316,8 @@ class ElectionRound:
             self.fetch.cancel()
 
     def withdraw(self, then: Callable[[], None]) -> None:
-        """The device has recovered: delete this agent's note, then call back. Waits while the first alert or the last
-        note is being sent."""
+        """Withdraw because the device has recovered: delete this agent's note, then call back. Waits while the first alert or
+        the last note is being sent."""
         if self.finishing or (self.sending and not self.entry["told"]):
             self.withdrawn = then
             return

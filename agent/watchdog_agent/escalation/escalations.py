@@ -1,7 +1,7 @@
-"""What this agent escalates, from the first moment to the recovery.
+"""The escalations of this agent, from start to recovery.
 
-`raise_` opens an escalation. The same key again has no effect until `clear`. Open escalations outlive a restart
-(`saved`, `restore`): an alert that was not sent before is sent after it, under the same key.
+`raise_` opens an escalation. The same key again has no effect until `clear`. Open escalations survive a restart
+(`dump`, `restore`): an alert that was not sent before is sent afterwards, with the same key.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Escalations:
 
     MAX_OPEN = 16
     DEPART_S = 1.5
-    """How long the end of a device that has left may take."""
+    """Time limit for resolving the alerts of a device that has left, in seconds."""
     POLL_S = 0.02
     RETURN_S = 5.0
     """Delay after a restart until the notes of open escalations are refreshed."""
@@ -52,16 +52,16 @@ class Escalations:
         self.rounds: dict[str, ElectionRound] = {}
         self.coordination: Coordinator | None = None
         self.leaving = 0
-        """Ends of which it is not known yet whether others of the episode are still away."""
+        """Number of ended anomalies for which it is not known yet whether others of the episode are still open."""
         self.over = "recovered"
         self.refreshing: Timer | None = None
         self.on_change: Callable[[], object] = lambda: None
         """Called when the stored state has changed."""
 
     def raise_(self, key: str, summary: str, evidence: Mapping[str, object]) -> None:
-        """Escalate this anomaly, alone or with others'. `key`: its kind, as ``offline``; of letters, digits,
-        - and _. `evidence`: JSON; the values of gateway, site, class and host in it say what it has in common
-        with others."""
+        """Escalate an anomaly, alone or with those of other agents. `key`: its kind, such as ``offline``; letters, digits,
+        - and _. `evidence`: JSON; its values of gateway, site, class and host determine the group it shares with
+        others."""
         if key in self.open:
             return
         if len(self.open) >= self.MAX_OPEN:
@@ -134,7 +134,7 @@ class Escalations:
                 note = coordinator.note_of(entry, name, every_s)
 
                 def written(entry: EscalationEntry = entry) -> None:
-                    if self._is_over(entry):  # it ended while the note was on its way
+                    if self._is_over(entry):  # it ended while the note was being written
                         self._leave(entry, None)
 
                 coordinator.refresh_note(kv, self.config["slug"], entry, note, written)
@@ -152,7 +152,7 @@ class Escalations:
         values = {kind: value for kind, value in known.items() if isinstance(value, str) and value}
         return election.group_of(by, self.config.get("labels") or {}, values)
 
-    # -- telling
+    # -- sending
 
     def _escalate_alone(self, entry: EscalationEntry) -> None:
         what = election.member_of(self.config["device_id"], entry)
@@ -218,7 +218,7 @@ class Escalations:
         )
 
     def _deliver(self, alert: Alert, done: Callable[[bool], None]) -> None:
-        """Send to all sinks; `done(whether one of them accepted it)` when all have ended."""
+        """Send to all sinks; call `done(accepted by at least one)` when all have finished."""
         left, taken = len(self.sinks), False
 
         def one(ok: bool) -> None:
@@ -234,7 +234,7 @@ class Escalations:
     # -- ending
 
     def clear(self, key: str) -> None:
-        """The device has recovered, or left. The agent of the episode's last device sends the end to the sinks."""
+        """The device has recovered or left. The agent of the episode's last device reports the end to the sinks."""
         entry = self.open.pop(key, None)
         if entry is None:
             return
@@ -257,7 +257,7 @@ class Escalations:
             kv.delete(f"{election.folder_of(entry)}/{slug}", lambda _ok: self._check_episode(entry))
 
     def _check_episode(self, entry: EscalationEntry) -> None:
-        """Report the end, unless other devices of the episode are left. This agent's note is deleted."""
+        """Report the end, unless other devices of the episode are left. This agent's note is already deleted."""
 
         def ended(episode: str) -> None:
             self.leaving -= 1
@@ -290,8 +290,8 @@ class Escalations:
         self._send(entry, document, group, "resolved", lambda _ok: None)
 
     def depart(self, done: Callable[[], None]) -> None:
-        """The device is no longer in the registry: end all that was told of it, and leave the election.
-        `done` when the sinks have taken it, and at the latest after DEPART_S and half a second."""
+        """The device has left the registry: resolve all its alerts, and leave the election. Call `done` when the sinks
+        have accepted that, after at most DEPART_S and half a second."""
         self.over = "departed"
         for key in list(self.open):
             self.clear(key)
@@ -308,30 +308,30 @@ class Escalations:
         poll()
 
     def close(self, done: Callable[[], None]) -> None:
-        """Leave the election, so that another goes on at once; `done` within half a second."""
+        """Leave the election, so that another agent continues at once; call `done` within half a second."""
         if self.coordination is None:
             done()
         else:
             self.coordination.close(done)
 
-    # -- keeping and showing
+    # -- stored state and status
 
     def dump(self) -> list[EscalationEntry]:
-        """What is open, to be stored; JSON."""
+        """The open escalations, to be stored as JSON."""
         return [entry.copy() for entry in self.open.values()]
 
     def restore(self, saved: object) -> None:
-        """Go on with what an earlier run of this agent had open; what makes no sense is left out."""
+        """Continue with the open escalations of an earlier run of this agent; invalid ones are ignored."""
         for entry in saved if isinstance(saved, list) else []:
             if _is_entry(entry) and len(self.open) < self.MAX_OPEN:
                 self.open[entry["key"]] = entry
                 if not entry["told"]:
                     self._begin(entry)
-        # While we were away it may have grown old.
+        # The notes may be about to expire after the downtime.
         self._schedule_refresh(self.RETURN_S)
 
     def status(self) -> EscalationStatus:
-        """For /status and the metrics."""
+        """The status for /status and the metrics."""
         hidden = ("id", "evidence")
         return {
             "open": [

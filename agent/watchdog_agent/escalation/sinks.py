@@ -1,9 +1,9 @@
-"""Where escalations go: a webhook, Alertmanager, a Consul event. Each has a bounded queue of its own, so
-that one that is down holds up no other.
+"""Escalation sinks: webhook, Alertmanager, Consul event. Each has its own bounded queue, so that one that is down
+does not delay the others.
 
 An alert: ``{"key", "kind", "status": "firing"|"update"|"resolved", "episode", "rev", "at", "group":
-[kind, value] of many or None, "scope": [kind, value] that was elected in or None, "count", "devices": [[device id, reason], …], "summary", "evidence",
-"uncoordinated"}``. `key` names the alert for the receiver: said twice, it is the same alert.
+[kind, value] of a group alert or None, "scope": [kind, value] of the election or None, "count", "devices": [[device id, reason], …], "summary", "evidence",
+"uncoordinated"}``. `key` identifies the alert to the receiver: a repeated key is the same alert.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Alert, Config, Document, SinkSpec, Timer
 
 EXPIRES_S = 86400.0
-"""Duration after which an unresolved alert in Alertmanager ends, seconds."""
+"""Time after which an unresolved alert ends in Alertmanager, in seconds."""
 RETRIED = (408, 425, 429)
-"""Of the 4xx those that a second try may cure; the others are refusals."""
+"""4xx statuses that are retried; all others are final refusals."""
 
 
 class Sink:
@@ -67,9 +67,9 @@ class Sink:
         self.timer: Timer | None = None
 
     def put(self, alert: Alert, done: Callable[[bool], None]) -> None:
-        """Deliver it; `done(taken)` once. With MOST waiting the oldest goes, and is counted."""
+        """Queue an alert for delivery; call `done(taken)` once. A full queue drops the oldest one, and counts it."""
         if len(self.waiting) >= self.MAX_QUEUED:
-            # the first may be on its way: it stays until its answer is here
+            # The first one may be in progress: it stays until its response arrives.
             place = 1 if self.fetch is not None else 0
             lost = self.waiting[place]
             del self.waiting[place]
@@ -136,12 +136,12 @@ class Sink:
 def request_of(
     spec: SinkSpec, alert: Alert, config: Config, instance: str
 ) -> tuple[str, str, bytes, list[tuple[str, str]]]:
-    """(method, path below the sink's url, body, headers)."""
+    """(method, path below the sink's URL, body, headers)."""
     if spec["kind"] == "alertmanager":
         body = json.dumps([alertmanager(alert)])
         return "POST", "/api/v2/alerts", body.encode(), []
     if spec["kind"] == "consul_event":
-        # All servers and agents gossip it: an event holds 512 bytes, so the event has only the key, the status and the count.
+        # Gossiped to all servers and agents, at most 512 bytes: only the key, the status and the count.
         payload = {name: alert[name] for name in ("key", "status", "count")}
         return "PUT", f"/v1/event/fire/{spec['name']}", json.dumps(payload).encode(), []
     whole = {**alert, "v": 1, "by": {"device_id": config["device_id"], "instance": instance}}
@@ -149,8 +149,8 @@ def request_of(
 
 
 def alertmanager(alert: Alert) -> Document:
-    """As Alertmanager's API v2 wants it (its openapi.yaml, postableAlert). The labels are the alert's
-    identity there: they are the same for its updates and its end."""
+    """The alert as Alertmanager's API v2 expects it (its openapi.yaml, postableAlert). The labels identify the alert
+    there: they are the same for its updates and its end."""
     ends = alert["now"] if alert["status"] == "resolved" else alert["now"] + EXPIRES_S
     name = alert["kind"].title().replace("_", "").replace("-", "")
     labels = {"alertname": f"Watchdog{name}", "episode": alert["episode"]}
@@ -172,5 +172,5 @@ def alertmanager(alert: Alert) -> Document:
 
 
 def stamp(seconds: float) -> str:
-    """RFC 3339, in UTC."""
+    """Format seconds since 1970 as RFC 3339, in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

@@ -1,4 +1,4 @@
-"""Which states of the device are escalated, and when that ends. Loaded only where escalation is configured."""
+"""Decides which states of the device are escalated, and until when. Loaded only if escalation is configured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from watchdog_agent.escalation.escalations import Escalations
 
     class Detector(Protocol):
-        """What is known of the device."""
+        """The detector's state of the device."""
 
         reason: str
         behind: str
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 def update(
     escalations: Escalations, detector: Detector, results: Mapping[str, object], gateway: str
 ) -> None:
-    """Begin or end escalations after a change of state. `results`: of the probes; `gateway`: its address, or "".
+    """Begin or end escalations after a state change. `results`: of the probes; `gateway`: its address, or "".
 
     With repairs, the repair runner escalates the device, because repairs come first."""
     if gateway and detector.behind and detector.was_ready:
-        # Nothing behind a dead gateway can be confirmed to be offline, so the gateway is escalated.
+        # A device behind a dead gateway cannot be confirmed offline, so the gateway is escalated.
         evidence = {"probes": results, "gateway": gateway}
         escalations.raise_("gateway", detector.behind, evidence)
     elif detector.well:
@@ -49,8 +49,8 @@ def update(
 def raise_degraded(
     escalations: Escalations, detector: Detector, evidence: Mapping[str, object]
 ) -> bool:
-    """Escalate a degraded device if its class says so; return whether it does. The escalation of an offline
-    device ends only then: otherwise nothing would report that the device is unhealthy."""
+    """Escalate a degraded device if its class is configured to; return whether it is. Only then does this end the
+    escalation of an offline device: otherwise nothing would report that the device is unhealthy."""
     if not escalations.rules["degraded"]:
         return False
     escalations.raise_("degraded", detector.reason, {**evidence, "reason": detector.reason})

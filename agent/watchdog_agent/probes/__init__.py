@@ -1,1 +1,1 @@
-"""The kinds of probes."""
+"""The probe kinds."""

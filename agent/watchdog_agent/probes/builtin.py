@@ -1,8 +1,8 @@
-"""Probes of the device, none of which ever blocks: TCP, HTTP and ICMP here, the others in modules of
-their own that are loaded only where they are configured.
+"""Probes of the device; none of them blocks. TCP, HTTP and ICMP are here, the other kinds in their own
+modules, which are loaded only if configured.
 
-Each is started with a callback `done(outcome, reason, took_s, warning)` that is called exactly once, at the
-latest after its timeout.
+Each probe calls its callback `done(outcome, reason, took_s, warning)` exactly once, at the latest when its timeout
+expires.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _REFUSED = 111
 _FORBIDDEN = (1, 13, 93, 94)
-"""EPERM, EACCES, EPROTONOSUPPORT, ESOCKTNOSUPPORT: this kind of socket is not to be had."""
+"""EPERM, EACCES, EPROTONOSUPPORT, ESOCKTNOSUPPORT: this kind of socket is not available."""
 
 
 def start(loop: Loop, spec: Probe, address: str, done: Probed) -> None:
@@ -39,9 +39,9 @@ def start(loop: Loop, spec: Probe, address: str, done: Probed) -> None:
 
     try:
         _start(loop, spec, address, ended)
-        began = time.monotonic()  # a slow resolver is no slow device
+        began = time.monotonic()  # do not count a slow resolver against the device
     except (OSError, errors.ConfigError) as error:
-        # As EMFILE, or a file of certificates that cannot be read.
+        # Such as EMFILE, or a certificate file that cannot be read.
         text = str(error) if isinstance(error, errors.ConfigError) else http.reason_of(error)
         loop.later(0, lambda: ended(False, outcome.Unable(text)))
 
@@ -59,7 +59,7 @@ def _start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
 
 
 def close() -> None:
-    """End what probes have started and the end of this process would not."""
+    """Stop started programs that would outlive this process."""
     module = sys.modules.get("watchdog_agent.probes.command")
     if module is not None:
         module.close()
@@ -78,7 +78,7 @@ def _plain(
 def http_probe(
     loop: Loop, spec: Probe, address: str, ended: Ended, fetch: Callable[..., None]
 ) -> None:
-    """GET, and judge the answer. A redirect is not followed: it is a status like any other."""
+    """Send a GET and evaluate the response. A redirect is not followed: its status is evaluated like any other."""
 
     def answered(status: int | None, _headers: dict[str, str], body: bytes, reason: str) -> None:
         if status is None:
@@ -95,7 +95,7 @@ def http_probe(
 
 
 def judge_http(spec: Probe, status: int, body: bytes) -> tuple[bool, str]:
-    """Status and body against what is expected; (ok, reason)."""
+    """Compare status and body with the expectations; return (ok, reason)."""
     wanted = spec.get("expect_status", 200)
     if status not in (wanted if isinstance(wanted, list) else [wanted]):
         shown = " or ".join(map(str, wanted)) if isinstance(wanted, list) else wanted
@@ -107,7 +107,7 @@ def judge_http(spec: Probe, status: int, body: bytes) -> tuple[bool, str]:
 
 
 class _Tcp:
-    """A connection attempt. `refused_is_alive`: for reachability a refusal is an answer too."""
+    """A connection attempt. `refused_is_alive`: a refusal counts as success, because it shows reachability."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class _Tcp:
             self._end(False, http.reason_of(error, sent=sent))
 
     def _late(self) -> None:
-        # another address of the same name may have been silent
+        # Another address of the same name may not have answered.
         if self._is_refusal(self.dial.turns.error):
             self._end(True, "the host refuses, so it is there")
         else:
@@ -154,9 +154,9 @@ class _Tcp:
 
 
 class _Echo:
-    """An ICMP echo over a datagram or a raw socket, asked up to three times within the timeout: TCP
-    sends a lost packet again by itself, ICMP does not, and a confirmation that one lost packet can
-    make is none (S6). Costs no time: a device that is off takes the whole timeout either way."""
+    """An ICMP echo over a datagram or a raw socket, sent up to three times within the timeout. Unlike TCP, ICMP does
+    not retransmit, and a confirmation that one lost packet can cause is not evidence (S6). No extra time: a device
+    that is off takes the whole timeout either way."""
 
     TIMES = 3
 
@@ -208,7 +208,7 @@ class _Echo:
             return
         if self.raw and not self.v6:
             data = data[(data[0] & 15) * 4 :] if data else data
-        # The token tells our echo from other agents' on the same host, and from our late ones.
+        # The token distinguishes this echo from those of other agents on the host, and from late ones.
         if len(data) >= 24 and data[0] == (129 if self.v6 else 0) and data[8:24] == self.token:
             self._end(True, "echo")
 
@@ -219,7 +219,7 @@ class _Echo:
             ended(ok, reason)
 
     def cancel(self) -> None:
-        """Give up; nothing is called any more."""
+        """Cancel it; no callback is called afterwards."""
         self.ended = None
         for timer in (self.timer, *self.again):
             timer[2] = None
@@ -227,14 +227,14 @@ class _Echo:
 
 
 class _Ping:
-    """An echo from any address of the device. Where this process may open no socket for one, TCP is asked, which is
-    then the probe's name (`spec["instead"]`)."""
+    """An echo from any address of the device. If this process may not open an ICMP socket, TCP is used instead and
+    gives the probe its name (`spec["instead"]`)."""
 
     def __init__(self, loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
         self.loop, self.spec, self.address, self.ended = loop, spec, address, ended
         self.asked: list[_Echo] = []
         self.denied = False
-        # Port 0: a raw IPv6 socket takes no other (raw(7)).
+        # Port 0: a raw IPv6 socket accepts no other (raw(7)).
         self.turns = Turns(loop, (address, 0), spec["timeout_s"], self._begin, self._over)
 
     def _begin(self, family: int, where: SockAddr) -> None:
@@ -273,8 +273,8 @@ class _Ping:
 
 
 def echo_socket(family: int) -> tuple[socket.socket, bool]:
-    """A socket for ICMP echoes, and whether it is a raw one: a datagram socket where the kernel allows them
-    (net.ipv4.ping_group_range, for both versions of IP). Raises OSError."""
+    """A socket for ICMP echoes, and whether it is raw: a datagram socket if the kernel allows it
+    (net.ipv4.ping_group_range, for both IP versions). Raises OSError."""
     proto = socket.IPPROTO_ICMPV6 if family == socket.AF_INET6 else socket.IPPROTO_ICMP
     try:
         kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK

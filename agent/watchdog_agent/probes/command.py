@@ -1,4 +1,4 @@
-"""A program on the agent's host: exit code 0 is an answer. No shell; nothing waits for it but the loop."""
+"""Runs a program on the agent's host; exit code 0 is success. No shell; only the event loop waits for it."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Document, Ended, Probe
 
 MAX_OUTPUT = 1 << 20
-"""Bytes after which a program that talks on is killed."""
+"""Maximum output in bytes; a program that writes more is killed."""
 KEPT = 4096
-"""Bytes of the end of its output that are kept."""
+"""Number of bytes kept from the end of the output."""
 CHUNK = 16384
 PIPE = 65536
-"""Bytes that a pipe holds on Linux."""
+"""Capacity of a pipe on Linux, in bytes."""
 PASSED_ON = ("PATH", "HOME", "LANG", "TZ")
-"""Of the agent's environment no more: tokens stand in it (S10)."""
+"""The only variables passed on from the agent's environment, which contains tokens (S10)."""
 
 _running: set[_Command] = set()
-"""All that were not reaped yet, the killed ones too."""
+"""All runs that are not reaped yet, including killed ones."""
 
 
 def check(probe: Document, where: str) -> None:
-    """Raises ConfigError."""
+    """Check the settings. Raises ConfigError."""
     validators.require(probe, "command", optional_table.COMMAND, where)
 
 
 def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
-    """Run it with the device's address in WATCHDOG_ADDRESS."""
+    """Run the program with the device's address in WATCHDOG_ADDRESS."""
     environ = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     environ["WATCHDOG_ADDRESS"] = address
     if any(one.argv is spec["command"] and one.ended is None for one in _running):
-        # One corpse per probe, not one per run: a file system that hangs may do so for days.
+        # At most one unreaped process per probe, not one per run: a hanging file system may hang for days.
         hangs = outcome.Unable("its last run was killed and hangs in the kernel")
         loop.later(0, lambda: ended(False, hangs))
         return
@@ -51,13 +51,13 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
 
 
 def close() -> None:
-    """Kill what still runs: the agent is about to end."""
+    """Kill all running programs, because the agent is about to exit."""
     for command in list(_running):
         command.kill()
 
 
 class _Command:
-    """One run. Raises OSError when it can't be started."""
+    """One run. Raises OSError if it cannot be started."""
 
     def __init__(
         self, loop: Loop, argv: list[str], environ: dict[str, str], timeout_s: float, ended: Ended
@@ -75,7 +75,7 @@ class _Command:
                 (os.POSIX_SPAWN_DUP2, write, 1),
                 (os.POSIX_SPAWN_DUP2, write, 2),
             ]
-            # A group of its own, so that its children end with it.
+            # In its own process group, so that its children end with it.
             self.program = child_guard.GuardedProcess(argv, environ, actions)
         except BaseException:
             os.close(read)
@@ -104,7 +104,7 @@ class _Command:
             self._end(False, "it wrote more than 1 MiB")
 
     def _exited(self) -> None:
-        # What it wrote last, and no more: a child of its own may hold the pipe open for ever.
+        # Read at most the rest of the pipe: a child of the program may keep it open forever.
         for _ in range(PIPE // CHUNK):
             if self.pipe is not None:
                 self._read(0)
@@ -120,7 +120,7 @@ class _Command:
             self._end(False, f"{how}: {line}" if line else how)
 
     def _reap(self) -> int | None:
-        """Kill its group, then take its status, if it is there: until then nobody else can get its number."""
+        """Kill its group, then return its status if available. Until it is reaped, its PID cannot be reused."""
         if not self.program.pid:
             return None
         self.program.kill()
@@ -130,13 +130,13 @@ class _Command:
         return status
 
     def kill(self) -> None:
-        """Kill it; nothing is called any more."""
+        """Kill it; no callback is called afterwards."""
         self.ended = None
         self._end(False, "")
 
     def _end(self, ok: bool, reason: str) -> None:
         self.timer[2] = None
-        # What the kernel holds on to, as a dead file system does, is reaped when it lets go.
+        # A process that hangs in the kernel, such as on a dead file system, is reaped once it exits.
         self._reap()
         if self.pipe is not None:
             self.loop.forget(self.pipe)
@@ -147,7 +147,7 @@ class _Command:
 
 
 def last_line(output: bytes) -> str:
-    """The last line that is not empty, printable, at most 200 characters."""
+    """The last non-empty line, printable characters only, at most 200 characters."""
     lines = output.decode("utf-8", "replace").strip().splitlines()
     cut = lines[-1].strip()[:200] if lines else ""
     return "".join(c if c.isprintable() else "?" for c in cut)

@@ -1,4 +1,4 @@
-"""A DNS query over UDP (RFC 1035) to a given server, and a parse of its answer that trusts nothing."""
+"""A DNS query over UDP (RFC 1035) to a given server, and a parser that does not trust the response."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 TYPES = {"A": 1, "AAAA": 28}
 MAX_RECORDS = 64
-"""Maximum number of records of an answer that are read."""
+"""Maximum number of records read from a response."""
 _FAMILY = {1: socket.AF_INET, 28: socket.AF_INET6}
 _RCODES = ("", "bad query", "server failure", "no such name", "not implemented", "refused")
 
 
 class DnsError(Exception):
-    """The answer violates RFC 1035; the text describes how."""
+    """The response violates RFC 1035; the text describes how."""
 
 
 def check(probe: Document, where: str) -> None:
-    """Raises ConfigError."""
+    """Check the settings. Raises ConfigError."""
     validators.fill(probe, optional_table.DnsProbe, where)
     validators.require(probe, "name", optional_table.DnsProbe.name, where)
     kind = str(probe["type"])
@@ -48,14 +48,14 @@ def check(probe: Document, where: str) -> None:
 
 
 def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
-    """Ask `server`, else the device itself."""
+    """Query `server`, or else the device itself."""
     kind = TYPES[spec["type"]]
     query = encode_query(spec["name"], kind, os.urandom(2))
     wanted = spec.get("expect_address")
     raw = socket.inet_pton(_FAMILY[kind], wanted) if wanted else None
 
     def judge(data: bytes) -> tuple[bool, str] | None:
-        # Cheap checks first: a late answer to an earlier query, or a forged one.
+        # Inexpensive checks first: it may be a late response to an earlier query, or a forged one.
         if len(data) < 12 or data[:2] != query[:2] or not data[2] & 0x80:
             return None
         try:
@@ -76,7 +76,7 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
 
 
 def encode_name(name: str) -> bytes:
-    """Labels with their lengths. Raises DnsError for a name that has no such form."""
+    """Encode a name as labels with length bytes. Raises DnsError if that is not possible."""
     labels = [label.encode("ascii", "replace") for label in name.rstrip(".").split(".")]
     if any(not 0 < len(label) < 64 for label in labels):
         raise DnsError("each label must have 1 to 63 characters")
@@ -87,18 +87,18 @@ def encode_name(name: str) -> bytes:
 
 
 def encode_query(name: str, kind: int, ident: bytes) -> bytes:
-    """One question, class IN, recursion wanted."""
+    """Encode one question, class IN, recursion desired."""
     head = ident + struct.pack("!HHHHH", 0x0100, 1, 0, 0, 0)
     return head + encode_name(name) + struct.pack("!HH", kind, 1)
 
 
 def addresses(data: bytes, query: bytes) -> list[bytes] | str:
-    """The addresses that the answer to our query holds, or in words why it has none. Raises DnsError."""
+    """The addresses in the response to this query, or the reason why it has none. Raises DnsError."""
     flags, questions, answers = struct.unpack_from("!HHH", data, 2)
     if code := flags & 15:
         return _RCODES[code] if code < len(_RCODES) else f"error {code}"
     asked = query[12:]
-    # Servers may mix upper and lower case (0x20), no more.
+    # Servers may change only the case of letters (0x20).
     if questions != 1 or data[12 : 12 + len(asked)].lower() != asked.lower():
         raise DnsError("it answers another question")
     kind = struct.unpack("!H", asked[-4:-2])[0]
@@ -109,7 +109,7 @@ def addresses(data: bytes, query: bytes) -> list[bytes] | str:
 
 
 def _records(data: bytes, at: int, count: int, kind: int) -> Iterator[bytes]:
-    """The addresses of this type (1 = A, 28 = AAAA) in `count` records from `at` on. Raises DnsError."""
+    """The addresses of this type (1 = A, 28 = AAAA) in `count` records starting at `at`. Raises DnsError."""
     size = 4 if kind == 1 else 16
     for _ in range(count):
         at = skip_name(data, at)
@@ -127,8 +127,8 @@ def _records(data: bytes, at: int, count: int, kind: int) -> Iterator[bytes]:
 
 
 def skip_name(data: bytes, at: int) -> int:
-    """Where the name at `at` ends. A pointer ends it, and is not followed: we need no other name, and a
-    loop of pointers can hold up nobody. Raises DnsError."""
+    """The offset after the name at `at`. A pointer ends the name and is not followed: no other name is needed, and
+    a pointer loop cannot block the agent. Raises DnsError."""
     begin = at
     while at < len(data):
         length = data[at]

@@ -1,5 +1,5 @@
-"""A file on the agent's host: what is appended to a log, or how old a file is. Local files only: a read
-from a network file system that hangs would hold up the agent."""
+"""Probes a file on the agent's host: lines appended to a log, or the age of a file. Local files only: a hanging
+read from a network file system would block the agent."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Document, Ended, Follower, Probe
 
 MAX_ROUND = 256 * 1024
-"""Bytes read in one round; of a log that grows faster the rest is skipped and reported."""
+"""Maximum number of bytes read per run; for a log that grows faster the rest is skipped and reported."""
 
 
 def check(probe: Document, where: str) -> None:
-    """Raises ConfigError."""
+    """Check the settings. Raises ConfigError."""
     validators.require(probe, "file", table.PATH, where)
     validators.fill(probe, optional_table.FileProbe, where)
     if not any(probe.get(name) for name in ("expect_text", "forbid_text", "max_age_s")):
@@ -33,8 +33,8 @@ def check(probe: Document, where: str) -> None:
 
 
 def start(loop: Loop, spec: Probe, _address: str, ended: Ended) -> None:
-    """Read it now; the answer comes from the loop, as of any other probe. A file that is not there is a miss;
-    one that cannot be read is not."""
+    """Read the file now; the result is delivered from the event loop, like that of any other probe. A missing file is
+    a miss; an unreadable one is not."""
     try:
         answer = read(spec, spec["follower"], time.time())
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -45,7 +45,7 @@ def start(loop: Loop, spec: Probe, _address: str, ended: Ended) -> None:
 
 
 def read(spec: Probe, follower: Follower, now: float) -> tuple[bool, str]:
-    """(ok, reason) of one round at `now`, seconds since 1970. Raises OSError."""
+    """(ok, reason) of one run at `now`, seconds since 1970. Raises OSError."""
     name = os.path.basename(spec["file"])
     facts = os.stat(spec["file"])
     if not stat.S_ISREG(facts.st_mode):
@@ -67,7 +67,7 @@ def read(spec: Probe, follower: Follower, now: float) -> tuple[bool, str]:
 
 
 def _judged(name: str, new: bytes, wanted: str | None, unwanted: str | None) -> tuple[bool, str]:
-    """(ok, reason) for what was appended."""
+    """(ok, reason) for the appended bytes."""
     if unwanted and unwanted.encode() in new:
         return False, f"{name} says {unwanted!r}"
     if wanted and wanted.encode() not in new:
@@ -76,17 +76,17 @@ def _judged(name: str, new: bytes, wanted: str | None, unwanted: str | None) -> 
 
 
 class FileFollower:
-    """The position in a log up to which it was read. Holds the file open, so that what was written just before a
-    rotation is read too."""
+    """The read position in a log. Keeps the file open, so that lines written just before a rotation are read
+    too."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.file: FileIO | None = None
         self.tail = b""
-        """End of what was read: a text may be written in two parts."""
+        """The end of the bytes already read, because a text may be written in two parts."""
 
     def appended(self, facts: os.stat_result, overlap: int) -> tuple[bytes, int]:
-        """(what was appended since the last read, with the `overlap` bytes before it; bytes skipped).
+        """(bytes appended since the last read, preceded by `overlap` old bytes; number of bytes skipped).
 
         The first read returns nothing and starts at the end. Raises OSError."""
         if self.file is None:
@@ -99,11 +99,11 @@ class FileFollower:
             self.file.close()
             self.file = self._opened()
             more, passed = self._rest(self.file)
-            # Two files: no text goes from the end of one into the other.
+            # Two files: no text spans the end of one and the beginning of the other.
             new, skipped = new + b"\n" + more, skipped + passed
         whole = self.tail + new
         self.tail = whole[len(whole) - overlap :] if overlap > 0 else b""
-        # What was seen before counts once: without the new there is nothing to find in the old.
+        # A text counts once: without new bytes, the old ones are not searched again.
         return (whole, skipped) if new else (b"", skipped)
 
     def peek(self) -> FileFollower:
@@ -111,20 +111,20 @@ class FileFollower:
         other = FileFollower(self.path)
         other.tail = self.tail
         if self.file is not None:
-            # By number: under its name there may be another file already.
+            # By descriptor: there may already be another file with this name.
             fd = os.open(f"/proc/self/fd/{self.file.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
             other.file = FileIO(fd, "rb")
             other.file.seek(self.file.tell())
         return other
 
     def _opened(self) -> FileIO:
-        # A pipe put in the log's place must not hold us up.
+        # O_NONBLOCK: a pipe in place of the log must not block the agent.
         fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         return FileIO(fd, "rb")
 
     def _rest(self, file: FileIO) -> tuple[bytes, int]:
         at, size = file.tell(), os.fstat(file.fileno()).st_size
-        if size < at:  # truncated, and written anew
+        if size < at:  # truncated and rewritten
             at = file.seek(0)
             self.tail = b""
         skipped = max(0, size - at - MAX_ROUND)

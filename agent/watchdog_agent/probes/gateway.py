@@ -1,5 +1,5 @@
 """The gateway between the agent and its device. While it does not answer, the state of the device is unknown: twelve
-devices behind one dead gateway are one dead gateway."""
+devices behind one dead gateway are one failure."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ FRESH_S = 1.0
 
 
 class Gateway:
-    """Asked when the device's probes fail, and at no other time."""
+    """Probed only when the device's probes fail."""
 
     def __init__(self, loop: Loop, spec: Probe) -> None:
         self.loop, self.spec = loop, spec
         self.address: str = spec["address"]
         self.answers: bool | None = None
-        """What it did last; None = not asked or unable to ask, or the device has answered since."""
+        """The last outcome; None = not probed, unable to probe, or the device has answered since."""
         self.reason = ""
         self.probed_at = float("-inf")
         self._waiting: list[Callable[[Outcome], None]] = []
@@ -47,17 +47,17 @@ class Gateway:
             then(ok)
 
     def fresh(self) -> bool:
-        """Whether it was asked just now."""
+        """Whether it was probed within the last FRESH_S seconds."""
         return time.monotonic() - self.probed_at < FRESH_S
 
     def describe(self) -> str:
-        """The device's reason while it is dead, or cannot be asked."""
+        """The device's reason while the gateway is dead or cannot be probed."""
         if self.answers is None:
             return f"gateway {self.address}: {self.reason}"
         return f"gateway {self.address} does not answer"
 
     def evidence(self) -> Document:
-        """For /status."""
+        """The gateway's part of /status."""
         kind = probes.name_of(self.spec)
         shown = {"address": self.address, "probe": kind, "answers": self.answers}
         return {**shown, "reason": self.reason}

@@ -1,7 +1,7 @@
-"""MQTT: CONNECT, and whether the broker accepts it (OASIS MQTT 3.1.1, 3.1 and 3.2).
+"""MQTT: sends CONNECT and checks whether the broker accepts it (OASIS MQTT 3.1.1, 3.1 and 3.2).
 
-A broker that refuses MQTT 3.1.1 is asked once more in MQTT 5, whose answers `mqtt5` reads. With `tls` the
-handshake comes before it. Modules for either are loaded only then.
+If a broker refuses MQTT 3.1.1, the probe tries MQTT 5 once, whose answers `mqtt5` reads. With `tls`, the
+TLS handshake comes first. The modules for either are loaded only when needed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Document, Ended, Fetched, Probe, Step
 
 VERSION = 1
-"""Code of CONNACK: the broker does not speak MQTT 3.1.1."""
+"""CONNACK code: the broker does not support MQTT 3.1.1."""
 MQTT5_ONLY = 0x84
-"""The same in the words of MQTT 5."""
+"""The same as a reason code of MQTT 5."""
 HUNG_UP = -2
-"""The broker closed the connection without an answer, as a broker of MQTT 5 may do to MQTT 3.1.1
+"""The broker closed the connection without an answer, as an MQTT 5 broker may do on MQTT 3.1.1
 (MQTT 5.0, 3.1.2.2)."""
 REFUSED = {
     VERSION: "it does not speak MQTT 3.1.1",
@@ -39,12 +39,12 @@ REFUSED = {
     5: "not authorised",
 }
 _OTHER_VERSION = (VERSION, MQTT5_ONLY, HUNG_UP)
-"""After these MQTT 5 is tried."""
+"""Codes after which MQTT 5 is tried."""
 DISCONNECT = b"\xe0\x00"
 
 
 def check(probe: Document, where: str) -> None:
-    """Raises ConfigError."""
+    """Check the settings. Raises ConfigError."""
     validators.fill(probe, optional_table.Mqtt, where)
     if probe.get("password_file") and not probe.get("user"):
         raise errors.ConfigError(f"{where}: password_file needs user")
@@ -79,8 +79,8 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
 
 
 class Talk:
-    """One exchange with a broker: in MQTT 3.1.1, and in MQTT 5 if the broker wants that. `spec["level"]`
-    remembers it for the next time, until the broker no longer answers in MQTT 5."""
+    """One exchange with a broker: in MQTT 3.1.1, or in MQTT 5 if the broker requires it. `spec["level"]` stores
+    the level for the next run, until the broker no longer answers in MQTT 5."""
 
     def __init__(
         self,
@@ -90,11 +90,11 @@ class Talk:
         answered: Callable[[int | None, str], None],
     ) -> None:
         """`begin(level, timeout_s, done)` connects at this protocol level, 4 or 5. `answered(code, reason)`:
-        0 = accepted, None = no answer, otherwise the broker refuses. Raises as `begin`."""
+        0 = accepted, None = no answer, otherwise refused. Raises what `begin` raises."""
         self.spec, self.begin, self.answered = spec, begin, answered
         self.until = time.monotonic() + timeout_s
         self.why = ""
-        """Why MQTT 5 is tried after MQTT 3.1.1, in words."""
+        """The reason for trying MQTT 5 after MQTT 3.1.1."""
         self.level = spec.get("level", 4)
         self.fetch = begin(self.level, timeout_s, self._ended)
 
@@ -123,7 +123,7 @@ class Talk:
 
 
 def refusal(code: int, level: int) -> str:
-    """A code of CONNACK, or of PUBACK in MQTT 5, in words."""
+    """Description of a CONNACK code, or in MQTT 5 of a PUBACK code."""
     words = REFUSED.get(code) if level == 4 else None
     if words is None and code >= 0x80:
         from watchdog_agent.probes import mqtt5
@@ -133,18 +133,18 @@ def refusal(code: int, level: int) -> str:
 
 
 def speaking(dialogue: Dialogue, level: int) -> Dialogue:
-    """The same dialogue, with the answers read as this protocol level has them."""
+    """The same dialogue, set to parse answers of this protocol level."""
     if level == 5:
         from watchdog_agent.probes import mqtt5
 
-        # Nothing has been sent yet: the loop has not run since.
+        # Nothing has been sent yet: the event loop has not run since.
         dialogue.connack = mqtt5.connack
     return dialogue
 
 
 def connack(got: bytes, *, closed: bool) -> int | None:
-    """The return code, None while more is to come; MQTT5_ONLY for a CONNACK of MQTT 5, and HUNG_UP for none.
-    Raises HttpError when it is no CONNACK."""
+    """The return code, or None if more bytes are needed; MQTT5_ONLY for an MQTT 5 CONNACK, HUNG_UP for none.
+    Raises HttpError for anything else."""
     if got[:1] not in (b"", b"\x20") or got[1:2] in (b"\x00", b"\x01"):
         raise HttpError("its answer is not MQTT")
     if len(got) >= 2 and got[1] > 2:
@@ -159,7 +159,7 @@ def connack(got: bytes, *, closed: bool) -> int | None:
 
 
 class Dialogue(http.HttpRequest):
-    """Its answer is CONNACK, whose code becomes the status."""
+    """An exchange that ends with CONNACK, whose code becomes the status."""
 
     got = b""
     connack = staticmethod(connack)
@@ -180,17 +180,17 @@ class Dialogue(http.HttpRequest):
                 self._end(code, {})
 
     def _connected(self) -> None:
-        """The broker has taken us."""
+        """The broker has accepted the connection."""
         assert self.sock is not None
         try:
             self.sock.send(DISCONNECT)
         except OSError:
-            pass  # it took us all the same
+            pass  # it accepted the connection anyway
         self._end(0, {})
 
 
 def connect(client: str, user: str | None, password: bytes | None, level: int = 4) -> bytes:
-    """A CONNECT packet; clean session, kept alive for 60 s. At `level` 5 it has no properties."""
+    """Encode a CONNECT packet: clean session, keep-alive 60 s; at `level` 5 without properties."""
     flags = 0x02 | (0x80 if user is not None else 0) | (0x40 if password is not None else 0)
     body = field(b"MQTT") + struct.pack("!BBH", level, flags, 60) + b"\x00" * (level == 5)
     body += field(client.encode())
@@ -202,12 +202,12 @@ def connect(client: str, user: str | None, password: bytes | None, level: int = 
 
 
 def field(data: bytes) -> bytes:
-    """Bytes with their length before them."""
+    """Encode bytes with a length prefix."""
     return struct.pack("!H", len(data)) + data
 
 
 def length(number: int) -> bytes:
-    """The remaining length of a packet, 7 bits a byte."""
+    """Encode the remaining length of a packet, 7 bits per byte."""
     out = bytearray()
     while True:
         number, low = number >> 7, number & 0x7F

@@ -1,4 +1,4 @@
-"""What MQTT 5 answers to CONNECT and PUBLISH (OASIS MQTT 5.0, 3.2 and 3.4). Loaded only where a broker has
+"""MQTT 5 answers to CONNECT and PUBLISH (OASIS MQTT 5.0, 3.2 and 3.4). Loaded only if a broker has
 refused MQTT 3.1.1, or has answered in MQTT 5."""
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from typing import Final
 
 MAX_BYTES: Final = 8192
-"""Bytes of one packet; the properties of a CONNACK may be many."""
+"""Maximum packet size in bytes; a CONNACK may have many properties."""
 _CONNACK, _PUBACK, _DISCONNECT = 0x20, 0x40, 0xE0
 _FAILED: Final = 0x80
-"""The first reason code that is a failure."""
+"""The lowest reason code that means failure."""
 REASONS: Final = {
     0x81: "it finds our packet malformed",
     0x82: "it finds a protocol error",
@@ -35,12 +35,12 @@ REASONS: Final = {
     0x9D: "it has moved to another server",
     0x9F: "too many connections per second",
 }
-"""Reason code of a refusal → why (2.4)."""
+"""Reason code of a refusal → description (2.4)."""
 
 
 def connack(got: bytes, *, closed: bool) -> int | None:
-    """The reason code, 0 = accepted; None while more is to come. A CONNACK of MQTT 3.1.1 counts as "does not
-    speak MQTT 5". Raises HttpError for anything else."""
+    """The reason code, 0 = accepted; None if more bytes are needed. An MQTT 3.1.1 CONNACK counts as "does not
+    support MQTT 5". Raises HttpError for anything else."""
     kind, body = packet(got, closed=closed)
     if kind is None:
         return None
@@ -52,7 +52,7 @@ def connack(got: bytes, *, closed: bool) -> int | None:
 
 
 def puback(got: bytes, *, closed: bool) -> int | None:
-    """The reason code of message 1, 0 = taken; of a DISCONNECT its own. None while more is to come.
+    """The reason code for message 1, 0 = accepted, or that of a DISCONNECT. None if more bytes are needed.
     Raises HttpError for anything else."""
     kind, body = packet(got, closed=closed)
     if kind is None:
@@ -61,14 +61,14 @@ def puback(got: bytes, *, closed: bool) -> int | None:
         return body[0] if body else _FAILED
     if kind != _PUBACK or body[:2] != b"\x00\x01":
         raise HttpError("it did not take the message")
-    # Without a code it is a success; 0x10 is one without a subscriber.
+    # No code means success; 0x10 means success without a subscriber.
     code = body[2] if len(body) > 2 else 0
     return code if code >= _FAILED else 0
 
 
 def packet(got: bytes, *, closed: bool) -> tuple[int | None, bytes]:
-    """Kind and content of the first packet; the kind is None while more is to come. Raises HttpError when
-    none can come any more."""
+    """Type and content of the first packet; the type is None if more bytes are needed. Raises HttpError if it
+    is invalid or cut off."""
     size = at = 0
     for at in range(1, min(len(got), 5)):
         size |= (got[at] & 0x7F) << 7 * (at - 1)

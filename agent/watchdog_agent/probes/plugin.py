@@ -1,9 +1,9 @@
-"""Probes of others: an entry point of the group `watchdog_agent.probes`.
+"""Third-party probes: entry points of the group `watchdog_agent.probes`.
 
-It names a callable `start(loop, settings, address, timeout_s, ended)` that returns at once and calls
-`ended(ok, reason)` later, from a callback of the loop; `ok` is True, False, or None where it was unable to ask.
-What it raises, then or in any of its callbacks, ends the probe as unable to ask, unless it is an error that the
-device or the network causes, as ConnectionRefusedError or TimeoutError. Silence beyond the timeout is a miss.
+An entry point names a callable `start(loop, settings, address, timeout_s, ended)` that returns at once and calls
+`ended(ok, reason)` later, from a callback of the loop; `ok` is True, False, or None if the probe could not be run.
+An exception from it or from any of its callbacks ends the probe as unable, unless it is an error caused by the
+device or the network, such as ConnectionRefusedError or TimeoutError. No result within the timeout is a miss.
 Only a plugin that blocks the thread cannot be contained.
 """
 
@@ -24,7 +24,7 @@ GROUP: Final = "watchdog_agent.probes"
 
 
 def check(probe: Document, where: str) -> None:
-    """Raises ConfigError. That it is installed is seen when it runs: without it the probe is unable to ask."""
+    """Check the settings. Raises ConfigError. A plugin that is not installed makes the probe unable at run time."""
     validators.require(probe, "plugin", optional_table.PLUGIN, where)
     settings = probe.setdefault("settings", {})
     if not isinstance(settings, dict) or len(settings) > 64:
@@ -32,7 +32,7 @@ def check(probe: Document, where: str) -> None:
 
 
 def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
-    """Start it behind a guard."""
+    """Start the plugin in a guard."""
     timeout_s = spec["timeout_s"]
 
     def done(ok: bool, reason: str, _warning: str = "") -> None:

@@ -1,4 +1,4 @@
-"""SNMP v2c: GET sysUpTime.0 (RFC 3416, RFC 1213), with just enough BER (X.690)."""
+"""SNMP v2c: GET sysUpTime.0 (RFC 3416, RFC 1213), with a minimal BER codec (X.690)."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class SnmpError(Exception):
 
 
 def check(probe: Document, where: str) -> None:
-    """Raises ConfigError."""
+    """Check the settings. Raises ConfigError."""
     validators.fill(probe, optional_table.SnmpProbe, where)
 
 
 def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
-    """The community is a secret: it comes from a file; without one it is «public»."""
+    """Send the query. The community is a secret and is read from a file; without a file it is `public`."""
     try:
         community = (
             secrets.read(spec["community_file"]) if spec.get("community_file") else b"public"
@@ -54,14 +54,14 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
 
 
 def get(community: bytes, ident: int) -> bytes:
-    """The request. `ident`: 0 to 2³¹-1, comes back in the answer."""
+    """Encode the request. The answer repeats `ident` (0 to 2³¹-1)."""
     binding = tlv(SEQUENCE, tlv(OID, UP_TIME) + tlv(NULL, b""))
     pdu = integer(ident) + integer(0) + integer(0) + tlv(SEQUENCE, binding)
     return tlv(SEQUENCE, integer(1) + tlv(OCTETS, community) + tlv(GET, pdu))
 
 
 def tlv(tag: int, content: bytes) -> bytes:
-    """One element."""
+    """Encode one element."""
     size = len(content)
     if size < 128:
         return bytes((tag, size)) + content
@@ -70,12 +70,12 @@ def tlv(tag: int, content: bytes) -> bytes:
 
 
 def integer(value: int) -> bytes:
-    """An INTEGER that is not negative."""
+    """Encode a non-negative INTEGER."""
     return tlv(INTEGER, value.to_bytes(value.bit_length() // 8 + 1, "big"))
 
 
 def read_element(data: bytes, at: int, tag: int) -> tuple[bytes, int]:
-    """(content, where the next begins) of the element at `at`, which must have this tag.
+    """(content, offset of the next element) of the element at `at`, which must have this tag.
 
     Raises SnmpError."""
     if at + 2 > len(data) or data[at] != tag:
@@ -94,7 +94,7 @@ def read_element(data: bytes, at: int, tag: int) -> tuple[bytes, int]:
 
 
 def number(data: bytes, at: int, tag: int = INTEGER) -> tuple[int, int]:
-    """(value, where the next begins) of a number. Raises SnmpError."""
+    """(value, offset of the next element) of a number. Raises SnmpError."""
     raw, at = read_element(data, at, tag)
     if not 0 < len(raw) <= 5:
         raise SnmpError("a number is too long")
@@ -102,7 +102,7 @@ def number(data: bytes, at: int, tag: int = INTEGER) -> tuple[int, int]:
 
 
 def up_time(data: bytes, ident: int) -> int | str | None:
-    """Hundredths of a second, or in words why it says none; None: an answer to another request.
+    """The uptime in hundredths of a second, or the reason why there is none; None: the answer to another request.
 
     Raises SnmpError."""
     message, _ = read_element(data, 0, SEQUENCE)

@@ -1,5 +1,5 @@
-"""HTTPS, and how long a certificate is still good. Loads `ssl`, which costs an agent that uses it about
-two thirds as much memory again."""
+"""HTTPS probes, and the remaining validity of certificates. Loads `ssl`, which adds about two thirds to the
+memory of an agent that uses it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ UTC_TIME, GENERALIZED_TIME = 0x17, 0x18
 
 
 class CertificateError(Exception):
-    """It is no certificate that we can read."""
+    """The certificate cannot be parsed."""
 
 
 def check(probe: Document, where: str) -> None:
-    """Raises ConfigError."""
+    """Check the settings. Raises ConfigError."""
     if probe["kind"] == "tls":
         validators.fill(probe, optional_table.TlsProbe, where)
     else:
@@ -40,7 +40,7 @@ def check(probe: Document, where: str) -> None:
 
 
 def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
-    """Either kind; all is steps of the loop, the handshake too."""
+    """Start a probe of either kind. All of it, even the handshake, runs in the loop."""
     if spec["kind"] == "https":
         builtin.http_probe(loop, spec, address, ended, _Https)
     else:
@@ -56,8 +56,8 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
 
 
 def judge(der: bytes, now: float, warn_days: float) -> tuple[bool, str, str]:
-    """Whether a certificate is still good at `now` (seconds since 1970), and the warning when it is for fewer than
-    warn_days more: (ok, reason, warning)."""
+    """Check a certificate's validity at `now` (seconds since 1970), with a warning if it expires in less than
+    warn_days: (ok, reason, warning)."""
     try:
         end = expiry(der)
     except CertificateError as error:
@@ -71,8 +71,8 @@ def judge(der: bytes, now: float, warn_days: float) -> tuple[bool, str, str]:
 
 
 def named(fetch: tls.SecureRequest, spec: Probe | Step) -> None:
-    """Ask for the name of the configuration instead of the address."""
-    # Nothing has been sent yet: the loop has not run since.
+    """Use the configured server name instead of the address."""
+    # Nothing has been sent yet: the event loop has not run since.
     if spec.get("server_name"):
         fetch.name = bare_host(spec["server_name"]).encode("ascii")
 
@@ -89,7 +89,7 @@ def secured(
     timeout_s: float,
     answered: Fetched,
 ) -> Any:
-    """An instance of `kind`, an exchange over TCP, that begins with a handshake as the probe or step says."""
+    """An instance of `kind`, an exchange over TCP, that begins with a TLS handshake as the probe or step configures."""
     if kind not in _secure:
         _secure[kind] = type(f"Secure{kind.__name__}", (kind, tls.SecureRequest), {})
     fetch = _secure[kind](loop, place, packet, timeout_s, answered, spec["trust"].now())
@@ -98,12 +98,12 @@ def secured(
 
 
 class _Handshake(tls.SecureRequest):
-    """Ends with the certificate of the other side instead of an answer."""
+    """A request that ends with the peer's certificate instead of a response."""
 
     began = 0.0
     doubtful = False
-    """Whether the other side may refuse yet: in TLS 1.3 our side is done before it has looked at our
-    certificate. A refusal is here after one more way there and back, of which the handshake took two."""
+    """Whether the peer may still refuse: in TLS 1.3 the client finishes before the server has checked the client
+    certificate. A refusal arrives after one more round trip; the handshake took two."""
     certificate = b""
 
     def _step(self) -> None:
@@ -117,7 +117,7 @@ class _Handshake(tls.SecureRequest):
             else:
                 self.doubtful = False
         if self.doubtful:
-            # Raises while nothing comes. An alert, or an end without a farewell, is a refusal.
+            # Raises while no data arrives. An alert, or an end without close_notify, is a refusal.
             self.sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]  # typeshed lacks it
             self.sock.recv(1)
         self._good()
@@ -131,7 +131,7 @@ class _Handshake(tls.SecureRequest):
         super().cancel()
 
 
-def _Https(  # noqa: N802  # stands in for the class Fetch
+def _Https(  # noqa: N802  # stands in for the class HttpRequest
     loop: Loop, place: Address, data: bytes, spec: Probe, answered: Fetched, max_body: int
 ) -> None:
     fetch = tls.SecureRequest(
@@ -141,14 +141,14 @@ def _Https(  # noqa: N802  # stands in for the class Fetch
 
 
 def expiry(der: bytes) -> float:
-    """When a certificate ends (notAfter), seconds since 1970 (RFC 5280, 4.1). Raises CertificateError.
+    """The end of a certificate's validity (notAfter), in seconds since 1970 (RFC 5280, 4.1). Raises CertificateError.
 
-    Python gives the fields of a certificate only when it has verified it."""
+    Python returns the fields of a certificate only after verifying it."""
     _, body, _ = element(der, 0)
     _, fields, _ = element(body, 0)
     at = 0
     tag, _, after = element(fields, at)
-    if tag == 0xA0:  # the version stands first, if it is not 1
+    if tag == 0xA0:  # the version comes first, unless it is 1
         at = after
     for _ in range(3):  # serial number, algorithm, issuer
         _, _, at = element(fields, at)
@@ -159,7 +159,7 @@ def expiry(der: bytes) -> float:
 
 
 def element(data: bytes, at: int) -> tuple[int, bytes, int]:
-    """(tag, content, where the next begins) of one DER element. Raises CertificateError."""
+    """(tag, content, offset of the next element) of one DER element. Raises CertificateError."""
     if at + 2 > len(data):
         raise CertificateError("it is cut off")
     tag, length = data[at], data[at + 1]
@@ -176,7 +176,7 @@ def element(data: bytes, at: int) -> tuple[int, bytes, int]:
 
 
 def seconds_of(tag: int, text: bytes) -> float:
-    """UTCTime or GeneralizedTime in seconds since 1970. Raises CertificateError."""
+    """Convert a UTCTime or GeneralizedTime to seconds since 1970. Raises CertificateError."""
     digits = text[:-1]
     if tag not in (UTC_TIME, GENERALIZED_TIME) or text[-1:] != b"Z" or not digits.isdigit():
         raise CertificateError("its end is no time")
@@ -186,7 +186,7 @@ def seconds_of(tag: int, text: bytes) -> float:
         raise CertificateError("its end is no time")
     year, month, day = int(digits[:4]), int(digits[4:6]), int(digits[6:8])
     hour, minute, second = int(digits[8:10]), int(digits[10:12]), int(digits[12:14])
-    # Days since 1970 of the proleptic Gregorian calendar, with the year beginning in March.
+    # Days since 1970 in the proleptic Gregorian calendar, with years starting in March.
     shifted = year - (month <= 2)
     of_year = (153 * ((month + 9) % 12) + 2) // 5 + day - 1
     days = shifted * 365 + shifted // 4 - shifted // 100 + shifted // 400 + of_year - 719468

@@ -1,4 +1,4 @@
-"""A question in one UDP packet, asked up to three times within the timeout, of each address of a name."""
+"""A query in one UDP packet, sent up to three times within the timeout, to each address of a name."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Address, Ended, SockAddr
 
 TIMES = 3
-"""UDP does not retransmit, and one lost packet is not evidence (S6)."""
+"""Number of tries. UDP does not retransmit, and one lost packet is not evidence (S6)."""
 MAX_BYTES = 4096
-"""Maximum number of bytes of an answer that are read."""
+"""Maximum number of bytes read from an answer."""
 
 
 class UdpQuery:
-    """`judge(answer)` gives (ok, reason), or None for a packet that answers something else."""
+    """One query. `judge(answer)` returns (ok, reason), or None for a packet that does not belong to it."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class UdpQuery:
         self.loop, self.packet, self.judge = loop, packet, judge
         self.ended: Ended | None = ended
         self.socks: list[socket.socket] = []
-        """One per address that was asked."""
+        """One per queried address."""
         self.turns = Turns(loop, address, timeout_s, self._begin, self._failed)
         self.timer = loop.later(
             timeout_s, lambda: self._end(False, f"no answer within {timeout_s:g} s")
@@ -46,7 +46,7 @@ class UdpQuery:
     def _begin(self, family: int, where: SockAddr) -> None:
         sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
-            # Connected: the kernel drops packets from other senders, and reports a refusal.
+            # Connected, so that the kernel drops packets from other senders and reports refusals.
             sock.connect(where)
             sock.send(self.packet)
         except OSError:

@@ -1,1 +1,1 @@
-"""The repair ladder, and the kinds of repairs."""
+"""The repair ladder, and the repair kinds."""

@@ -1,8 +1,8 @@
-"""Whether this agent may act on its device: S3, as far as an agent can know it. Pure: takes `now`.
+"""Whether this agent may act on its device (S3), as far as an agent can know. Pure: takes `now`.
 
 The rule: accepted at the last contact, and not refused since. A 2xx is valid for some report intervals. After that
-the agent asks the control plane again, by a report. If no answer arrives, the last 2xx stays valid (L3) until
-`alone_s` has passed, which limits how long an agent can act that was replaced while it was disconnected.
+the agent sends a report to ask the control plane again. If no answer arrives, the last 2xx stays valid (L3) until
+`alone_s` has passed, which limits how long a replaced agent can act while disconnected.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ ASK = "the last acceptance is too old; asking"
 
 
 class ActAuthority:
-    """The last answer of the control plane. Times are seconds of one clock."""
+    """The last answer of the control plane. Times are in seconds of one clock."""
 
     def __init__(self, fresh_s: float, alone_s: float) -> None:
         self.fresh_s = fresh_s
         self.alone_s = alone_s
         self.accepted_at: float | None = None
         self.unanswered_at: float | None = None
-        """When a report was last not answered."""
+        """When a report last got no answer."""
         self.doubt = ""
 
     def report_answered(self, status: int | None, now: float) -> None:
-        """A report was answered with `status`; None = not at all."""
+        """Record a report's status; None = no answer."""
         if status == 200:
             self.accepted_at, self.unanswered_at = now, None
             if self.doubt != "refused":
@@ -41,7 +41,7 @@ class ActAuthority:
             self.doubt = f"a report was answered with {status}"
 
     def why_not(self, now: float) -> str:
-        """Why no step may be taken now, in words; "" = it may; ASK = report first."""
+        """Why no step may be taken now; "" = allowed; ASK = send a report first."""
         if self.doubt:
             return self.doubt
         if self.accepted_at is None:
@@ -56,11 +56,11 @@ class ActAuthority:
         return ""
 
     def dump(self, epoch: int, instance: str, now: float) -> Document:
-        """For the state file: an acceptance is of one epoch and one instance."""
+        """For the state file: an acceptance is valid for one epoch and one instance."""
         age_s = None if self.accepted_at is None or self.doubt else now - self.accepted_at
         return {"epoch": epoch, "instance": instance, "age_s": age_s}
 
     def restore(self, saved: Any, epoch: int, instance: str, since: float) -> None:
-        """Take over from an earlier process of the same run. Raises what a strange document raises."""
+        """Take over from an earlier process of the same run. Raises on a malformed document."""
         if (saved["epoch"], saved["instance"]) == (epoch, instance) and saved["age_s"] is not None:
             self.accepted_at = since - float(saved["age_s"])

@@ -1,5 +1,5 @@
-"""Run a program, or restart a systemd unit: no shell, no output kept, its whole process group killed when
-it takes too long."""
+"""Runs a program, or restarts a systemd unit: no shell, output discarded; the whole process group is killed on
+timeout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def start(loop: Loop, step: Step, device: dict[str, str], ended: Ended) -> CommandRun:
-    """Begin; `ended(ok, reason)` is called once, unless it is cancelled."""
+    """Start it; `ended(ok, reason)` is called once, unless it is cancelled."""
     if step["kind"] == "unit":
         argv = ["systemctl", "--no-ask-password", "restart", step["unit"]]
     else:
@@ -26,7 +26,7 @@ def start(loop: Loop, step: Step, device: dict[str, str], ended: Ended) -> Comma
 
 
 class CommandRun:
-    """One program in a process group of its own."""
+    """One program in its own process group."""
 
     def __init__(self, loop: Loop, argv: list[str], device: dict[str, str], ended: Ended) -> None:
         self.ended: Ended | None = ended
@@ -53,7 +53,7 @@ class CommandRun:
             ended(ok, reason)
 
     def finish_soon(self) -> None:
-        """Nothing can make it faster."""
+        """No-op: cannot be sped up."""
 
     def cancel(self) -> None:
         """Kill its process group without a result; the loop reaps it."""
@@ -66,6 +66,6 @@ _PRIVATE: Final = ("WATCHDOG_", "CONSUL_", "NOMAD_", "VAULT_")
 
 
 def environment(device: dict[str, str]) -> dict[str, str]:
-    """Ours without what is ours alone, as tokens are; and which device it is about."""
+    """The agent's environment without private variables (tokens), plus the device's ID and address."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(_PRIVATE)}
     return {**inherited, "DEVICE_ID": device["device_id"], "DEVICE_ADDRESS": device["address"]}

@@ -27,8 +27,8 @@ class LadderEscalation:
         self.agent, self.ladder, self.authority = agent, ladder, authority
 
     def exhausted(self, why: str) -> None:
-        """No step is left: escalate once per episode. The escalation and the note of it are stored together, so
-        that a crash loses both or neither. A degraded device is escalated by the rule of its class."""
+        """No step is left: escalate once per episode. The escalation and its flag are stored together, so that
+        a crash loses both or neither. A degraded device is escalated by the rule of its class."""
         state = self.agent.prober.detector.state
         if state == "degraded":
             self._degraded()
@@ -38,7 +38,7 @@ class LadderEscalation:
     def blocked(self, why: str) -> None:
         """The next step may not be taken. Escalate if the control plane does not answer, or if no step can ever be
         taken: two escalations are better than none. A doubt came from a control plane that knows the device, so
-        then this agent waits."""
+        the agent waits in that case."""
         if self.ladder.escalated or self.authority.doubt or why == authority.ASK:
             return
         agent = self.agent
@@ -65,7 +65,7 @@ class LadderEscalation:
         agent.send_report()
 
     def _degraded(self) -> None:
-        """A device that was offline before is escalated again when it is offline again."""
+        """Escalate a degraded device. One that was offline before is escalated again when it is offline again."""
         agent = self.agent
         if self.authority.doubt or agent.escalations is None:
             return

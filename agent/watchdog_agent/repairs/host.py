@@ -1,4 +1,4 @@
-"""What repairs need of their agent; for type checkers only."""
+"""The interface that repairs need from their agent; for type checkers only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from watchdog_agent.runtime.types import Config
 
 
 class RepairHost(Protocol):
-    """The agent that repairs are made for."""
+    """The agent that runs the repairs."""
 
     loop: Loop
     config: Config

@@ -1,4 +1,4 @@
-"""Ask a URL to do something about the device. Any 2xx is success; redirects are not followed."""
+"""A repair by an HTTP request. Any 2xx is success; redirects are not followed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def start(loop: Loop, step: Step, device: dict[str, str], ended: Ended) -> Call:
-    """Begin; `ended(ok, reason)` is called once, unless it is cancelled."""
+    """Start it; `ended(ok, reason)` is called once, unless it is cancelled."""
     return Call(loop, step, device, ended)
 
 
@@ -41,7 +41,7 @@ class Call:
         )
 
     def finish_soon(self) -> None:
-        """Nothing can make it faster."""
+        """No-op: cannot be sped up."""
 
     def cancel(self) -> None:
         """Cancel it without a result."""

@@ -1,8 +1,8 @@
-"""Cycle a network interface by rtnetlink: down, a pause, up, then restore what the kernel removed.
+"""Cycles a network interface by rtnetlink: down, a pause, up, then restore what the kernel removed.
 
-The kernel answers a netlink request within the call that sends it, so that nothing is waited for here; the
-sockets do not block, and what is not there at once is an error. Taking an interface down loses its static
-routes and its IPv6 addresses: they are read before, kept with the attempt, and put back after.
+The kernel answers a netlink request within the call that sends it, so nothing waits here; the
+sockets do not block, and a missing answer is an error. Taking an interface down removes its static
+routes and its IPv6 addresses: they are read first, stored with the attempt, and restored afterwards.
 
 Messages: linux/netlink.h, linux/rtnetlink.h; rtnetlink(7).
 """
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Ended, Step, Undo
 
 HOLD_S: Final = 1.0
-"""How long the link stays down: a switch and a device at the other end must notice."""
+"""How long the link stays down, in seconds: a switch and a device at the other end must notice."""
 MAX_KEPT: Final = 128
-"""Routes and addresses that are put back."""
+"""Maximum number of routes and addresses that are restored."""
 
 _ROUTE: Final = 0  # NETLINK_ROUTE
 _ERROR, _DONE = 2, 3
@@ -39,12 +39,12 @@ _PERMANENT: Final = 0x80  # IFA_F_PERMANENT
 _CLONED: Final = 0x200  # RTM_F_CLONED
 _ASKED: Final = 6  # RTNH_F_PERVASIVE, RTNH_F_ONLINK: the flags that can be requested
 _LOCAL_TABLE: Final = 255
-_OF_KERNEL: Final = (2, 9)  # RTPROT_KERNEL, RTPROT_RA: they come back by themselves
+_OF_KERNEL: Final = (2, 9)  # RTPROT_KERNEL, RTPROT_RA: restored by the kernel itself
 _OIF: Final = 4  # RTA_OIF
 
 
 def prepare(step: Step) -> Undo:
-    """What is needed to undo the step, to be kept before it is taken. Raises OSError."""
+    """The data needed to undo the step, to be stored before it is taken. Raises OSError."""
     index = socket.if_nametoindex(step["interface"])
     kept = [*_addresses(index), *_routes(index)]
     return {
@@ -55,7 +55,7 @@ def prepare(step: Step) -> Undo:
 
 
 def start(loop: Loop, step: Step, undo: Undo, ended: Ended) -> Cycle:
-    """Begin; `ended(ok, reason)` is called once, unless it is cancelled."""
+    """Start it; `ended(ok, reason)` is called once, unless it is cancelled."""
     return Cycle(loop, step, undo, ended)
 
 
@@ -66,7 +66,7 @@ class Cycle:
         self.undo = undo
         self.ended: Ended | None = ended
         self.clean = True
-        """Nothing is to be undone."""
+        """Whether there is nothing to undo."""
         try:
             _link(socket.if_nametoindex(step["interface"]), up=False)
         except OSError as error:
@@ -78,7 +78,7 @@ class Cycle:
             self.timer = loop.later(hold_s, self.finish_soon)
 
     def finish_soon(self) -> None:
-        """Up again now."""
+        """Bring the interface up now."""
         if self.ended is None:
             return
         try:
@@ -90,7 +90,7 @@ class Cycle:
             self._end(True, f"cycled; {lost} routes are lost" if lost else "cycled")
 
     def cancel(self) -> None:
-        """Put the interface up, without a result."""
+        """Bring the interface up, without a result."""
         if self.ended is not None:
             self.ended = None
             self.timer[2] = None
@@ -106,11 +106,11 @@ class Cycle:
 
 
 def restore(undo: Undo) -> int:
-    """Put the interface up, and back what was lost with it; how much could not be put back. Doing it twice
-    does no harm. Raises OSError when the interface can't be put up."""
+    """Bring the interface up and restore what was lost with it; return the number of entries that could not be
+    restored. Idempotent. Raises OSError if the interface cannot be brought up."""
     _link(socket.if_nametoindex(undo["interface"]), up=True)
     missing = [binascii.a2b_base64(one) for one in undo["kept"]]
-    # A gateway is reached by a route that may stand after it: a second round finds it.
+    # A route to a gateway may come after the routes that need it: a second round adds those.
     for _ in range(2):
         missing = [one for one in missing if not _put_back(one)]
     return len(missing)
@@ -133,7 +133,7 @@ def _link(index: int, *, up: bool) -> None:
 
 
 def _addresses(index: int) -> Iterator[bytes]:
-    """The static IPv6 addresses; those of IPv4 stay by themselves."""
+    """The static IPv6 addresses; IPv4 addresses are not removed."""
     ask = struct.pack("=BBBBI", socket.AF_INET6, 0, 0, 0, 0)
     for body in _ask(_GET_ADDRESS, _REQUEST | _DUMP, ask):
         _, _, flags, scope, owner = struct.unpack_from("=BBBBI", body)
@@ -154,7 +154,7 @@ def _routes(index: int) -> Iterator[bytes]:
                 and protocol not in _OF_KERNEL
                 and not flags & _CLONED
             ):
-                # The kernel rejects a route that is marked as dead or whose link is down.
+                # The kernel rejects routes that are marked as dead or whose link is down.
                 message = body[:8] + (flags & _ASKED).to_bytes(4, _ORDER) + body[12:]
                 yield _NEW_ROUTE.to_bytes(2, "little") + message
 
@@ -174,7 +174,7 @@ def _attribute(data: bytes, wanted: int) -> bytes:
 
 
 def _ask(kind: int, flags: int, body: bytes) -> Iterator[bytes]:
-    """Send one request; the bodies of the answers. Raises OSError with the kernel's errno."""
+    """Send one request; yield the bodies of the answers. Raises OSError with the kernel's errno."""
     sock = socket.socket(
         socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, _ROUTE
     )

@@ -1,4 +1,4 @@
-"""The modules of the kinds of steps, and how a step is undone."""
+"""The modules of the repair kinds, and how a step is undone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def undo(left: Undo) -> None:
 
 
 def module_of(kind: str) -> Any:
-    """The module that knows a kind of step: loaded when the first one is taken."""
+    """The module of a step kind, loaded when the first step is taken."""
     if kind == "interface":
         from watchdog_agent.repairs import interface as module
     elif kind == "http":
@@ -52,6 +52,6 @@ def module_of(kind: str) -> Any:
 
 
 def reached(point: str) -> None:
-    """Kill this process here if the environment names this point, for tests."""
+    """Kill this process here if the environment names this point; for tests."""
     if os.environ.get("WATCHDOG_FAILPOINT") == f"repairs.{point}:kill":
         os.kill(os.getpid(), 9)

@@ -1,14 +1,15 @@
-"""What is done about a device that does not answer, and when. Pure: no clock, no I/O; times are seconds of
+"""Decides when and how to repair a device that does not answer. Pure: no clock, no I/O; times are in seconds of
 one clock that the caller reads.
 
-Steps stand in order. The first one that fits is taken: its precondition holds, it has tries left in this
-episode, and budget left in its window. One that still cools down is waited for, so that a harsh step is
-never taken because a mild one rests. A step has helped only when a probe answers after it, within its
-`verify_s`; if all probes were unable to ask in that time, that is not known. While what stands before the device is dead, only steps that are for that are taken. When a device is offline or degraded and nothing is left to try, the ladder is exhausted. What is degraded is
-left to the steps that are for that. While this host has no route to the device, only steps for its own interface
-are taken.
+Steps are ordered. The first eligible one is taken: its precondition holds, it has tries left in this
+episode, and budget left in its window. A step in its cool-down is waited for, so that a harsh step is
+never taken because a mild one is cooling down. A step has helped only if a probe succeeds after it, within its
+`verify_s`; if no probe could be run in that time, the effect is unknown. While the device's gateway is dead, only
+steps meant for that are taken. The ladder is exhausted when a device is offline or degraded and no step is left. For
+a degraded device, only steps meant for that are taken. While this host has no route to the device, only steps for
+its own interface are taken.
 
-An episode is the time from the first doubt until the device answers again.
+An episode lasts from the first doubt until the device answers again.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Attempt, Decision, Document, Step
 
 MAX_ATTEMPTS: Final = 32
-"""Maximum number of attempts in the history; the budgets have their own records."""
+"""Maximum number of attempts in the history; budgets are recorded separately."""
 
 BEHIND: Final = "the gateway does not answer; repairing the device would not help"
 REST: Final = "rest"
 """The device answers."""
 TAKE: Final = "take"
 WAIT: Final = "wait"
-"""Until the time that is named, or until something changes."""
+"""Wait until the given time, or until something changes."""
 EXHAUSTED: Final = "exhausted"
 
 RUNNING: Final = "running"
@@ -36,7 +37,7 @@ VERIFYING: Final = "verifying"
 RECOVERED: Final = "recovered"
 NO_HELP: Final = "no help"
 UNABLE: Final = "unable"
-"""No probe could be asked whether it has helped."""
+"""No probe could be run to check whether it has helped."""
 FAILED: Final = "failed"
 INTERRUPTED: Final = "interrupted"
 DRY_RUN: Final = "dry run"
@@ -44,29 +45,29 @@ OUTCOMES: Final = (RUNNING, VERIFYING, RECOVERED, NO_HELP, UNABLE, FAILED, INTER
 
 
 class Ladder:
-    """The ladder of one device. Steps are checked ones of the configuration (`config_repairs`)."""
+    """The ladder of one device. `steps` are checked steps of the configuration (`config.repairs`)."""
 
     def __init__(self, steps: list[Step]) -> None:
         self.steps = steps
         self.episode = 0
         self.open = False
-        """Whether an episode is under way."""
+        """Whether an episode is in progress."""
         self.escalated = False
         """Whether this episode was escalated."""
         self.attempts: list[Attempt] = []
         self.count = 0
-        """Attempts so far: the number of the last one."""
+        """Number of attempts so far, which is the number of the last one."""
         self._times: dict[str, list[float]] = {step["id"]: [] for step in steps}
 
-    # -- deciding
+    # -- decisions
 
     def next(
         self, state: str, failing: Container[str], now: float, *, behind: bool = False
     ) -> Decision:
-        """(what to do, step or None, when to decide again or None, why).
+        """(action, step or None, when to decide again or None, reason).
 
-        `state` is what is believed of the device, "no route" if the agent is unable to ask for want of one; `failing` are the names of the probes that miss; `behind`:
-        its gateway does not answer."""
+        `state`: the device's state, or "no route" if the agent has no route to probe it; `failing`: names of the probes
+        that miss; `behind`: its gateway does not answer."""
         if state == "no route" and not any(step["kind"] == "interface" for step in self.steps):
             state = "unable"
         if state == "ok" or (state == "unable" and not self.open):
@@ -118,19 +119,19 @@ class Ladder:
 
     @property
     def current(self) -> Attempt | None:
-        """The attempt that is under way or being verified."""
+        """The attempt that is running or being verified."""
         last = self.attempts[-1] if self.attempts else None
         return last if last is not None and last["outcome"] in (RUNNING, VERIFYING) else None
 
     @property
     def exhausted(self) -> bool:
-        """Whether this episode was given up and escalated."""
+        """Whether the ladder has escalated this episode."""
         return self.open and self.escalated
 
-    # -- what has happened
+    # -- events
 
     def begin_attempt(self, step: Step, now: float, *, dry: bool = False) -> Attempt:
-        """Begin an attempt of this step. The caller stores it before it takes the step."""
+        """Begin an attempt of this step. The caller must store it before taking the step."""
         assert self.current is None
         self.count += 1
         attempt: Attempt = {
@@ -160,7 +161,7 @@ class Ladder:
         times.pop()
 
     def ended(self, ok: bool, reason: str, now: float) -> None:
-        """The step that is under way has ended: what follows is the verification, if it went well."""
+        """The running step has ended; on success, verification follows."""
         current = self.current
         assert current is not None
         current["ended"] = now
@@ -168,21 +169,21 @@ class Ladder:
         current["reason"] = reason[:200]
 
     def interrupted(self, reason: str, now: float) -> None:
-        """The running step was given up. It counts, and is not repeated in this episode."""
+        """The running step was abandoned. It counts, and is not repeated in this episode."""
         current = self.current
         if current is not None and current["outcome"] == RUNNING:
             current["ended"], current["outcome"] = now, INTERRUPTED
             current["reason"] = reason[:200]
 
     def missed(self, *, asked: bool) -> None:
-        """A probe has missed, or was not even asked, while a step is verified."""
+        """A probe missed, or could not be run, while a step is being verified."""
         current = self.current
         if current is not None and current["outcome"] == VERIFYING:
             current["asked"] = asked or current.get("asked", False)
 
     def answered(self, now: float) -> bool:
-        """The device is well, and a probe has answered now; true when that ends the episode. A step that
-        is under way is waited for: it may take away again what it found."""
+        """The device is healthy, and a probe has just succeeded; return whether that ends the episode. While a step is
+        running it does not: the step may interrupt the device again."""
         current = self.current
         if current is not None:
             if current["outcome"] == RUNNING:
@@ -193,19 +194,19 @@ class Ladder:
         return was_open
 
     def _forget(self) -> None:
-        """Bound the record; what this episode's tries are counted from goes last."""
+        """Limit the history, except for the current episode, whose tries are counted from it."""
         while len(self.attempts) > MAX_ATTEMPTS:
             old = next(
                 (n for n, a in enumerate(self.attempts) if a["episode"] != self.episode), None
             )
             if old is None:
-                break  # bounded too: steps × tries
+                break  # limited as well, to steps × tries
             del self.attempts[old]
 
-    # -- keeping
+    # -- stored state
 
     def dump(self, now: float) -> Document:
-        """For the state file; ages instead of times, as no clock of ours outlives us."""
+        """For the state file; ages instead of times, because the clock does not survive the process."""
         return {
             "count": self.count,
             "episode": self.episode,
@@ -223,8 +224,8 @@ class Ladder:
         }
 
     def restore(self, saved: Any, aged_s: float, now: float) -> None:
-        """Go on from what an earlier run kept `aged_s` ago. Raises ValueError, KeyError or TypeError for
-        what no run of ours wrote; then this ladder must not be used."""
+        """Continue from what an earlier run stored `aged_s` seconds ago. Raises ValueError, KeyError or TypeError for
+        invalid data; then this ladder must not be used."""
         since = now - max(0.0, aged_s)
         self.episode = _whole(saved["episode"])
         self.count = _whole(saved["count"])
@@ -248,11 +249,11 @@ class Ladder:
         for step in self.steps:
             ages = saved["times"].get(step["id"], [])
             self._times[step["id"]] = [since - float(age) for age in ages][-step["budget"] :]
-        # The agent that began the last attempt ended before the attempt did.
+        # The earlier agent process ended during its last attempt.
         self.interrupted("the agent ended in the middle of it", now)
 
     def attempts_json(self, now: float, most: int = MAX_ATTEMPTS) -> list[Document]:
-        """The last attempts, for a status page or a report."""
+        """The last attempts, for /status or a report."""
         return [
             {
                 "number": a["number"],
@@ -266,8 +267,8 @@ class Ladder:
 
 
 def _wait(current: Attempt, now: float) -> Decision | None:
-    """What to wait for while this attempt runs or is verified. None = its verification is over without success,
-    which is recorded."""
+    """What to wait for while this attempt runs or is verified. None = verification ended without success, which is
+    recorded."""
     if current["outcome"] == RUNNING:
         return WAIT, None, None, f"{current['name']} is under way"
     until = current["ended"] + current["verify_s"]

@@ -1,8 +1,8 @@
-"""Publish one message to an MQTT broker, at least once (QoS 1), so that its taking is known.
+"""Publishes one message to an MQTT broker, at least once (QoS 1), so that the broker acknowledges it.
 
-CONNECT, and after CONNACK a PUBLISH, and after PUBACK a DISCONNECT
-(docs.oasis-open.org/mqtt/mqtt/v3.1.1). Nothing is read beyond those two answers. A broker that refuses
-MQTT 3.1.1 is asked in MQTT 5 (`probe_mqtt.Talk`). With `tls` the handshake comes before it.
+CONNECT; after CONNACK a PUBLISH; after PUBACK a DISCONNECT
+(docs.oasis-open.org/mqtt/mqtt/v3.1.1). Only these two answers are read. If a broker refuses
+MQTT 3.1.1, MQTT 5 is tried (`probes.mqtt.Talk`). With `tls`, the TLS handshake comes first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PUBACK: Final = b"\x40\x02\x00\x01"
 
 
 def start(loop: Loop, step: Step, _device: dict[str, str], ended: Ended) -> MqttRun:
-    """Begin; `ended(ok, reason)` is called once, unless it is cancelled. Raises OSError."""
+    """Start it; `ended(ok, reason)` is called once, unless it is cancelled. Raises OSError."""
     return MqttRun(loop, step, ended)
 
 
@@ -34,7 +34,7 @@ class MqttRun:
     def __init__(self, loop: Loop, step: Step, ended: Ended) -> None:
         self.ended: Ended | None = ended
         self.loop, self.step = loop, step
-        # The time-out is the caller's; this one is only never shorter.
+        # The caller enforces the timeout; this one is always longer.
         self.talk = mqtt.Talk(step, step["timeout_s"] + 1.0, self._begin, self._answered)
 
     def _begin(self, level: int, wait_s: float, done: Fetched) -> http.HttpRequest:
@@ -63,7 +63,7 @@ class MqttRun:
             self.ended(False, f"{who}: {text}")
 
     def finish_soon(self) -> None:
-        """Nothing can make it faster."""
+        """No-op: cannot be sped up."""
 
     def cancel(self) -> None:
         """Cancel it without a result."""
@@ -72,7 +72,7 @@ class MqttRun:
 
 
 def puback(got: bytes, *, closed: bool) -> int | None:
-    """0 = the message is taken, None while more is to come. Raises HttpError for anything else."""
+    """0 = the message is accepted, None if more bytes are needed. Raises HttpError for anything else."""
     if len(got) >= 4:
         if got[:4] == _PUBACK:
             return 0
@@ -83,32 +83,32 @@ def puback(got: bytes, *, closed: bool) -> int | None:
 
 
 class Publish(mqtt.Dialogue):
-    """Goes on after CONNACK: its answer is PUBACK, whose code becomes the status."""
+    """Continues after CONNACK and ends with PUBACK, whose code becomes the status."""
 
     message = b""
     puback = staticmethod(puback)
 
     def _connected(self) -> None:
         if not self.message:
-            super()._connected()  # the message is taken
+            super()._connected()  # the message is accepted
             return
         assert self.sock is not None
         message, self.message, self.got = self.message, b"", b""
         self.connack = self.puback
-        # A fresh connection takes so little in one piece.
+        # A new connection accepts this little data in one piece.
         if self.sock.send(message) < len(message):
             self._fail("it does not take what we send")
 
 
 def connect(step: Step, level: int) -> bytes:
-    """CONNECT with a clean session, and a user and password where there are any. Raises OSError."""
+    """Encode CONNECT with a clean session, and with user and password if configured. Raises OSError."""
     user, file = step.get("user") or None, step.get("password_file", "")
     password = secrets.read(file) if user and file else None
     return mqtt.connect(f"wd{os.urandom(8).hex()}", user, password, level)
 
 
 def publish(topic: str, payload: str, level: int) -> bytes:
-    """PUBLISH number 1 with QoS 1; at `level` 5 without properties."""
+    """Encode PUBLISH with packet ID 1 and QoS 1; at `level` 5 without properties."""
     body = mqtt.field(topic.encode()) + b"\x00\x01" + b"\x00" * (level == 5)
     body += payload.encode()
     return b"\x32" + mqtt.length(len(body)) + body

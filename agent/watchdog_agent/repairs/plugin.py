@@ -1,8 +1,8 @@
-"""A step of a plugin: an entry point of the group `watchdog_agent.repairs`.
+"""Third-party repair steps: entry points of the group `watchdog_agent.repairs`.
 
-It names a callable `start(loop, step, device, ended)`: it must not block, calls `ended(ok, reason)` once,
-and gives an object with `cancel()`, or None. What it raises, then or in any of its callbacks, makes a failed
-step.
+An entry point names a callable `start(loop, step, device, ended)` that must not block, calls `ended(ok, reason)` once,
+and returns an object with `cancel()`, or None. An exception from it or from any of its callbacks makes the step
+fail.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GROUP: Final = "watchdog_agent.repairs"
 
 
 def start(loop: Loop, step: Step, device: dict[str, str], ended: Ended) -> Plugin:
-    """Begin; `ended(ok, reason)` is called once, unless it is cancelled."""
+    """Start it; `ended(ok, reason)` is called once, unless it is cancelled."""
     return Plugin(loop, step, device, ended)
 
 
@@ -38,7 +38,7 @@ class Plugin:
         self.guard.call(begin)
 
     def finish_soon(self) -> None:
-        """Nothing can make it faster."""
+        """No-op: cannot be sped up."""
 
     def cancel(self) -> None:
         """Cancel it without a result."""
@@ -46,6 +46,6 @@ class Plugin:
             if self.running is not None:
                 self.running.cancel()
         except (Exception, SystemExit):
-            # Whatever it leaves behind, the agent goes on.
+            # Whatever it leaves behind, the agent continues.
             self.running = None
         self.guard.cancel()

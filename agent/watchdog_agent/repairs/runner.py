@@ -1,8 +1,8 @@
 """Runs the repair ladder: `ladder` decides the next step, `authority` whether this agent may take it. The runner stores
-the attempt, takes the step, and watches the probes for its effect. Loaded only where the configuration has repairs.
+the attempt, takes the step, and watches the probes for its effect. Loaded only if the configuration has repairs.
 
-Before a step, the attempt and what undoes it are stored. A run that finds an attempt without an end counts it as
-interrupted, does not repeat it in this episode, and puts an interface up that was left down.
+Before a step, the attempt and its undo data are stored. A run that finds an unfinished attempt counts it as
+interrupted, does not repeat it in this episode, and brings up an interface that was left down.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from watchdog_agent.wire import RepairReport
 
 STOP_S: Final = 0.8
-"""Time limit of a running step after a signal."""
+"""Time limit of a running step after a signal, in seconds."""
 AGAIN_S: Final = 5.0
-"""Interval of further tries to store or to undo a step."""
+"""Retry interval for storing or undoing a step, in seconds."""
 UNDO_TRIES: Final = 12
 
 
@@ -45,12 +45,12 @@ class RepairRunner:
         )
         self.running: Any = None
         self.undo: Undo | None = None
-        """What puts right what the step under way, or one before our start, left behind."""
+        """Undo data of the running step, or of one that an earlier run left behind."""
         self.outcomes = dict.fromkeys(ladder.OUTCOMES[2:], 0)
         self.blocked = ""
         """Why no step may be taken now."""
         self.waits = ""
-        """For what the ladder waits, where that is not a step of its own."""
+        """What the ladder waits for, if it is not one of its own steps."""
         self.then: Callable[[], None] | None = None
         self.asking = False
         self._left = UNDO_TRIES
@@ -61,7 +61,7 @@ class RepairRunner:
         self.escalation = escalation.LadderEscalation(agent, self.ladder, self.authority)
 
     def _restore(self, saved: Any) -> None:
-        """Go on from an earlier run, else start clean; an interface left down is put up in both cases."""
+        """Continue from an earlier run, or else start clean; an interface left down is brought up in both cases."""
         config, now = self.agent.config, time.monotonic()
         try:
             undo: Undo | None = saved["undo"]
@@ -81,7 +81,7 @@ class RepairRunner:
             self.agent.log("a repair was interrupted", step=last["name"])
 
     def start(self) -> None:
-        """The loop is about to run: undo first what was left behind."""
+        """Start: the loop is about to run. First undo what was left behind."""
         if self.undo is not None:
             self._undo_again()
 
@@ -98,17 +98,17 @@ class RepairRunner:
             if again and self._left > 0:
                 self.agent.loop.later(AGAIN_S * between(0.8, 1.2), self._undo_again)
                 return
-            # What is gone for good, or was never kept by us, must not hold up the other steps.
+            # An undo that can never succeed, or that was not stored by this agent, must not block the other steps.
         else:
             self.agent.log("an interrupted repair is undone", of=self.undo["kind"])
         self.undo, self._left = None, UNDO_TRIES
         self.agent.save()
         self.tick()
 
-    # -- what happens
+    # -- events
 
     def report_answered(self, status: int | None) -> None:
-        """A report was answered with this status; None = there was no answer."""
+        """Handle a report's status; None = no answer."""
         self.authority.report_answered(status, time.monotonic())
         if self.blocked:
             self.tick()
@@ -130,10 +130,10 @@ class RepairRunner:
         self.agent.save()
         self.agent.send_report()
 
-    # -- what is done
+    # -- actions
 
     def tick(self) -> None:
-        """Do what is next, if anything is."""
+        """Take the next action, if there is one."""
         agent = self.agent
         if self._timer is not None:
             self._timer[2] = None
@@ -164,10 +164,10 @@ class RepairRunner:
             for name, last in self.agent.prober.results.items()
             if last["outcome"] == "miss" or "warning" in last
         }
-        # A device that never answered may not be there yet: there is nothing to repair (S6).
+        # A device that has never answered may not exist yet: there is nothing to repair (S6).
         state: str = detector.state if detector.was_ready else "ok"
         if state == "unable" and detector.behind:
-            state = "suspect"  # a dead gateway is what there are steps for
+            state = "suspect"  # there are steps for a dead gateway
         elif state == "unable" and self.agent.prober.no_route:
             state = "no route"
         gateway = self.agent.prober.gateway
@@ -175,7 +175,7 @@ class RepairRunner:
         return self.ladder.next(state, failing, time.monotonic(), behind=behind)
 
     def _check_gateway(self, step: Step) -> None:
-        """Before a step, probe the gateway: a device behind a dead one may be healthy."""
+        """Probe the gateway before a step: a device behind a dead gateway may be healthy."""
         gateway = self.agent.prober.gateway
         if gateway is None or step["even_behind_gateway"] or gateway.fresh():
             self._check_authority(step)
@@ -250,7 +250,7 @@ class RepairRunner:
                 self.agent.loop, step, self.undo or device, ended
             )
         except Exception as error:
-            # A step that can't be begun, for whatever reason, is a failed step and not our end.
+            # A step that cannot be started, for whatever reason, is a failed step and must not crash the agent.
             text = reason_of(error) if isinstance(error, OSError) else str(error)
             self._start_failed(step, text)
             return
@@ -271,7 +271,7 @@ class RepairRunner:
             self.running.cancel()
             self.undo = None
         except OSError as error:
-            # What undoes it is still kept: `_undo_again` has it later, or the next start.
+            # The undo data is still stored: `_undo_again` or the next start retries it.
             self.agent.log("a repair can't be undone", reason=reason_of(error))
 
     def _ended(self, ok: bool, reason: str) -> None:
@@ -302,10 +302,10 @@ class RepairRunner:
         if attempt["outcome"] in self.outcomes:
             self.outcomes[attempt["outcome"]] += 1
 
-    # -- ending
+    # -- shutdown
 
     def close(self, then: Callable[[], None]) -> None:
-        """End or undo the step at hand, and call back within STOP_S."""
+        """Finish or undo the running step, and call back within STOP_S."""
         if self.running is None:
             then()
             return
@@ -324,17 +324,17 @@ class RepairRunner:
             then()
 
     def abandon(self) -> None:
-        """The loop runs no more: leave nothing behind that can be put right in one call."""
+        """The loop has stopped: undo what can be undone in one call."""
         if self.running is not None:
             self._abandon()
             self.running = None
             self.ladder.interrupted("the agent ended in the middle of it", time.monotonic())
             self.agent.save()
 
-    # -- showing and keeping
+    # -- status and stored state
 
     def active(self) -> str:
-        """What is being done, in words; "" = nothing."""
+        """The current repair, in words; "" = none."""
         current = self.ladder.current
         if current is None:
             return ""
@@ -343,7 +343,7 @@ class RepairRunner:
         return f"repairing: {current['name']}"
 
     def report(self) -> RepairReport:
-        """The part of a report."""
+        """The repairs' part of a report."""
         now = time.monotonic()
         return {
             "active": self.active(),
@@ -353,7 +353,7 @@ class RepairRunner:
         }
 
     def status(self) -> RepairStatus:
-        """The part of /status."""
+        """The repairs' part of /status."""
         now = time.monotonic()
         return {
             "active": self.active(),
@@ -366,7 +366,7 @@ class RepairRunner:
         }
 
     def dump(self) -> Document:
-        """The part of the state file."""
+        """The repairs' part of the state file."""
         now = time.monotonic()
         config = self.agent.config
         return {

@@ -1,4 +1,4 @@
-"""Wake a device by a magic packet: six times ff, sixteen times its address, over UDP."""
+"""Wakes a device by a magic packet over UDP: six bytes ff, then its MAC address sixteen times."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def start(loop: Loop, step: Step, _device: dict[str, str], ended: Ended) -> Packet:
-    """Begin; `ended(ok, reason)` is called once, unless it is cancelled."""
+    """Start it; `ended(ok, reason)` is called once, unless it is cancelled."""
     return Packet(loop, step, ended)
 
 
 class Packet:
-    """One packet to each address of the name. That it was sent is all that can be known of it."""
+    """One packet to each address of the name. Only its sending can be verified."""
 
     def __init__(self, loop: Loop, step: Step, ended: Ended) -> None:
         host, port = step["to_at"]
@@ -38,7 +38,7 @@ class Packet:
         self.timer = loop.later(0, lambda: ended(ok, reason))
 
     def finish_soon(self) -> None:
-        """It has been sent."""
+        """No-op: it has already been sent."""
 
     def cancel(self) -> None:
         """Cancel it without a result."""
@@ -46,7 +46,7 @@ class Packet:
 
 
 def send(packet: bytes, family: int, where: SockAddr) -> None:
-    """One datagram, which may be a broadcast. Raises OSError."""
+    """Send one datagram, which may be a broadcast. Raises OSError."""
     sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     try:
         if family == socket.AF_INET:
@@ -57,5 +57,5 @@ def send(packet: bytes, family: int, where: SockAddr) -> None:
 
 
 def magic(mac: str) -> bytes:
-    """The packet for aa:bb:cc:dd:ee:ff."""
+    """The magic packet for aa:bb:cc:dd:ee:ff."""
     return b"\xff" * 6 + bytes.fromhex(mac.replace(":", "")) * 16

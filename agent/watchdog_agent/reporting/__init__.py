@@ -1,1 +1,1 @@
-"""To the control plane, Prometheus and Loki."""
+"""Reporting to the control plane, Prometheus and Loki."""

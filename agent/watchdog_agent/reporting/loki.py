@@ -1,7 +1,7 @@
-"""Log lines to Loki's push API, for where the scheduler collects none. Imported only when it is asked for.
+"""Ships log lines to Loki's push API, for schedulers that do not collect logs. Imported only if configured.
 
-https://grafana.com/docs/loki/latest/reference/loki-http-api/#ingest-logs: labels make streams, and many
-streams make Loki slow, so that they are few (job, class, version); the device goes into the structured metadata.
+https://grafana.com/docs/loki/latest/reference/loki-http-api/#ingest-logs: labels create streams, and many
+streams make Loki slow, so there are few labels (job, class, version); the device is in the structured metadata.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 class LokiShipper:
-    """Takes lines at once, sends them in batches. While Loki does not take them MOST are kept; then the
-    oldest goes, and is counted."""
+    """Queues lines and sends them in batches. While Loki does not accept them, at most MAX_LINES are kept; beyond
+    that the oldest are dropped and counted."""
 
     MAX_LINES = 1000
     BATCH = 200
@@ -55,11 +55,11 @@ class LokiShipper:
         self.closing: Callable[[], None] | None = None
 
     def put(self, line: str) -> None:
-        """Ship this line, of now."""
-        # Loki keeps the order of a stream by these: no two are the same, and none goes back with the clock
+        """Ship this line, with the current time."""
+        # Loki orders a stream by these timestamps: they are unique, and never go back with the clock.
         self.last_ns = max(time.time_ns(), self.last_ns + 1)
         if len(self.lines) >= self.MAX_LINES:
-            # those on the way stay until their answer is here
+            # Lines being sent stay until the response arrives.
             del self.lines[self.on_the_way]
             self.dropped += 1
         self.lines.append((str(self.last_ns), line))
@@ -96,7 +96,7 @@ class LokiShipper:
             if status in (200, 204):
                 self.shipped += sent
             else:
-                # Refused for good (too old, too long, no right): the same again would be refused again.
+                # Permanently refused (too old, too long, no permission): a retry would be refused again.
                 self.refused += sent
         if self.closing is not None and (later or not self.lines):
             self._closed()
@@ -110,11 +110,11 @@ class LokiShipper:
             self.timer = self.loop.later(wait, self._send)
 
     def status(self) -> LogCounts:
-        """The part of /status."""
+        """The log shipper's part of /status."""
         return {"shipped": self.shipped, "dropped": self.dropped, "refused": self.refused}
 
     def close(self, then: Callable[[], None]) -> None:
-        """Ship what is left, and call back after CLOSE_S at the latest."""
+        """Ship the remaining lines, and call back after at most CLOSE_S."""
         self.closing = then
         self.loop.later(self.CLOSE_S, self._closed)
         if self.timer is not None:

@@ -1,5 +1,5 @@
-"""The metrics as OpenMetrics 1.0 (https://prometheus.io/docs/specs/om/open_metrics_spec/): imported when a
-scraper asks for it."""
+"""The metrics as OpenMetrics 1.0 (https://prometheus.io/docs/specs/om/open_metrics_spec/). Imported when a
+scraper requests it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ KIND = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 
 def wanted(accept: str) -> bool:
-    """Whether an Accept header asks for OpenMetrics. One that names it with q=0 does not."""
+    """Whether an Accept header asks for OpenMetrics; with q=0 it does not."""
     for one in accept.lower().split(","):
         name, _, parameters = one.partition(";")
         if name.strip() == "application/openmetrics-text":
@@ -17,8 +17,8 @@ def wanted(accept: str) -> bool:
 
 
 def converted(text: bytes) -> bytes:
-    """Prometheus text, as `metrics.render` writes it, as OpenMetrics: a counter's family is named without
-    _total, and the end is marked."""
+    """Convert text of `prometheus.render` to OpenMetrics: counter family names lose the _total suffix, and an end
+    marker is added."""
     lines = text.decode().splitlines()
     counters = {
         words[2]

@@ -1,4 +1,4 @@
-"""Prometheus text (https://prometheus.io/docs/instrumenting/exposition_formats/), by hand."""
+"""Prometheus text format (https://prometheus.io/docs/instrumenting/exposition_formats/), without a library."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Answer
 
     Metric = tuple[str, str, str, Iterable[tuple[str, object]]]
-    """Name, type, help, and the values: labels and value."""
+    """Name, type, help, and the samples: labels and value."""
 
 
 def render(known: Status) -> bytes:
-    """The metrics of an agent with this status. The device is the scrape's target; no label repeats it."""
+    """The metrics of an agent with this status. The device is the scrape target, so no label repeats it."""
     lines: list[str] = []
     for part in (_agent(known), _probes(known["probes"]), _sent(known), _optional(known)):
         for name, kind, text, values in part:

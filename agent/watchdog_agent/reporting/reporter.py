@@ -1,8 +1,8 @@
-"""Reports to the control plane: at once on a change, else on a slow beat; buffered while it is away.
+"""Reports to the control plane on each change and at the report interval; buffered while it is unreachable.
 
-Who can't reach it may be the one that is cut off: what was confirmed against the device since it was last
-heard may be our own host's doing, and is reported as not confirmed until it was confirmed anew (S6). Nor does
-a round count that failed until then: a restart of the control plane delays a true «offline» by as much.
+An agent that cannot reach the control plane may be cut off itself: a confirmation since the last answer may be caused
+by its own host, and is reported as not confirmed until it is confirmed again (S6). Failed rounds before that do
+not count either, so a restart of the control plane delays a true `offline` by that time.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 
 
 _LATER = (408, 409, 425, 429)
-"""Answers of the 4xx kind after which the same report is sent again."""
+"""4xx statuses after which the same report is sent again."""
 
 
 class Reporter:
-    """Sends one report at a time. `retire(reason, departed)` is called when the answer is 410."""
+    """Sends one report at a time. `retire(reason, departed)` is called on a 410."""
 
     TIMEOUT_S = 3.0
     BUFFER = 64
     MAX_WAIT_S = 30.0
     MAX_KNOWN = 8
     TROUBLE_AFTER = 3
-    """Failures in a row after which missing answers are trouble; a refusal is at once."""
+    """Consecutive failures after which missing answers count as trouble; a refusal does at once."""
     REMIND_S = 3600.0
-    """How often the same failure is logged."""
+    """Interval at which the same failure is logged again, in seconds."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Reporter:
         retire: Callable[[str, bool], None],
         log: Log,
     ) -> None:
-        """`make(sequence, dropped, stopping)` gives the report as of now."""
+        """`make(sequence, dropped, stopping)` returns a report of the current state."""
         self.loop = loop
         self.make = make
         self.retire = retire
@@ -69,32 +69,32 @@ class Reporter:
         self.sent = self.failed = self.dropped = 0
         self.waiting: deque[Report] = deque()
         self._aged_at = 0.0
-        """When `state_age_s` of what waits was last brought up to date."""
+        """When `state_age_s` of the queued reports was last updated."""
         self.fetch: http.HttpRequest | None = None
         self.failures = 0
         self.chosen = 0
         self.last_error = ""
         self.trouble = ""
-        """Why no report arrives, in words for people, while none does. Changes only when the reason does."""
+        """Why no report is accepted, in words; empty otherwise. Changes only when the reason does."""
         self._trouble_is: int | str | None = ""
         self._logged_at = float("-inf")
         self.timer: Timer | None = None
         self.closing: Callable[[], None] | None = None
         self.on_status: Callable[[int | None], None] | None = None
-        """Called with the status of each answer; None = there was none."""
+        """Called with the status of each report; None = no answer."""
         self.unanswered = False
-        """The last call had no answer."""
+        """Whether the last call got no answer."""
         self.answered_at = float("-inf")
         self.confirmed_since: Callable[[float], bool] = lambda _since: False
         """Whether the device was confirmed to be offline since then."""
         self.on_reconnected: Callable[[bool], None] = lambda _isolated: None
-        """Called when a report is answered again, with the value of `isolated` until then."""
+        """Called when a report is answered again, with the previous value of `isolated`."""
         self.after_answer: Callable[[int | None], None] = lambda _status: None
-        """Called with the status of each answer, as `on_status`, but after the answer was processed."""
+        """Called with the status of each report, like `on_status`, but after the answer was processed."""
         self.on_isolated: Callable[[], object] = lambda: None
-        """Called when a call without an answer has made us `isolated`."""
+        """Called when a call without an answer has set `isolated`."""
         self.on_condition: Callable[[object], None] = lambda _condition: None
-        """Called with the device's condition, of an answer that has one."""
+        """Called with the device's condition, if an answer has one."""
 
     @property
     def isolated(self) -> bool:
@@ -102,7 +102,7 @@ class Reporter:
         return self.unanswered and self.confirmed_since(self.answered_at)
 
     def start(self) -> None:
-        """Begin to beat."""
+        """Start periodic reports."""
         self.changed()
         self._beat()
 
@@ -112,13 +112,13 @@ class Reporter:
             self.changed()
 
     def changed(self, *, stopping: bool = False) -> None:
-        """Something worth telling has happened."""
+        """Queue a report, because something has changed."""
         if not self.urls:
             return
         self.sequence += 1
         self._age()
         if len(self.waiting) >= self.BUFFER:
-            # the first may be on its way: it stays until its answer is here
+            # The first one may be in progress: it stays until its answer arrives.
             del self.waiting[1 if self.fetch is not None else 0]
             self.dropped += 1
         self.waiting.append(self.make(self.sequence, self.dropped, stopping))
@@ -139,14 +139,14 @@ class Reporter:
         self.fetch = transport.send(self.loop, url, data, self.TIMEOUT_S, self._answered, self.tls)
 
     def _age(self) -> None:
-        """Update the age of the state in each waiting report, so that it is right when the report is sent."""
+        """Update the age of the state in each queued report, so that it is correct when the report is sent."""
         now = time.monotonic()
         for one in self.waiting:
             one["state_age_s"] = round(one["state_age_s"] + now - self._aged_at, 3)
         self._aged_at = now
 
     def _unclaim(self) -> bool:
-        """`isolated`; if so, what waits claims nothing any more."""
+        """Return `isolated`; if true, clear `confirmed` in all queued reports."""
         isolated = self.isolated
         for one in self.waiting if isolated else ():
             one["confirmed"] = False
@@ -172,7 +172,7 @@ class Reporter:
     def _process(
         self, status: int | None, headers: dict[str, str], body: bytes, reason: str
     ) -> None:
-        """Take the report off the queue, or retry it."""
+        """Remove the report from the queue, or retry it."""
         if status == 200:
             self._accepted(body)
         elif status == 410:
@@ -234,7 +234,7 @@ class Reporter:
             self.trouble = f"{where} answers its reports with {status}: {reason_of(body)}"
 
     def _apply(self, body: bytes) -> None:
-        """The device's condition, and other replicas, as far as the answer has them."""
+        """Apply the device's condition and the other replicas, if the answer has them."""
         try:
             answer = parsing.loads(body)
         except ValueError:
@@ -245,8 +245,8 @@ class Reporter:
                 self.on_condition(answer["condition"])
 
     def _replicas(self, answer: dict[str, list[str]]) -> None:
-        """Other replicas' addresses, from an answer: tried after those of the configuration, when the one
-        in use does not answer. They are as secure as those, or not taken."""
+        """Store other replicas' addresses from an answer: they are tried after the configured ones when the current
+        address does not answer. They must be as secure as those, or are ignored."""
         try:
             others = answer["api"][: self.MAX_KNOWN]
             found = self.configured + [one for one in others if one not in self.configured]
@@ -261,7 +261,7 @@ class Reporter:
             self.chosen = found.index(using) if using in found else 0
 
     def status(self) -> ReportCounts:
-        """The part of /status."""
+        """The reporter's part of /status."""
         return {
             "sent": self.sent,
             "failed": self.failed,
@@ -270,7 +270,7 @@ class Reporter:
         }
 
     def close(self, then: Callable[[], None]) -> None:
-        """Send a last report and call back, at the latest after a second."""
+        """Send a last report and call back, after at most one second."""
         self.closing = then
         if not self.urls:
             self._closed()
@@ -296,7 +296,7 @@ class Reporter:
 
 
 def reason_of(body: bytes) -> str:
-    """The message of an answer of our API, else its beginning."""
+    """The message of an API error response, else the beginning of the body."""
     try:
         return str(parsing.loads(body)["error"]["message"])[:200]
     except (ValueError, KeyError, TypeError):
@@ -304,7 +304,7 @@ def reason_of(body: bytes) -> str:
 
 
 def code_of(body: bytes) -> str:
-    """The code of an error of our API; "" when there is none."""
+    """The code of an API error response; "" if there is none."""
     try:
         return str(parsing.loads(body)["error"]["code"])[:80]
     except (ValueError, KeyError, TypeError):
@@ -312,5 +312,5 @@ def code_of(body: bytes) -> str:
 
 
 def read_token() -> str:
-    """The bearer token, read anew each time: a mounted file rotates."""
+    """Read the bearer token; again for each report, because mounted files rotate."""
     return secrets.token(os.environ.get("WATCHDOG_TOKEN_FILE", ""))

@@ -1,1 +1,1 @@
-"""Loop, HTTP, TLS and child processes, on little memory."""
+"""Event loop, HTTP, TLS and child processes with low memory use."""

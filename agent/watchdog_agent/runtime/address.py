@@ -1,7 +1,7 @@
-"""The rule for the address of a device, on both ends: a host name, an IPv4 or an IPv6 address.
+"""Validates the address of a device: a host name, an IPv4 or an IPv6 address.
 
-The control plane applies it wherever an address enters, the agent to its document. Standard library only;
-international names are converted by the control plane (`nomad_watchdog.device_address`).
+The control plane applies this to every address it receives, the agent to its document. Standard library only;
+the control plane converts international names (`nomad_watchdog.device_address`).
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from watchdog_agent.runtime.stdlib_light import socket
 NAME_CHARS = 253
 LABEL_CHARS = 63
 ZONE_CHARS = 15
-"""Longest name of a network interface on Linux."""
+"""Maximum length of a network interface name on Linux."""
 _LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_")
 _ZONE = _LETTERS | {"."}
 _EXAMPLES = "write a host name or an IP address, as pump-7.example, 10.0.0.7 or fd00::7"
 
 
 class AddressError(ValueError):
-    """What is wrong with an address, and what to write."""
+    """An invalid address. The text describes the error and the expected form."""
 
 
 def checked(text: object) -> str:
@@ -40,7 +40,7 @@ def checked(text: object) -> str:
             f"with it, as {core}%eth0"
         )
     if raw[:12] == b"\0" * 10 + b"\xff\xff":
-        raw = raw[12:]  # an IPv4 address in the form of IPv6
+        raw = raw[12:]  # an IPv4-mapped IPv6 address
     if not any(raw):
         raise AddressError(f"{core} is the address of no device; {_EXAMPLES}")
     found = socket.inet_ntop(socket.AF_INET if len(raw) == 4 else socket.AF_INET6, raw)
@@ -57,8 +57,8 @@ def _printable(text: object) -> str:
 
 
 def endpoint(text: object) -> tuple[str, int]:
-    """(host, port) of HOST:PORT, with IPv6 in brackets, and nothing else beside them. The host may be an address
-    that only a listener has, as 0.0.0.0. Raises AddressError."""
+    """Parse HOST:PORT, with IPv6 in brackets, into (host, port). The host may also be an address for listening only,
+    such as 0.0.0.0. Raises AddressError."""
     wrong = AddressError(f"{str(text)[:80]!a} is not HOST:PORT, as 10.0.0.7:9000 or [fd00::7]:9000")
     host, _, port = text.rpartition(":") if isinstance(text, str) else ("", "", "")
     bare = host[1:-1] if host[:1] == "[" and host[-1:] == "]" else host
@@ -74,7 +74,7 @@ def endpoint(text: object) -> tuple[str, int]:
 
 
 def literal(text: object) -> str:
-    """The IP address that this text is; "" for a host name and for what is no address."""
+    """The IP address in this text; "" for a host name or an invalid address."""
     try:
         found = checked(text)
     except AddressError:
@@ -86,7 +86,7 @@ def packed(text: str) -> bytes | None:
     """The 4 or 16 bytes of an IP address without a zone; None for other text."""
     try:
         return socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
-    except (OSError, ValueError):  # ValueError: half a surrogate pair
+    except (OSError, ValueError):  # ValueError: a lone surrogate
         return None
 
 
@@ -104,7 +104,7 @@ def _check_zone(core: str, raw: bytes, zone: str) -> None:
 
 
 def _name(text: str) -> str:
-    """A host name, unchanged. Raises AddressError."""
+    """Check a host name and return it unchanged. Raises AddressError."""
     shown = ascii(text[:80])
     _refuse_more(text, shown)
     name = text.removesuffix(".")
@@ -146,7 +146,7 @@ def _refuse_more(text: str, shown: str) -> None:
 
 
 def _suggested(text: str) -> str:
-    """What to write in place of text that holds an address and more."""
+    """A suggestion in place of text that contains an address and more."""
     place = text.partition("/")[0].partition("?")[0].partition("#")[0].rpartition("@")[2]
     for candidate in (place, place.rpartition(":")[0]):
         try:

@@ -1,9 +1,9 @@
-"""Programs that end with the agent, also when it is killed with -9. Loaded with the first command.
+"""Programs that end with the agent, even if it is killed by SIGKILL. Loaded with the first command.
 
-The program is started by a small shell that first leaves a guard behind, in the same process group: it
-waits at a pipe whose other end only this process holds. A line there is the guard's leave; an end without
-one means that the agent is dead, and then the guard kills the group, itself with it. Where there is no
-/bin/sh, as in an image without a shell, programs run unguarded.
+A small shell starts the program, after forking a guard into the same process group. The guard reads from a pipe
+whose other end only the agent holds. A line releases the guard; an EOF without one means that the agent is dead,
+so the guard kills the group, including itself. Without /bin/sh, as in an image without a shell, programs run
+unguarded.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ if TYPE_CHECKING:
 SHELL: Final = "/bin/sh"
 SCRIPT: Final = '{ read -r x <&3 || kill -9 0; } >/dev/null 2>&1 & exec "$@" 3<&-'
 WORD: Final = 3
-"""The descriptor at which the guard waits; the program does not get it."""
+"""The descriptor that the guard reads; the program does not get it."""
 
 POLL_S: Final = 0.05
-"""Interval at which its end is polled where no descriptor reports it."""
+"""Interval in seconds for polling the program's end without a pidfd."""
 
 _left: list[int] = []
-"""Process groups of which something was alive when their leader was reaped."""
+"""Process groups that may still have had processes when their leader was reaped."""
 
 
 class GuardedProcess:
-    """A program in a process group of its own. Raises OSError when it can't be started, and ValueError when an
-    argument or a variable holds a null character."""
+    """A program in its own process group. Raises OSError if it cannot be started, and ValueError if an
+    argument or a variable contains a null character."""
 
     def __init__(
         self, argv: list[str], environ: dict[str, str], actions: list[tuple[Any, ...]]
     ) -> None:
-        """`actions`: of `os.posix_spawn`, for the descriptors 0 to 2."""
+        """`actions`: file actions of `os.posix_spawn`, for descriptors 0 to 2."""
         bury()
         self.word = -1
         self._forget: Callable[[], None] | None = None
-        # The shell would report it in its own words, and as an exit code.
+        # The shell would report a missing program only as text and an exit code.
         program = find(argv[0])
         read = -1
         if os.access(SHELL, os.X_OK):
             read, self.word = os.pipe2(os.O_CLOEXEC)
             if read == WORD:
-                # Put on itself it would stay closed on exec.
+                # Duplicated onto itself, it would still be closed on exec.
                 read = os.dup(WORD)
                 os.close(WORD)
             actions = [*actions, (os.POSIX_SPAWN_DUP2, read, WORD)]
             program, argv = SHELL, ["guard", "-c", SCRIPT, argv[0], *argv]
         try:
-            # Python ignores SIGPIPE, and a nursery or a scheduler may have left more; a program shall not.
+            # Reset signals that Python (SIGPIPE), a zygote or a scheduler ignores; the program must not inherit that.
             self.pid = os.posix_spawn(
                 program,
                 argv,
@@ -80,7 +80,7 @@ class GuardedProcess:
             os.close(word)
 
     def watch(self, loop: Loop, ended: Callable[[], None]) -> None:
-        """Call back once from the loop when it has ended and can be reaped, unless it is reaped before."""
+        """Call back once from the loop when it has ended and can be reaped, unless it is reaped earlier."""
 
         def look(_mask: int = 0) -> None:
             self._unwatch()
@@ -96,7 +96,7 @@ class GuardedProcess:
             # One descriptor in the loop instead of a signal handler or a thread.
             file = io.FileIO(os.pidfd_open(self.pid), "rb")
         except (OSError, AttributeError):
-            # Linux before 5.3, or a Python that was built on one.
+            # Linux before 5.3, or a Python built on one.
             loop.later(POLL_S, look)
         else:
             loop.watch(file, READ, look)
@@ -108,7 +108,7 @@ class GuardedProcess:
             forget()
 
     def kill(self) -> None:
-        """Kill all of its group."""
+        """Kill its whole process group."""
         if self.pid:
             try:
                 os.killpg(self.pid, signal.SIGKILL)
@@ -116,8 +116,8 @@ class GuardedProcess:
                 pass
 
     def reap(self, options: int = 0) -> int | None:
-        """Its status as `os.waitpid` gives it, and the guard's leave; None while it runs and `options` is
-        os.WNOHANG. What else is left of its group lives on, unless it was killed before."""
+        """Return its status, as from `os.waitpid`, and release the guard; None if `options` is os.WNOHANG and it is
+        running. The rest of its group keeps running, unless it was killed before."""
         done, status = os.waitpid(self.pid, options)
         if not done:
             return None
@@ -134,7 +134,7 @@ class GuardedProcess:
 
 
 def bury() -> None:
-    """Reap what has become our child because its parent is gone: so it is where we are process 1."""
+    """Reap orphans that became children of this process, which happens if it is process 1."""
     for group in list(_left):
         try:
             while (found := os.waitid(os.P_PGID, group, os.WEXITED | os.WNOHANG)) is not None:
@@ -144,8 +144,8 @@ def bury() -> None:
 
 
 def find(name: str) -> str:
-    """Where a program is, as a shell looks for it. Raises OSError when it is nowhere, and ValueError for a
-    name that holds a null character."""
+    """The path of a program, searched like in a shell. Raises OSError if it is not found, and ValueError for a
+    name that contains a null character."""
     if "\0" in name:
         raise ValueError("a name can't hold a null character")
     places = [name] if "/" in name else [f"{one}/{name}" for one in os.get_exec_path()]

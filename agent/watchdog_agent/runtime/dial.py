@@ -1,4 +1,4 @@
-"""Connects to the addresses of a name in the order of RFC 6724, which is the resolver's."""
+"""Connects to the addresses of a name in the resolver's order (RFC 6724)."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Address, SockAddr
 
 STAGGER_S = 0.25
-"""Seconds without an answer after which the next address is tried as well (RFC 8305, 5)."""
+"""Seconds without an answer after which the next address is tried too (RFC 8305, 5)."""
 MAX_ADDRESSES = 8
 """Maximum number of addresses of a name that are tried."""
 _CONNECTING = (0, 11, 115)
-"""connect() is done, would block or is in progress."""
+"""Results of connect(): connected, would block, or in progress."""
 
 
 def resolve(address: Address) -> list[tuple[int, SockAddr]]:
     """(family, socket address) for each address of (host, port), at most MAX_ADDRESSES.
 
-    A name goes to the resolver and may block for its timeout; numeric addresses do not. Raises OSError
+    A name is resolved, which may block for the resolver's timeout; numeric addresses do not. Raises OSError
     and UnicodeError."""
     host, port = address
-    # Bytes: for text Python would load its IDNA tables, at a cost of more than the agent's own code.
+    # Bytes: for text Python would load its IDNA tables, which need more memory than the agent's own code.
     found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
     return [(family, where) for family, _, _, _, where in found[:MAX_ADDRESSES]]  # type: ignore[misc]  # IP only
 
 
 class Turns:
-    """Starts one attempt per address: the next one when an attempt has failed, or has not ended within
-    STAGGER_S. Several may be under way at a time."""
+    """Starts one attempt per address: the next one when an attempt fails, or has not ended within
+    STAGGER_S. Several attempts may be in progress."""
 
     def __init__(
         self,
@@ -47,8 +47,8 @@ class Turns:
         over: Callable[[Exception, bool], None],
     ) -> None:
         """`begin(family, where)` starts an attempt, or raises OSError if it sent nothing. `over(error, sent)` is
-        called once, when every attempt has failed. Neither is called before the loop runs. The timeout
-        counts from the answer of the resolver: a caller with a timer of its own sets it after this."""
+        called once, when all attempts have failed. Neither is called before the loop runs. The timeout
+        starts after name resolution: a caller with its own timer must set it after this call."""
         self.loop, self.begin, self.over = loop, begin, over
         self.running = 0
         self.error: Exception | None = None
@@ -59,7 +59,7 @@ class Turns:
             self.left = resolve(address)
         except (OSError, UnicodeError) as error:
             self.error = error
-        # The resolver's time is not the device's: what it takes must not become a miss (S6).
+        # Exclude name resolution, because a slow resolver must not cause a miss (S6).
         self.ends = time.monotonic() + timeout_s
         self.stagger_s = min(STAGGER_S, timeout_s / (len(self.left) + 1))
         self.timer = loop.later(0, self._next)
@@ -89,13 +89,13 @@ class Turns:
             self.over(self.error or OSError("the name has no address"), self.sent)
 
     def _note(self, error: Exception, *, sent: bool) -> None:
-        """Keep the first error, unless it is our own host's and this one is not: what another address of the
-        same name answers says more about the device."""
+        """Keep the first error, but replace a local one by one that is not local: the answer of another address of
+        the same name says more about the device."""
         if self.error is None or (_is_local(self.error, self.sent) and not _is_local(error, sent)):
             self.error, self.sent = error, sent
 
     def failed(self, error: Exception) -> None:
-        """One attempt has failed."""
+        """Record that one attempt has failed."""
         self._note(error, sent=True)
         self.running -= 1
         if self.left:
@@ -104,10 +104,10 @@ class Turns:
             self._end()
 
     def stop(self) -> None:
-        """Start no further attempt, and call nothing any more."""
+        """Start no further attempt; no callback is called afterwards."""
         self.left = []
         self.timer[2] = None
-        self.begin = self.over = _nothing  # and so no cycle of references is left
+        self.begin = self.over = _nothing  # also breaks the reference cycle
 
 
 def _nothing(*_given: object) -> None:
@@ -119,7 +119,7 @@ def _is_local(error: Exception, sent: bool) -> bool:
 
 
 class Dial:
-    """A TCP connection to the first address that takes one."""
+    """A TCP connection to the first address that accepts it."""
 
     def __init__(
         self,
@@ -128,9 +128,9 @@ class Dial:
         timeout_s: float,
         done: Callable[[socket.socket | None, Exception | None, bool], None],
     ) -> None:
-        """`done(socket, None, True)` or `done(None, error, sent)`, once, and never after `cancel`; `sent` is
-        whether a packet may have left this host. The timeout is the caller's to keep: it cancels. The socket is
-        watched until it is watched anew."""
+        """`done(socket, None, True)` or `done(None, error, sent)` is called once, never after `cancel`; `sent`: whether a
+        packet may have left this host. The caller enforces the timeout by `cancel`. The loop watches the socket until
+        the caller watches it again."""
         self.loop, self.done = loop, done
         self.open: list[socket.socket] = []
         self.turns = Turns(loop, address, timeout_s, self._begin, self._over)
@@ -159,7 +159,7 @@ class Dial:
         done(sock, None, True)
 
     def cancel(self) -> None:
-        """Close what is not connected yet; nothing is called any more."""
+        """Close connections in progress; no callback is called afterwards."""
         self.done = _nothing
         self.turns.stop()
         for sock in self.open:

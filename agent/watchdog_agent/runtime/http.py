@@ -1,4 +1,4 @@
-"""Just enough HTTP/1.1, bounded in bytes and time: http.client would cost every device 7 MB."""
+"""A minimal HTTP/1.1 client and server, limited in bytes and time: http.client would need 7 MB per device."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 MAX_REQUEST = 4096
 AGENT = "watchdog-agent"
-"""User-Agent. Some devices refuse requests without one."""
+"""User-Agent; some devices reject requests without one."""
 
 
 class Url:
-    """http://host[:port][/path], or https:// where `tls` allows it; raises ValueError for anything
+    """http://host[:port][/path], or https:// if `tls` allows it. Raises ValueError for anything
     else."""
 
     def __init__(
@@ -51,17 +51,17 @@ class Url:
                 raise ValueError(f"{text!r} is not an http:// address") from None
         self.base = ("/" + path).rstrip("/")
         self.server_name = ""
-        """The name in the server's certificate, where it is not the host's."""
+        """The name in the server's certificate, if it differs from the host."""
         if not self.host or not 0 < self.port < 65536 or any(not "!" <= c <= "~" for c in text):
             raise ValueError(f"{text!r} is not an http:// address")
         self.host_header = host_header(self.host, self.port, secure=self.secure)
 
 
 class HttpRequest:
-    """One request over one new connection. `done(status, headers, body, reason)` is called
-    exactly once, never after `cancel`; only a request that failed has a reason, and no status."""
+    """One request over a new connection. `done(status, headers, body, reason)` is called exactly once, never after
+    `cancel`; only a failed request has a reason, and it has no status."""
 
-    def __init__(  # called in three places, and a value class would cost memory
+    def __init__(  # called in three places, and a value class would need memory
         self,
         loop: Loop,
         address: Address,
@@ -70,7 +70,7 @@ class HttpRequest:
         done: Fetched,
         max_body: int = MAX_BODY,
     ) -> None:
-        """`address`: (host, port); of a name all addresses are tried. `request`: all bytes to send."""
+        """`address`: (host, port); all addresses of a name are tried. `request`: all bytes to send."""
         self.loop = loop
         self.done: Fetched | None = done
         self.out = request
@@ -127,7 +127,7 @@ class HttpRequest:
             done(None, {}, b"", reason)
 
     def cancel(self) -> None:
-        """Give up; nothing is called any more."""
+        """Cancel the request; no callback is called afterwards."""
         self.done = None
         self.timer[2] = None
         self.dial.cancel()
@@ -137,7 +137,7 @@ class HttpRequest:
 
 
 def retry_after(headers: dict[str, str], most_s: float) -> float:
-    """The seconds that an answer asks to wait, at most about `most_s`, with jitter; 0 when it asks for none."""
+    """Seconds to wait according to Retry-After, at most about `most_s`, with jitter; 0 without one."""
     try:
         after = whole(headers.get("retry-after", ""))
     except ValueError:
@@ -146,9 +146,9 @@ def retry_after(headers: dict[str, str], most_s: float) -> float:
 
 
 def reason_of(error: Exception, *, sent: bool = True) -> str:
-    """An error in words without numbers of its own; an `outcome.Unable` if it is this host's own error.
+    """Describe an error without numbers that vary; an `outcome.Unable` if this host caused it.
     `sent`: whether a packet may have left this host."""
-    # of TLS; errno would be a number of the library's own
+    # A TLS error: its errno is a number of the TLS library.
     if type(error).__module__ == "ssl":
         text = getattr(error, "verify_message", "") or getattr(error, "reason", None)
         text = f"TLS: {(text or str(error.args[-1])).replace('_', ' ').lower()}"
@@ -162,7 +162,7 @@ def reason_of(error: Exception, *, sent: bool = True) -> str:
 
 
 def host_header(host: str, port: int, *, secure: bool) -> str:
-    """Host as browsers send it: without the zone, the dot at the end and the scheme's default port."""
+    """The Host header as browsers send it: without the zone, a trailing dot and the scheme's default port."""
     name = bare_host(host)
     if ":" in name:
         name = f"[{name}]"
@@ -170,15 +170,15 @@ def host_header(host: str, port: int, *, secure: bool) -> str:
 
 
 def bare_host(host: str) -> str:
-    """A name or address as the other side knows it: a zone is our host's own, and a certificate has no dot
-    at the end."""
+    """A host as the peer knows it: a zone is local to this host, and certificates have no trailing
+    dot."""
     return host.partition("%")[0].removesuffix(".")
 
 
 def request(
     method: str, path: str, host: str, body: bytes = b"", headers: Sequence[tuple[str, str]] = ()
 ) -> bytes:
-    """The bytes of a request that asks for the connection to be closed. `host`: as from `host_header`."""
+    """Encode a request with `Connection: close`. `host`: as from `host_header`."""
     lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", f"User-Agent: {AGENT}", "Accept: */*"]
     lines.append("Connection: close")
     lines += [f"{name}: {value}" for name, value in headers]
@@ -194,11 +194,11 @@ def fields(lines: list[bytes], name: bytes) -> list[bytes]:
 
 
 class Server:
-    """Answers GET and POST without a body; each connection once, within 5 s, at most 256 at a time: the oldest
-    one makes room for the next once it has had a second, and until then the next ones wait.
+    """Serves GET and POST without a body. Each connection gets one response within 5 s. At most 256 are open: the oldest
+    one is closed for a new one once it is a second old; until then new ones wait.
 
-    What a browser can be made to ask (DNS rebinding, forms of other sites) is refused: a Host that is a name and
-    not this host's, but for health checks, which say nothing, and a POST that a web page sends."""
+    Rejects requests that a browser can be tricked into (DNS rebinding, cross-site forms): a Host header with a name that
+    is not this host's, except for health checks, which reveal nothing, and POST requests from web pages."""
 
     MAX_CONNECTIONS = 256
     BACKLOG = 256
@@ -209,7 +209,7 @@ class Server:
     def __init__(
         self, loop: Loop, host: str, port: int, answer: Callable[[str, str, str], Answer | None]
     ) -> None:
-        """`answer(path, accept, method)` gives (status, content type, body bytes) or None for 404. Raises
+        """`answer(path, accept, method)` returns (status, content type, body bytes), or None for 404. Raises
         OSError."""
         self.loop = loop
         self.answer = answer
@@ -236,7 +236,7 @@ class Server:
             self.loop.watch(self.sock, READ, self._accept)
 
     def _pause(self, seconds: float) -> None:
-        """Accept no connection for this time; they wait in the kernel's queue."""
+        """Accept no connection for this time; new ones wait in the kernel's queue."""
         self.loop.watch(self.sock, NOTHING, self._accept)
         self.loop.later(seconds, self._listen)
 
@@ -244,10 +244,10 @@ class Server:
         if len(self.open) >= self.most and not self._made_room():
             return
         try:
-            # as socket.accept does it, which the C module has not
+            # Like socket.accept, which `_socket` does not have.
             number, _ = self.sock._accept()  # type: ignore[attr-defined]  # noqa: SLF001
             sock = socket.socket(fileno=number)
-        except OSError:  # it is gone again, or there are no descriptors
+        except OSError:  # the connection is gone, or there are no descriptors left
             if not self.open:
                 self._pause(0.1)
             else:
@@ -259,7 +259,7 @@ class Server:
         self.loop.watch(sock, READ, lambda mask: self._ready(sock, mask))
 
     def _made_room(self) -> bool:
-        """Close the oldest connection, if it has had its time; else take no other one before it has."""
+        """Close the oldest connection if it is old enough; otherwise pause accepting until it is."""
         oldest = next(iter(self.open))
         left_s: float = self.open[oldest][0][0] - time.monotonic() - self.TIMEOUT_S + self.MIN_S
         if left_s <= 0:
@@ -307,7 +307,7 @@ class Server:
         return head.encode() + body
 
     def _foreign(self, method: str, path: str, lines: list[bytes]) -> Answer | None:
-        """The response to a request from a web page of another site; None for other requests."""
+        """The response to a request from another site's web page; None for other requests."""
         if method == "POST" and fields(lines, b"origin"):
             return 403, "text/plain", b"requests of web pages are refused\n"
         for one in fields(lines, b"host") if path not in self.PUBLIC else ():
@@ -324,7 +324,7 @@ class Server:
             self.loop.forget(sock)
 
     def close(self) -> None:
-        """Stop listening and close what is open."""
+        """Stop listening and close all connections."""
         for sock in list(self.open):
             self._close(sock)
         self.loop.forget(self.sock)

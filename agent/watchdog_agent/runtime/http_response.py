@@ -1,4 +1,4 @@
-"""Reads one HTTP response as RFC 9110 and 9112 ask of a recipient, bounded in bytes."""
+"""Parses one HTTP response as RFC 9110 and 9112 require of a recipient, limited in bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 MAX_HEAD = 8192
-"""Bytes of the status line and the header fields of one response, and of the line before a chunk."""
+"""Maximum bytes of the status line and header fields of a response, and of a chunk size line."""
 MAX_BODY = 65536
 MAX_FIELDS = 256
 MAX_INTERIM = 16
@@ -20,36 +20,36 @@ _ZLIB = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 
 
 class HttpError(Exception):
-    """The other side does not speak valid HTTP, or did not answer; the text describes it."""
+    """The peer does not send valid HTTP, or did not answer; the text describes it."""
 
 
 class Reader:
-    """Takes the bytes of a connection as they come, until the response is complete.
+    """Consumes the bytes of a connection as they arrive, until the response is complete.
 
-    Lenient where the RFCs ask for it: lines that end with LF alone, empty lines before the status line,
+    Accepts what the RFCs require: lines that end with LF only, empty lines before the status line,
     1xx responses before the final one, folded header fields, chunks, and gzip or deflate that were not
-    requested. Of the body at most `max_body` bytes are kept, after decoding; the response counts as
-    complete then. With 0 it is complete with its header."""
+    requested. At most `max_body` bytes of the decoded body are kept; the response counts as
+    complete then. With 0 it is complete after its header."""
 
     def __init__(self, max_body: int) -> None:
         self.max_body = max_body
         self.status = 0
         self.headers: dict[str, str] = {}
-        """By name in lower case; the values of a repeated field are joined by commas."""
+        """Names in lower case; values of a repeated field are joined by commas."""
         self.body = bytearray()
         self._got = bytearray()
         self._seen = 0
-        """Bytes of `_got` that are known to hold no line end."""
+        """Number of bytes of `_got` known to contain no line end."""
         self._head = self._interim = self._left = 0
         self._name = ""
         self._coding = ""
         self._unpack: Any = None
         self._spent = False
-        """What follows the compressed data is not part of it."""
+        """Whether the compressed data has ended; the rest is ignored."""
         self._step: Callable[[Reader, bool], bool] | None = Reader._begin
 
     def feed(self, data: bytes) -> tuple[int, dict[str, str], bytes] | None:
-        """(status, headers, body) once the response is complete, else None. `data`: what came, b"" when the
+        """Return (status, headers, body) once the response is complete, else None. `data`: received bytes, b"" when the
         connection was closed. Raises HttpError."""
         self._got += data
         while self._step is not None and self._step(self, not data):
@@ -61,11 +61,11 @@ class Reader:
         where = "in the middle of its answer" if self.status else "without a whole answer"
         raise HttpError(f"it closed the connection {where}")
 
-    # Each step returns whether another one may follow at once; otherwise more bytes are needed.
+    # Each step returns whether the next one may follow at once; otherwise more bytes are needed.
 
     def _begin(self, _closed: bool) -> bool:  # as a step
         start = bytes(self._got[:7])
-        # seen at once: what is not HTTP may have no line end
+        # Checked early, because anything that is not HTTP may have no line end.
         if start[:1] not in b"\r\n" and not b"HTTP/1.".startswith(start):
             raise HttpError("its answer is not HTTP")
         line = self._line("a head")
@@ -101,7 +101,7 @@ class Reader:
         return True
 
     def _headed(self) -> None:
-        """The header is complete: find how the body ends (RFC 9112, 6.3)."""
+        """The header is complete: determine how the body ends (RFC 9112, 6.3)."""
         if self.status < 200 and self.status != 101:
             self._interim += 1
             if self._interim > MAX_INTERIM:
@@ -129,7 +129,7 @@ class Reader:
         self._step = Reader._chunk_size if chunked else Reader._rest
 
     def _rest(self, closed: bool) -> bool:  # as a step
-        """A body of `_left` bytes; -1: until the connection is closed."""
+        """Read a body of `_left` bytes; -1: until the connection is closed."""
         self._read_body()
         if self._step is not None and (self._left == 0 or (closed and self._left < 0)):
             self._complete()
@@ -169,7 +169,7 @@ class Reader:
         return line is not None
 
     def _line(self, what: str) -> bytes | None:
-        """The next line without its end, None while it is incomplete."""
+        """The next line without its line end; None while it is incomplete."""
         end = self._got.find(b"\n", self._seen)
         size = len(self._got) if end < 0 else end + 1
         if self._head + size > MAX_HEAD:
@@ -181,11 +181,11 @@ class Reader:
         del self._got[:size]
         self._seen = 0
         self._head += size
-        # a CR that ends no line counts as a space (RFC 9112, 2.2)
+        # A CR within a line counts as a space (RFC 9112, 2.2).
         return line.removesuffix(b"\r").replace(b"\r", b" ")
 
     def _read_body(self) -> None:
-        """Move what came of the body, at most `_left` bytes of it, to `body`."""
+        """Move received bytes of the body, at most `_left`, to `body`."""
         size = len(self._got) if self._left < 0 else min(self._left, len(self._got))
         data = bytes(self._got[:size])
         del self._got[:size]
@@ -197,7 +197,7 @@ class Reader:
             self._step = None
 
     def _unpacked(self, data: bytes, room: int) -> bytes:
-        """At most `room` bytes of what `data` goes on with: a small body may unpack to gigabytes."""
+        """Decompress `data`, at most `room` bytes, because a small body may expand to gigabytes."""
         import zlib
 
         out = b""
@@ -206,7 +206,7 @@ class Reader:
                 if self._unpack is None:
                     kind = _ZLIB[self._coding]
                     if kind == 15 and data[0] & 15 != 8:
-                        kind = -15  # not in zlib's form (RFC 9110, 8.4.1.2)
+                        kind = -15  # raw deflate, without the zlib format (RFC 9110, 8.4.1.2)
                     self._unpack = zlib.decompressobj(kind)
                 elif self._unpack.eof:
                     # gzip may have several members (RFC 1952, 2.2)
@@ -232,7 +232,7 @@ def words(text: str) -> list[str]:
 
 
 def length_of(text: str) -> int:
-    """Content-Length, which may be repeated (RFC 9110, 8.6). Raises HttpError."""
+    """Parse Content-Length, which may be repeated (RFC 9110, 8.6). Raises HttpError."""
     value, *others = [one.strip() for one in text.split(",")]
     try:
         length = whole(value.lstrip("0") or value[:1], 0, 10**20 - 1)

@@ -1,6 +1,6 @@
-"""`dumps` and `loads` of the C parts of the module json. Raises ImportError where they are not as in CPython.
+"""`dumps` and `loads` from the C parts of the json module. Raises ImportError if they differ from CPython's.
 
-What it takes and says is the module's, but for text in UTF-16 and for the place of a mistake.
+Input and output are those of the json module, except for UTF-16 text and the position of an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _CONSTANTS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float(
 
 
 class _Rules:
-    """What the scanner asks for."""
+    """The settings that the scanner requires."""
 
     strict = True
     object_hook = object_pairs_hook = None
@@ -35,7 +35,7 @@ def _refuse(value: object) -> Any:
 def dumps(
     value: Any, *, sort_keys: bool = False, default: Callable[[Any], Any] = _refuse
 ) -> str:  # as json.dumps has it
-    """The value as JSON, in ASCII. Raises TypeError, ValueError or RecursionError."""
+    """Encode a value as ASCII JSON. Raises TypeError, ValueError or RecursionError."""
     encode: Any = _json.make_encoder(
         {}, default, _json.encode_basestring_ascii, None, ": ", ", ", sort_keys, False, True
     )
@@ -43,14 +43,14 @@ def dumps(
 
 
 def loads(text: str | bytes | bytearray) -> Any:
-    """The one value of a text. Raises ValueError or RecursionError."""
+    """Parse a text with one JSON value. Raises ValueError or RecursionError."""
     if not isinstance(text, str):
         text = bytes(text).removeprefix(b"\xef\xbb\xbf").decode()
     try:
         value, end = _scan(text, len(text) - len(text.lstrip(_BLANKS)))
     except (StopIteration, SystemError):
-        # Up to Python 3.11 the scanner looks for its error's class among the imported modules, and where
-        # `json.decoder` is not there it fails without an exception: the call is a SystemError.
+        # Up to Python 3.11 the scanner looks up its error class among the imported modules. Without
+        # `json.decoder` it fails without an exception, so the call raises SystemError.
         raise ValueError("it is no JSON") from None
     if text[end:].strip(_BLANKS):
         raise ValueError("there is more after the JSON")

@@ -1,5 +1,5 @@
-"""One thread, one poll, a heap of timers. What takes long is broken into events here, so that a
-wedged device can hold up neither a signal nor the health check."""
+"""Event loop: one thread, one poll, a heap of timers. Long operations are split into events, so that a
+hanging device cannot delay signals or the health check."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def between(low: float, high: float) -> float:
-    """A random number from low to high, for jitter. The module random would cost 0.25 MB."""
+    """A random number from low to high, for jitter. The random module would need 0.25 MB."""
     return low + (high - low) * int.from_bytes(os.urandom(4), "big") / 0xFFFFFFFF
 
 
@@ -36,7 +36,7 @@ class Loop:
     """Runs callbacks until `stop`. Signals wake it through a pipe."""
 
     def __init__(self) -> None:
-        # The module selectors would cost 0.7 MB; few descriptors are watched at a time.
+        # The selectors module would need 0.7 MB; few descriptors are watched at a time.
         self._poll = select.poll()
         self._watched: dict[int, tuple[Watched | None, int, Callable[[int], None]]] = {}
         self._timers: list[Timer] = []
@@ -52,11 +52,11 @@ class Loop:
     def _register(
         self, fd: int, sock: Watched | None, events: int, callback: Callable[[int], None]
     ) -> None:
-        self._poll.register(fd, _EVENTS[events])  # or changes what is registered
+        self._poll.register(fd, _EVENTS[events])  # or modifies the registration
         self._watched[fd] = (sock, events, callback)
 
     def on_signals(self, numbers: Iterable[int], callback: Callable[[int], None]) -> None:
-        """Call back with the number when one of these signals comes."""
+        """Call back with the number of each of these signals."""
         self._on_signal = callback
         for number in numbers:
             signal.signal(number, lambda _number, _frame: None)
@@ -68,46 +68,46 @@ class Loop:
                 self._on_signal(number)
 
     def later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
-        """Call back after delay_s; gives a list whose [2] may be set to None to cancel it."""
+        """Call back after delay_s; return a list whose [2] may be set to None to cancel the timer."""
         self._sequence += 1
         timer: Timer = [time.monotonic() + delay_s, self._sequence, callback]
         heapq.heappush(self._timers, timer)
         if len(self._timers) > self._room:
-            # A cancelled one would stay until it is due. Twice the room that is needed makes this cheap.
+            # Cancelled timers would stay until they are due. Doubling the limit keeps removal cheap.
             self._timers = [one for one in self._timers if one[2] is not None]
             heapq.heapify(self._timers)
             self._room = max(FEW, 2 * len(self._timers))
         return timer
 
     def watch(self, sock: Watched, events: int, callback: Callable[[int], None]) -> None:
-        """Call back with the ready events of sock; calling it again changes what is watched."""
+        """Call back with the ready events of `sock`; a second call changes what is watched."""
         self._register(sock.fileno(), sock, events, callback)
 
     def forget(self, sock: Watched) -> None:
-        """Watch sock no more and close it."""
+        """Stop watching `sock` and close it."""
         fd = sock.fileno()
         if fd < 0:
-            # closed or wrapped elsewhere
+            # Closed or wrapped elsewhere.
             fd = next((n for n, one in self._watched.items() if one[0] is sock), -1)
         if self._watched.pop(fd, None) is not None:
             self._poll.unregister(fd)
         sock.close()
 
     def close(self) -> None:
-        """Give back the pipe."""
+        """Close the signal pipe."""
         self._watched.clear()
         os.close(self._read)
         os.close(self._write)
 
     def stop(self) -> None:
-        """Return from `run` after the callback that is running."""
+        """Return from `run` after the current callback."""
         self._stopped = True
 
     def run(self) -> None:
-        """Until `stop`."""
+        """Run until `stop`."""
         while not self._stopped:
             now = time.monotonic()
-            # A cancelled one must not wake us either.
+            # Cancelled timers must not wake the loop either.
             while self._timers and (self._timers[0][0] <= now or self._timers[0][2] is None):
                 callback = heapq.heappop(self._timers)[2]
                 if callback is not None:
@@ -117,19 +117,19 @@ class Loop:
             self._dispatch()
 
     def _dispatch(self) -> None:
-        """Wait until something can be read or written, or a timer is due, and run its callback."""
+        """Wait until a descriptor is ready or a timer is due, and run the callbacks of ready descriptors."""
         wait_ms = None
         if self._timers:
-            # rounded up, so that the timer is due when it returns
+            # Rounded up, so that the timer is due when poll returns.
             wait_ms = max(0.0, self._timers[0][0] - time.monotonic()) * 1000 + 0.999
         found = self._poll.poll(wait_ms)
         for fd, watched, happened in [(fd, self._watched.get(fd), how) for fd, how in found]:
-            # an earlier callback of this batch may have closed the socket, or another may
-            # have taken over its number
+            # An earlier callback of this batch may have closed the socket, or another one may have reused its
+            # descriptor.
             if watched is None or watched is not self._watched.get(fd):
                 continue
             if happened & select.POLLNVAL:
-                # closed without `forget`: poll would report it again and again
+                # Closed without `forget`: poll would report it again and again.
                 del self._watched[fd]
                 self._poll.unregister(fd)
                 continue

@@ -1,8 +1,8 @@
-"""The three outcomes of a probe: success, miss, and unable to ask.
+"""The three outcomes of a probe: success, miss, and unable.
 
-A probe that the agent could not ask says nothing about the device: its own resolver, route, permissions or
-file descriptors failed. It is neither a miss nor a confirmation. Such a reason is an `Unable`, and
-`probes.start` makes the outcome of it; `rated` has the rule for errors of the system, for all kinds of probe.
+A probe that could not be run says nothing about the device: the host's own resolver, route, permissions or
+file descriptors failed. It is neither a miss nor a confirmation. Its reason is an `Unable`, which
+`of` turns into the outcome; `rated` classifies system errors, for all kinds of probe.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ _NO_ROUTE: Final = frozenset((100, 101, _HOST_UNREACHABLE))
 """ENETDOWN, ENETUNREACH, EHOSTUNREACH"""
 # EPIPE, ECONNABORTED, ECONNRESET, ETIMEDOUT, ECONNREFUSED, EHOSTDOWN, EHOSTUNREACH
 _BY_OTHERS: Final = frozenset((32, 103, 104, 110, 111, 112, _HOST_UNREACHABLE))
-"""Errors that the device or the network before it causes. Any other is this host's own."""
+"""Errors caused by the device or the network before it. Any other is caused by this host."""
 
 
 class Unable(str):  # noqa: SLOT000  # slots cannot be added to text
-    """A reason why the agent was unable to ask. Text made of it is plain text again."""
+    """A reason why a probe could not be run. Strings derived from it are plain text again."""
 
 
 class NoRoute(Unable):
-    """The reason is that this host has no route to the device."""
+    """The reason that this host has no route to the device."""
 
 
 def rated(error: BaseException, text: str, *, sent: bool = True) -> str:
-    """`text`, which describes `error`, as an Unable if the error is this host's own.
+    """`text`, the description of `error`, as an Unable if this host caused the error.
 
-    `sent`: whether a packet may have left this host. Without one EHOSTUNREACH is a route that rejects; after
-    one it means that no host answered for the address (no ARP or neighbour answer, or a router's word)."""
+    `sent`: whether a packet may have left this host. If not, EHOSTUNREACH comes from a reject route; if so,
+    no host answered for the address (no ARP or neighbour answer, or a router's message)."""
     if isinstance(error, socket.gaierror):
         return Unable(text)
     if isinstance(error, OSError):
-        # An error of TLS comes from the other side's answer; its number is the library's own.
+        # A TLS error comes from the peer's answer; its errno is a number of the TLS library.
         if isinstance(error, TimeoutError) or type(error).__module__ == "ssl":
             return text
         if error.errno in _BY_OTHERS and (sent or error.errno != _HOST_UNREACHABLE):
@@ -53,7 +53,7 @@ def rated(error: BaseException, text: str, *, sent: bool = True) -> str:
     return Unable(text)
 
 
-def of(ok: bool | None, reason: str) -> Outcome:  # as a probe's callback has it
+def of(ok: bool | None, reason: str) -> Outcome:  # as in a probe's callback
     """The outcome of a probe that ended with `ok` and this reason."""
     if ok:
         return SUCCESS

@@ -1,7 +1,7 @@
-"""Numbers and JSON from outside, bounded where they are parsed. Both programs use these.
+"""Parses external numbers and JSON with limits. Used by the agent and the control plane.
 
-Python refuses to convert more than 4,300 digits with an error of its own, takes digits of every script,
-and makes infinity of `1e999`.
+Python rejects more than 4,300 digits with its own error message, accepts digits of every script,
+and converts `1e999` to infinity.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from typing import Any
 
 MAX_DIGITS = 20
-"""As many as 64 bits have."""
+"""Maximum number of digits of a 64-bit number."""
 MAX_CHARS = 400
-"""Longest text of a number with a point or an exponent."""
+"""Maximum length of a number with a decimal point or an exponent."""
 MAX_NESTING = 64
-"""Lists and objects within each other."""
+"""Maximum nesting depth of lists and objects."""
 _NUMBER = frozenset("0123456789+-.eE")
 
 
 def whole(text: str, low: int = 0, high: int = 2**63 - 1) -> int:
-    """The whole number from `low` to `high` that is written here in ASCII digits. Raises ValueError."""
+    """Parse a whole number from `low` to `high` in ASCII digits. Raises ValueError."""
     if 0 < len(text) <= MAX_DIGITS and text.isascii() and text.isdigit():
         number = int(text)
         if low <= number <= high:
@@ -31,7 +31,7 @@ def whole(text: str, low: int = 0, high: int = 2**63 - 1) -> int:
 
 
 def finite(text: str) -> float:
-    """The number that is written here, never infinity. Raises ValueError."""
+    """Parse a finite number. Raises ValueError."""
     if 0 < len(text) <= MAX_CHARS and _NUMBER.issuperset(text):
         try:
             number = float(text)
@@ -43,27 +43,27 @@ def finite(text: str) -> float:
 
 
 def number_or(value: object, default: float) -> float:
-    """A finite number from a document that others wrote, else the default."""
+    """The value if it is a finite number, else the default; for external documents."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return default
     return float(value) if -1e15 < value < 1e15 else default
 
 
 def loads(text: str | bytes | bytearray) -> Any:
-    """The one value of a JSON text, as `bounded` allows it. Raises ValueError."""
+    """Parse a JSON text within the limits of `bounded`. Raises ValueError."""
     try:
         return bounded(json.loads(text))
     except RecursionError:
         raise ValueError("lists and objects are nested too deeply") from None
     except ValueError as error:
-        if str(error).startswith("Exceeds"):  # Python's limit of digits, in Python's words
+        if str(error).startswith("Exceeds"):  # Python's limit of digits, with its own message
             raise ValueError("a number has too many digits") from None
         raise
 
 
 def bounded(value: Any) -> Any:
-    """The value of a JSON text. Raises ValueError when it holds a number of more than 64 bits, an infinite one,
-    or more than 64 lists and objects within each other."""
+    """Return a parsed JSON value. Raises ValueError for a number of more than 64 bits, an infinite one,
+    or lists and objects nested more than 64 deep."""
     level = [value]
     for _ in range(MAX_NESTING + 1):
         inner: list[Any] = []

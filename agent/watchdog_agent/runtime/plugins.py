@@ -1,8 +1,8 @@
-"""Where plugins are found, entry points of what is installed beside this Python, and the guard that stands
-between one of them and the agent.
+"""Finds plugins, which are entry points of packages installed in this Python, and guards the agent against
+their errors.
 
-An agent that was started with -S has not looked for packages, which is lighter. It does when the first plugin
-is asked for and is not there.
+An agent that was started with -S has not set up site-packages, which saves memory. It does so when the first
+requested plugin is not found.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Ended, Timer, Watched
 
 AGAIN_S: Final = 60.0
-"""Interval at which a missing plugin is searched again: a search reads all installed packages."""
+"""Retry interval for a missing plugin, in seconds: a search reads all installed packages."""
 
 _points: dict[tuple[str, str], Any] = {}
 _missing: dict[tuple[str, str], tuple[float, str]] = {}
-"""Until when it counts as missing, and the error."""
+"""Time until which a plugin counts as missing, and the error."""
 
 
 def load(group: str, name: str) -> Any:
-    """The object that an entry point names. Raises LookupError, or what its module raises."""
+    """Load the object of an entry point. Raises LookupError, or any error of its module."""
     key = (group, name)
     until, text = _missing.get(key, (0.0, ""))
     if time.monotonic() < until:
@@ -59,8 +59,8 @@ def _find(group: str, name: str) -> Any:
 
 
 class PluginGuard:
-    """In the loop's place for a plugin: what its callbacks raise ends its run, not the agent. After the end
-    none of them is called, and what it watched is closed."""
+    """A loop for one plugin: an exception in its callbacks ends its run, not the agent. After the end
+    no callback is called, and all sockets it watched are closed."""
 
     def __init__(self, loop: Loop, ended: Ended) -> None:
         self.loop = loop
@@ -68,7 +68,7 @@ class PluginGuard:
         self.open: list[Watched] = []
 
     def call(self, callback: Callable[..., None], *given: int) -> None:
-        """Call it; an error is a failure."""
+        """Call it; an exception is a failure."""
         if self.ended is None:
             return
         try:
@@ -79,38 +79,38 @@ class PluginGuard:
             self.answered(None if isinstance(rated(error, text), Unable) else False, text)
 
     def later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
-        """As Loop.later."""
+        """Like Loop.later."""
         return self.loop.later(delay_s, lambda: self.call(callback))
 
     def watch(self, sock: Watched, events: int, callback: Callable[[int], None]) -> None:
-        """As Loop.watch; what is still watched at the end is closed."""
+        """Like Loop.watch; sockets still watched at the end are closed."""
         if sock not in self.open:
             self.open.append(sock)
         self.loop.watch(sock, events, lambda mask: self.call(callback, mask))
 
     def forget(self, sock: Watched) -> None:
-        """As Loop.forget."""
+        """Like Loop.forget."""
         if sock in self.open:
             self.open.remove(sock)
         self.loop.forget(sock)
 
     def answered(self, ok: object, reason: object = "") -> None:
-        """What the plugin calls, also before its `start` has returned; once counts. `ok`: True = success,
-        None = unable to ask, anything else = failure."""
+        """The callback of the plugin, which may be called before its `start` returns; only the first call counts. `ok`:
+        True = success, None = unable, anything else = failure."""
         text = "".join(c if c.isprintable() else "?" for c in str(reason)[:200])
         text = text or "the plugin gave no reason"
         shown = Unable(text) if ok is None else text
         self.loop.later(0, lambda: self.end(ok is True, shown))
 
     def end(self, ok: bool, reason: str) -> None:
-        """Report the result, unless it has ended already."""
+        """Report the result, unless the run has already ended."""
         ended = self.ended
         self.cancel()
         if ended is not None:
             ended(ok, reason)
 
     def cancel(self) -> None:
-        """End it without a result."""
+        """End the run without a result."""
         self.ended = None
         for sock in self.open:
             self.loop.forget(sock)

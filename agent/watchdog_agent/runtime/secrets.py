@@ -1,7 +1,7 @@
-"""Secrets in files, read anew each time: a mounted file rotates.
+"""Secrets in files, read again for each use, because mounted files rotate.
 
-A file that everybody or another group can write, or that belongs neither to the agent's user nor to root, may hold somebody
-else's secret, and is not used.
+A file that other users or another group can write, or that is owned by neither the agent's user nor root, may
+contain someone else's secret, and is not used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _logged: dict[str, str] = {}
 
 
 def read(path: str) -> bytes:
-    """What the file holds, but for blanks around it. Raises OSError, also for a file that is not safe."""
+    """The file's content without surrounding whitespace. Raises OSError, also for an unsafe file."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         found = os.fstat(fd)
@@ -29,7 +29,7 @@ def read(path: str) -> bytes:
 
 
 def token(path: str) -> str:
-    """The token in the file; "" when there is none that can be used. The reason is logged when it changes."""
+    """The token in the file; "" if there is no usable one. The reason is logged when it changes."""
     if not path:
         return ""
     try:

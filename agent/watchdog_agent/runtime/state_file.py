@@ -1,4 +1,4 @@
-"""What outlives a restart of the agent: one small file, written whole or not at all."""
+"""The state that survives a restart of the agent: one small file, replaced atomically."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME = "state.json"
 
 
 def load(folder: str, device_id: str) -> tuple[Document, str]:
-    """(state, remark): what was kept for this device, else {} and why. Never raises."""
+    """(state, remark): the state stored for this device, else {} and the reason. Never raises."""
     try:
         with open(os.path.join(folder, NAME), "rb") as file:
             raw = file.read(1 << 20)
@@ -42,19 +42,19 @@ def load(folder: str, device_id: str) -> tuple[Document, str]:
 
 
 def save(folder: str, state: SavedState) -> None:
-    """Store it so that a crash at any moment leaves the old or the new file. Raises OSError."""
+    """Store the state; a crash at any time leaves the old or the new file. Raises OSError."""
     text = json.dumps({"state": state, "crc32": binascii.crc32(encode(state))}).encode()
     write(os.path.join(folder, NAME), text)
 
 
 def save_address(folder: str, listen: str, instance: str) -> None:
-    """Write `agent.json`, by which other programs on this host find the agent. Raises OSError."""
+    """Write `agent.json`, which lets other programs on this host find the agent. Raises OSError."""
     address = {"pid": os.getpid(), "listen": listen, "instance": instance}
     write(os.path.join(folder, "agent.json"), json.dumps(address).encode())
 
 
 def write(path: str, data: bytes) -> None:
-    """Write, sync, rename, sync the folder."""
+    """Write, sync, rename, sync the directory."""
     temporary = f"{path}.{os.getpid()}"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
@@ -77,5 +77,5 @@ def write(path: str, data: bytes) -> None:
 
 
 def encode(state: Mapping[str, object]) -> bytes:
-    """The bytes that the checksum is of."""
+    """The bytes that the checksum covers."""
     return json.dumps(state, sort_keys=True).encode()

@@ -1,4 +1,4 @@
-"""The shape of /status, for type checkers only."""
+"""Types of /status, for type checkers only."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class RunCounts(TypedDict):
 
 
 class ProberStatus(TypedDict):
-    """The part of /status that is about probes."""
+    """The probes' part of /status."""
 
     was_ready: bool
     misses: int

@@ -1,9 +1,9 @@
-"""`json`, `signal`, `socket` and some small things, without what the standard library's own modules load.
+"""`json`, `signal`, `socket` and some small functions, without the imports of the standard library's modules.
 
-Those are Python around C: `socket` makes enumerations of its constants, `json` loads `re`, and so each agent
-would have 1.2 MB more resident (bench/weight.py). Here is the C beneath them, where this Python has it as
-CPython does; else, or where it does not do what is expected of it, the modules themselves. Type checkers see
-only those.
+Those modules wrap C modules in Python: `socket` builds enumerations of its constants and `json` loads `re`, which
+would add 1.2 MB per agent (bench/weight.py). This module exports the C modules if this Python has them as
+CPython does, and otherwise, or if they do not behave as expected, the standard modules. Type checkers see only the
+standard modules.
 """
 
 from __future__ import annotations

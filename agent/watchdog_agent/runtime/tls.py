@@ -1,5 +1,5 @@
-"""HTTPS to the control plane. Imported only where an https:// address is configured: the module `ssl`
-and its library cost a device more memory than all of the agent's own code (bench/agent.py)."""
+"""HTTPS client. Imported only if an https:// address is configured: the `ssl` module and its library
+need more memory per device than the agent's own code (bench/agent.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from watchdog_agent.runtime import http, http_response
 from watchdog_agent.runtime.loop import READ, WRITE
 
 _MARK = b"\xef\xbb\xbf"
-"""A byte order mark, in UTF-8."""
+"""The UTF-8 byte order mark."""
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 
 def context_of(ca: str) -> ssl.SSLContext:
-    """Trust for the API: the file of WATCHDOG_CA_CERT, else as `trusting`. Raises ConfigError."""
+    """TLS context for the API, from the file in WATCHDOG_CA_CERT or else `ca` (see `trusting`). Raises ConfigError."""
     return trusting(os.environ.get("WATCHDOG_CA_CERT") or ca)
 
 
 def trusting(ca: str) -> ssl.SSLContext:
-    """Trust in these certificates and no others. `ca`: PEM text or the path of a file, "" = the system's.
+    """TLS context (1.2 or later) that trusts only these CAs. `ca`: PEM text or a file path; "" = the system's CAs.
 
     Raises ConfigError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         if "BEGIN CERTIFICATE" in ca:
-            # Python takes ASCII only: a byte order mark and comments are no part of the certificates.
+            # Python accepts only ASCII here; a byte order mark and comments are not part of the certificates.
             context.load_verify_locations(cadata=ca.encode("ascii", "ignore").decode())
         elif ca:
             from_file(ca, context.load_verify_locations)
@@ -46,8 +46,8 @@ def trusting(ca: str) -> ssl.SSLContext:
 
 
 def from_file(path: str, load: Callable[[str], None]) -> None:
-    """Call `load` with the path of a PEM file, or of a copy in memory without its byte order mark, which OpenSSL
-    does not skip. Raises OSError, and what `load` raises."""
+    """Call `load` with the path of a PEM file. OpenSSL rejects a byte order mark, so a file with one is replaced by an
+    in-memory copy without it. Raises OSError, and any error of `load`."""
     with open(path, "rb") as file:
         raw = file.read()
     if not raw.startswith(_MARK):
@@ -62,9 +62,9 @@ def from_file(path: str, load: Callable[[str], None]) -> None:
 
 
 class SecureRequest(http.HttpRequest):
-    """A Fetch over TLS: the handshake too is steps of the loop, within the same time-out."""
+    """An HttpRequest over TLS. The handshake runs in the event loop too, within the same timeout."""
 
-    def __init__(  # as Fetch
+    def __init__(  # as HttpRequest
         self,
         loop: Loop,
         address: Address,
@@ -95,7 +95,7 @@ class SecureRequest(http.HttpRequest):
         self.loop.watch(self.sock, events, self._ready)
 
     def _shake(self) -> None:
-        """Connect and shake hands; raises ssl.SSLWantReadError or SSLWantWriteError until it is done."""
+        """Run the handshake; raises ssl.SSLWantReadError or SSLWantWriteError until it is complete."""
         assert self.sock is not None
         if not isinstance(self.sock, ssl.SSLSocket):
             self.sock = self.context.wrap_socket(
@@ -110,6 +110,6 @@ class SecureRequest(http.HttpRequest):
         assert self.sock is not None
         while self.out:
             self.out = self.out[self.sock.send(self.out) :]
-        # Until it wants more from the wire: what is decrypted already wakes no selector.
+        # Read until SSLWantReadError: data that is already decrypted does not wake the selector.
         while self.done is not None:
             self._receive()

@@ -1,4 +1,4 @@
-"""Whom a TLS connection trusts."""
+"""Trusted CAs and client certificates of TLS connections."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class Trust:
-    """The context of one probe, made anew when one of its files has changed: certificates of devices are
-    short-lived. Raises ConfigError when it can't be made at first, unless `later`; then the old one is kept."""
+    """The TLS context of one probe, reloaded when its files change: device certificates are short-lived. A failed
+    reload keeps the old context. Raises ConfigError if the first load fails; with `later`, only without files."""
 
     def __init__(self, spec: Probe, *, later: bool = False) -> None:
         self.spec = spec
-        # before they are read, so that a change meanwhile is one
+        # Before the files are read, so that a change during the read is detected.
         self.stamp = self._stamp()
         self.context: ssl.SSLContext | None = None
         try:
@@ -30,13 +30,13 @@ class Trust:
                 raise
 
     def now(self) -> ssl.SSLContext:
-        """The context for the next connection. Raises ConfigError while none could be made."""
+        """The context for the next connection. Raises ConfigError while none could be loaded."""
         if self.context is None:
             self.context = context_of(self.spec)
         stamp = self._stamp()
         if stamp != self.stamp:
             try:
-                # Half written, or the key comes a moment later than its certificate: next time.
+                # The file may be half written, or its key not replaced yet: retry on the next call.
                 self.context = context_of(self.spec)
                 self.stamp = stamp
             except errors.ConfigError:
@@ -58,7 +58,7 @@ class Trust:
 
 
 def context_of(spec: Probe) -> ssl.SSLContext:
-    """What is trusted; with `verify = false` everybody. Raises ConfigError."""
+    """A new context; `verify = false` disables verification. Raises ConfigError."""
     if spec["verify"]:
         context = tls.trusting(spec["ca_cert"])
     else:
@@ -67,7 +67,7 @@ def context_of(spec: Probe) -> ssl.SSLContext:
         context.verify_mode = ssl.CERT_NONE
     if spec["client_cert"]:
         try:
-            # Without a password of ours OpenSSL would ask for one at a terminal, and wait.
+            # Without a password callback OpenSSL would prompt on the terminal and block.
             def chain(cert: str, key: str | None = None) -> None:
                 context.load_cert_chain(cert, key, password=lambda: "none")
 

@@ -1,4 +1,4 @@
-"""One HTTP request, over TLS or without."""
+"""One HTTP request, with or without TLS."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def trust(url: Url, ca_cert: str) -> ssl.SSLContext | None:
-    """What `send` needs for https to this address; None for http, for which no TLS is loaded.
+    """The TLS context that `send` needs for an https address; None for http, which loads no TLS.
 
     Raises ConfigError."""
     if not url.secure:
@@ -24,7 +24,7 @@ def trust(url: Url, ca_cert: str) -> ssl.SSLContext | None:
     return tls.context_of(ca_cert)
 
 
-def send(  # one place for all that goes to an address of the configuration
+def send(  # the one function for all requests to configured addresses
     loop: Loop,
     url: Url,
     request: bytes,
@@ -33,7 +33,7 @@ def send(  # one place for all that goes to an address of the configuration
     trusted: ssl.SSLContext | None,
     max_body: int = MAX_BODY,
 ) -> HttpRequest:
-    """A Fetch of this address, with TLS if it is https. `trusted`: what `trust` gave for it."""
+    """Send a request to this address, over TLS for https. `trusted`: the result of `trust`."""
     where = (url.host, url.port)
     if not url.secure:
         return HttpRequest(loop, where, request, timeout_s, done, max_body)

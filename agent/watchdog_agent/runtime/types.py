@@ -1,6 +1,6 @@
-"""Shapes of values, for type checkers only.
+"""Types, for type checkers only.
 
-Nobody imports this at run time: `typing` alone would cost every device 0.7 MB (bench/agent.py).
+Not imported at run time: `typing` alone would need 0.7 MB per device (bench/agent.py).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Callable
 from typing import Any, NotRequired, Protocol, Required, TypeAlias, TypedDict
 
 Document: TypeAlias = dict[str, object]
-"""A JSON object that is sent or stored, or one that is not checked yet."""
+"""A JSON object that is sent or stored, or that is not checked yet."""
 
 
 class Follower(Protocol):
-    """Reads what is appended to a file."""
+    """Reads the bytes appended to a file."""
 
     file: io.FileIO | None
 
@@ -26,13 +26,13 @@ class Follower(Protocol):
 
 
 class TlsTrust(Protocol):
-    """Makes the TLS context, anew when its files change."""
+    """Provides the TLS context, reloaded when its files change."""
 
     def now(self) -> ssl.SSLContext: ...
 
 
 class Probe(TypedDict, total=False):
-    """One checked probe of the configuration; `config.table` has the settings of each kind."""
+    """One checked probe of the configuration; `config.table` defines the settings of each kind."""
 
     kind: Required[str]
     interval_s: Required[float]
@@ -71,9 +71,9 @@ class Probe(TypedDict, total=False):
     plugin: str
     settings: dict[str, object]
     instead: int
-    """The port that an ICMP probe asks over TCP, where ICMP is not allowed."""
+    """The TCP port that an ICMP probe connects to instead, where ICMP is not permitted."""
     level: int
-    """The protocol level of MQTT that the broker accepts."""
+    """The MQTT protocol level that the broker accepts."""
 
 
 class Step(TypedDict, total=False):
@@ -112,7 +112,7 @@ class Step(TypedDict, total=False):
 
 
 class RepairPolicy(TypedDict):
-    """Rules for all steps."""
+    """The settings of all steps."""
 
     dry_run: bool
     accepted_beats: int
@@ -120,7 +120,7 @@ class RepairPolicy(TypedDict):
 
 
 class SinkSpec(TypedDict, total=False):
-    """One receiver of escalations."""
+    """One escalation sink."""
 
     kind: Required[str]
     url: str
@@ -202,11 +202,11 @@ class Attempt(TypedDict):
     outcome: str
     reason: str
     asked: NotRequired[bool]
-    """Whether a probe could be asked while the step was verified."""
+    """Whether a probe could be run while the step was verified."""
 
 
 class Undo(TypedDict):
-    """What undoes an interface's cycle."""
+    """The data that undoes an interface's cycle."""
 
     kind: str
     interface: str
@@ -225,11 +225,11 @@ class EscalationEntry(TypedDict):
     episode: str
     told: bool
     ended: NotRequired[bool]
-    """Its end was sent, too. In memory only."""
+    """Whether its end was sent too. In memory only."""
 
 
 class GroupAlert(TypedDict):
-    """What a group of agents escalates (see `escalation.election`)."""
+    """The alert of a group of agents (see `escalation.election`)."""
 
     episode: str
     rev: int
@@ -240,7 +240,7 @@ class GroupAlert(TypedDict):
 
 
 class Alert(TypedDict):
-    """What a sink sends (see `escalation.sinks`)."""
+    """The alert that a sink sends (see `escalation.sinks`)."""
 
     key: str
     kind: str
@@ -259,7 +259,7 @@ class Alert(TypedDict):
 
 
 class DetectorState(TypedDict):
-    """What is stored of the failure detector. `since`: seconds since 1970."""
+    """The stored part of the failure detector. `since`: seconds since 1970."""
 
     was_ready: bool
     state: str
@@ -269,7 +269,7 @@ class DetectorState(TypedDict):
 
 
 class SavedState(DetectorState):
-    """What an agent stores, in a file or in Consul."""
+    """The stored state of an agent, in a file or in Consul."""
 
     device_id: str
     sequence: int
@@ -278,7 +278,7 @@ class SavedState(DetectorState):
 
 
 class KvEntry(TypedDict):
-    """One key of Consul's store with its decoded value."""
+    """One key of Consul's KV store with its decoded value."""
 
     name: str
     value: object
@@ -287,29 +287,29 @@ class KvEntry(TypedDict):
 
 
 Timer: TypeAlias = list[Any]
-"""[when, sequence, callback or None]: a list, because the heap compares it and cancelling changes it."""
+"""[time, sequence, callback or None]: a list, because the heap compares it and cancelling changes it."""
 Watched: TypeAlias = socket.socket | io.FileIO
-"""What the loop can wait for: a socket, or a pipe or pidfd with a `close` of its own."""
+"""Objects that the loop can wait for: a socket, or a pipe or pidfd with its own `close`."""
 Address: TypeAlias = tuple[str, int]
 Outcome: TypeAlias = bool | None
-"""Of a probe: True success, False miss, None unable to ask (see `outcome`)."""
+"""Outcome of a probe: True success, False miss, None unable (see `outcome`)."""
 
 
 class Ended(Protocol):
-    """What a probe or a repair step calls at its end: ok, reason. `warning`: the threshold that a success
-    exceeds, in words. A reason that is `outcome.Unable` makes a failure of a probe one to ask."""
+    """Called at the end of a probe or repair step with ok and reason. `warning`: description of the threshold that a
+    success exceeds. A reason that is an `outcome.Unable` makes a failed probe unable instead of a miss."""
 
     def __call__(self, ok: bool, reason: str, warning: str = "", /) -> None: ...
 
 
 class PluginAnswer(Protocol):
-    """What a plugin calls at its end. `ok`: True = success, False = failure, None = unable to probe."""
+    """Called by a plugin at its end. `ok`: True = success, False = failure, None = unable to probe."""
 
     def __call__(self, ok: bool | None, reason: str = "", /) -> None: ...
 
 
 class PluginLoop(Protocol):
-    """The loop as plugins see it. An exception in a callback ends the plugin, not the agent."""
+    """The loop that plugins use. An exception in a callback ends the plugin, not the agent."""
 
     def later(self, delay_s: float, callback: Callable[[], None], /) -> Timer:
         """Call `callback` after this time."""
@@ -328,7 +328,7 @@ class Cancellable(Protocol):
     """A repair step in progress."""
 
     def cancel(self) -> object:
-        """Give up; `ended` is not called any more."""
+        """Cancel it; `ended` is not called afterwards."""
         ...
 
 
@@ -364,9 +364,9 @@ Probed: TypeAlias = Callable[[Outcome, str, float, str], None]
 Fetched: TypeAlias = Callable[[int | None, dict[str, str], bytes, str], None]
 """status, headers, body, ""; or None, {}, b"", the reason"""
 SockAddr: TypeAlias = tuple[str, int] | tuple[str, int, int, int]
-"""Of IPv4 or of IPv6."""
+"""A socket address of IPv4 or IPv6."""
 Answer: TypeAlias = tuple[int, str, bytes]
 """status, content type, body"""
 Log: TypeAlias = Callable[[str], None]
 Decision: TypeAlias = tuple[str, Step | None, float | None, str]
-"""what to do, the step, when to decide again, why"""
+"""action, step, when to decide again, reason"""
