@@ -1,4 +1,4 @@
-"""False alarms and detection times, ours compared with the orchestrator that this replaces, in virtual time.
+"""False alarms and detection times of this project ("ours") and of the orchestrator it replaces, in virtual time.
 
 Ours uses the product's own code: the agent's `FailureDetector`, the start-time estimator and `verdict.judge`, with
 the default intervals, misses, timeouts and grace periods. The naive one polls each device every POLL_S and reports

@@ -1,4 +1,4 @@
-"""Cold start of a fleet compared with a bare loop of dispatches on the same server.
+"""Cold start of a fleet by this project ("ours") compared with a bare loop of dispatches on the same server.
 
 The bare loop runs before and after ours, each time with the same number of devices and its own parent job. Nomad
 slows down with the number of objects it stores, so ours in the middle sees the average conditions of the two. The

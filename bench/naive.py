@@ -1,4 +1,4 @@
-"""The orchestrator that this project replaces, compared with ours, on the same Nomad.
+"""The orchestrator that this project replaces, compared with this project ("ours"), on the same Nomad.
 
 The naive one, as it is usually written, in one thread, with python-nomad:
 

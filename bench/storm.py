@@ -1,4 +1,4 @@
-"""Ten thousand devices arrive and vanish at once, compared with the maximum rate of the server.
+"""Ten thousand devices arrive and vanish at once: this project ("ours") compared with the maximum rate of the server.
 
 The ideal is a bare loop on the same server with the same calls and the same concurrency: as many dispatches before
 ours as after, each with its own parent, so that both see on average the same number of jobs and of children per

@@ -59,7 +59,7 @@ class Tool:
 
 def _kube(name: str, minutes: int) -> Tool:
     return Tool(
-        # 1.34: the first version whose StatefulSet revision label fits every name of ours
+        # 1.34: the first version whose StatefulSet revision label fits every name of this project
         minimum=(1, 34),
         minutes=minutes,
         module="kube",

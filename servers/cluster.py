@@ -172,7 +172,7 @@ class Cluster(Running):
     async def run(
         self, host: str, argv: list[str], env: Mapping[str, str], timeout_s: float = _SCRIPT_S
     ) -> str:
-        """A command on a host, to its end: what it said. Raises TerminalError when it fails."""
+        """Run a command on a host to its end; return its output. Raises TerminalError if it fails."""
         what = f"{' '.join(argv[:2])} on {host}"
         try:
             done = await asyncio.to_thread(

@@ -374,7 +374,7 @@ async def _main(kubeconfig: str, options: Mapping[str, Any]) -> None:
 @click.option("--kubeconfig", required=True)
 @click.argument("options", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def main(kubeconfig: str, options: Path) -> None:
-    """Be the node that the file OPTIONS describes, until SIGTERM."""
+    """Run the node that the file OPTIONS describes, until SIGTERM."""
     asyncio.run(_main(kubeconfig, loads(options.read_text())))
 
 
