@@ -1,4 +1,4 @@
-"""The settings of an agent class: what is probed, how it is confirmed, what is repaired."""
+"""Settings of an agent class: probes, confirmations and repairs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ REPAIR_EXTRAS: Final[Mapping[str, str]] = {
     "client_key": "mqtt",
     "to": "wake",
 }
-"""Setting → the one kind of repair that knows it."""
+"""Setting → the only kind of repair that supports it."""
 OVER_TLS: Final = ("server_name", "ca_cert", "client_cert", "client_key")
 
 
@@ -67,7 +67,7 @@ Place = Annotated[str, AfterValidator(checked_place)]
 
 
 class RepairSettings(Block):
-    """One step of a class's ladder, in the order of the file."""
+    """One step of a class's repair ladder, in the order of the file."""
 
     kind: Literal["interface", "http", "mqtt", "unit", "command", "wake", "plugin"]
     interface: Annotated[str, fitting(RepairTarget.interface)] | None = None
@@ -129,12 +129,12 @@ class RepairSettings(Block):
             raise ValueError("client_key needs client_cert")
 
     def wire(self) -> dict[str, object]:
-        """As the agent's document says it, under `repairs`."""
+        """The step in the agent's document, under `repairs`."""
         more = {name: getattr(self, name) for name in REPAIR_EXTRAS}
         more |= {"when": self.when, "probe": self.probe, "tries": self.tries}
         more |= {"verify_s": self.verify, "dry_run": self.dry_run}
         more["even_behind_gateway"] = self.even_behind_gateway
-        # Defaults are left out, so that a class of an older version keeps its hash.
+        # Omit defaults, so that a class from an older version keeps its hash.
         given = {k: v for k, v in more.items() if v is not None and _default(Repair, k) != v}
         return given | {
             "kind": self.kind,
@@ -151,7 +151,7 @@ def _default(rules: type, name: str) -> object:
 
 
 class BackendOverrides(Block):
-    """What a class is on one backend, in place of its own template, driver, workload and variables."""
+    """Replaces the template, driver, workload and variables of a class on one backend."""
 
     template: Text = ""
     driver: Name | None = None
@@ -164,7 +164,7 @@ class BackendOverrides(Block):
         return self
 
     def filled(self) -> dict[str, str]:
-        """All variables of the template."""
+        """All template variables, including driver and workload."""
         found = dict(self.variables)
         found |= {"driver": self.driver} if self.driver else {}
         return found | ({"workload": self.workload} if self.workload else {})
@@ -205,8 +205,8 @@ class AgentClassSettings(Block):
     on: dict[Name, BackendOverrides] = Field(default_factory=dict)
 
     def suspect_s(self) -> float:
-        """How long an agent of this class may suspect its device at most, seconds: each missed round of the slowest
-        probe asks the gateway and the confirmations once (agent/README.md)."""
+        """Maximum time that an agent of this class can suspect its device, in seconds: each missed round of the
+        slowest probe checks the gateway and the confirmations once (agent/README.md)."""
         asked_s = max((one.timeout for one in self.confirm), default=0.0)
         asked_s += 0.0 if self.gateway is None else self.gateway.timeout
         rounds = (
@@ -218,7 +218,7 @@ class AgentClassSettings(Block):
         return FailureDetector.MAX_ROUNDS * max(rounds, default=0.0)
 
     def repairs_wire(self) -> dict[str, object]:
-        """What the agent's document says of repairs; nothing when there are none."""
+        """The repair keys of the agent's document; empty without repairs."""
         if not self.repair:
             return {}
         policy = {
@@ -250,11 +250,11 @@ class AgentClassSettings(Block):
         return self
 
     def telling(self) -> dict[str, object]:
-        """What the agent's document says of whom it tells; empty for a class without."""
+        """The escalation, log and state keys of the agent's document; empty if none is set."""
         return escalation.wire(self.escalate, self.loki, self.state)
 
     def needs_consul(self) -> str:
-        """What is missing where agents have no Consul, in words; "" when nothing is."""
+        """What the class lacks if agents have no Consul, as an error message; "" = nothing."""
         sinks = self.escalate.sink if self.escalate else ()
         if any(sink.kind == "consul_event" and sink.url is None for sink in sinks):
             return "consul_event needs a url where consul.agent_address is empty"

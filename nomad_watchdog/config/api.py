@@ -1,4 +1,4 @@
-"""The settings of the API's door: where it listens, who may come in, how fast, and over what."""
+"""Settings of the API: addresses, authentication, rate limits and TLS."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LabelText = Annotated[str, Field(min_length=1, max_length=128)]
 
 
 class TokenSettings(Block):
-    """A token besides the operator's. What each role may do stands in `core.roles`."""
+    """A token in addition to the operator token. `core.roles` defines what each role may do."""
 
     role: Literal["viewer", "device", "agent", "operator"]
     file: Text
@@ -58,7 +58,7 @@ class ApiSettings(Block):
 
     @property
     def secure(self) -> bool:
-        """Whether the API speaks TLS."""
+        """Whether the API uses TLS."""
         return self.tls_cert is not None
 
     @property
@@ -72,13 +72,12 @@ class ApiSettings(Block):
 
     @property
     def guarded(self) -> bool:
-        """Whether a token is asked for."""
+        """Whether the API requires a token."""
         return self.token_file is not None or bool(self.token)
 
     @property
     def agent_token_file(self) -> str | None:
-        """The token that agents are given: none when each has a credential of its own, for theirs is
-        the operator's."""
+        """File of the operator token, which agents use; None if each agent has its own credential."""
         return None if self.agent_key_file else self.token_file
 
     def misfits(self) -> Iterator[tuple[str, str]]:

@@ -1,8 +1,8 @@
-"""A set of class specs as the registry keeps it: the one that is in force for the whole fleet.
+"""The set of class specs that is in force for the whole fleet, as stored in the registry.
 
-The document `classes` says which set that is, and since when. The specs are in it, compressed, or in documents of
-their own, named by their content, when they take too much. Whole specs are kept, with the texts of their templates,
-so that a replica that lacks a file can follow.
+The document `classes` records which set is in force, and since when. It contains the compressed specs; if they are
+too large, they are stored in separate documents that are named by their content. Specs are stored whole, with the
+text of their templates, so that a replica without a template file can follow.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from nomad_watchdog.registry.document import Document, DocumentFormat
 from nomad_watchdog.schedulers.agent_document import spec_fields, stored_spec
 
 _PART: Final = 60_000
-"""Bytes of the specs in one document, so that it stays below `MAX_DOCUMENT`."""
+"""Maximum size of the specs in one document, in bytes, so that it stays below `MAX_DOCUMENT`."""
 _INLINE: Final = 40_000
-"""Bytes up to which they are in the document itself, before they are written as text."""
+"""Maximum size of the compressed specs in the document itself, in bytes before base64."""
 _REPAIR: Final = "delete it: the next replica that starts writes it again"
 
 Specs = Mapping[str, AgentSpec]
@@ -37,20 +37,20 @@ Specs = Mapping[str, AgentSpec]
 
 @dataclass(frozen=True, slots=True)
 class InForce:
-    """What is in force."""
+    """The set of class specs in force."""
 
     standing: ConfigStanding
     specs: Specs
     """By class."""
     by: str
-    """The replica that brought it into force."""
+    """The replica that put it in force."""
     since: float
-    """Wall time of that, by that replica's clock."""
+    """Wall time when it came into force, by that replica's clock."""
 
 
 def digest(specs: Specs) -> str:
-    """Of what agents of these classes do, on every scheduler: equal for replicas that are configured equally, on
-    whatever paths their files are and wherever they are reached."""
+    """Digest of the behaviour of these classes on every scheduler. It is equal for replicas with the same
+    configuration, whatever the paths of their files and the addresses of their APIs."""
     said = {name: _behaviour(spec) for name, spec in specs.items()}
     return hashlib.sha256(_text(said)).hexdigest()[:12]
 
@@ -63,7 +63,7 @@ def _behaviour(spec: AgentSpec) -> list[object]:
 
 
 def differences(before: Specs, after: Specs) -> list[str]:
-    """The classes that are not the same in both, by name, with the change in words where it is known."""
+    """The classes that differ, by name, each with a description of the change if it is known."""
     found = []
     for name in sorted(before.keys() | after.keys()):
         old, new = before.get(name), after.get(name)
@@ -82,15 +82,15 @@ class _HeadFields(BaseModel):
     by: str
     since: float
     sum: str
-    """Of the compressed specs, to notice that the parts were read while they were written."""
+    """Checksum of the compressed specs, to detect parts that were read during a write."""
     parts: tuple[str, ...]
-    """Names of the documents that hold the compressed specs; none = they are in `body`."""
+    """Names of the documents that contain the compressed specs; empty = they are in `body`."""
     body: str
-    """In base64."""
+    """Base64."""
 
 
 class _SpecsFields(BaseModel):
-    """Fields that only a later version of this program knows are left out."""
+    """Fields from a later version of this program are ignored."""
 
     specs: dict[str, Annotated[AgentSpec, BeforeValidator(spec_fields)]]
 
@@ -123,7 +123,7 @@ class ClassSetStore:
         """None = no set was ever in force, or none was read yet."""
 
     async def read(self) -> InForce | None:
-        """Read what is in force now. Raises as `Document.refresh`, and StaleError while it is being written."""
+        """Read the set in force. Raises the errors of `Document.refresh`, and StaleError during a write."""
         async with self._lock:
             return await self._refresh()
 
@@ -150,8 +150,8 @@ class ClassSetStore:
         return InForce(standing, specs, head.by, head.since)
 
     async def write(self, wanted: InForce, instead_of: InForce | None) -> bool:
-        """Bring a set into force in place of the one that the decision rests on; False where that is not in force any
-        more. Raises as `Document.replace`, and UserError when it is too large."""
+        """Put a set in force in place of `instead_of`; False if that is no longer in force. Raises the errors of
+        `Document.replace`, and UserError if the set is too large."""
         async with self._lock:
             return self.in_force is instead_of and await self._write(wanted)
 
@@ -185,8 +185,8 @@ class ClassSetStore:
         return True
 
     async def _put(self, name: str, body: bytes) -> None:
-        """Replicas that write a document of this name at the same time write the same body, except one that
-        clears it, which a reader notices by the sum."""
+        """Write one part. Replicas that write this document at the same time write the same body, except one that
+        clears it; readers detect that by the checksum."""
         found = await self._registry.document(name)
         if found.body != body:
             await self._registry.commit_document(name, replace(found, body=body))
@@ -201,7 +201,7 @@ def _text(value: object) -> bytes:
 
 
 def in_words(classes: Iterable[str]) -> str:
-    """Some classes, for one line of text."""
+    """The first five classes and the number of others, as one line of text."""
     some = list(classes)
     more = f" and {len(some) - 5} more" if len(some) > 5 else ""
     return f"{', '.join(some[:5])}{more}"

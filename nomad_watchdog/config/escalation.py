@@ -1,4 +1,4 @@
-"""The settings of a class that say whom its agents tell: escalation, log shipping, and where state is kept."""
+"""Settings of a class for escalation, log shipping, and where agents keep their state."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class SinkSettings(Block):
         return self
 
     def wire(self) -> dict[str, object]:
-        """As the agent's document says it; what is not set is left to the agent."""
+        """The receiver in the agent's document. Unset values are omitted: the agent has its own defaults."""
         given = {"url": self.url, "token_file": self.token_file, "name": self.name}
         return {"kind": self.kind} | {name: value for name, value in given.items() if value}
 
 
 class EscalationSettings(Block):
-    """When the agents of a class escalate by themselves, and with whom they do it together."""
+    """When the agents of a class escalate on their own, and how they group escalations."""
 
     sink: Annotated[
         tuple[SinkSettings, ...], Field(min_length=1, max_length=optional_table.MAX_SINKS)
@@ -66,8 +66,8 @@ class EscalationSettings(Block):
         return self
 
     def wire(self) -> dict[str, object]:
-        """As the agent's document says it, under `escalate`."""
-        # Left out when it is not set, so that a class without it keeps its hash, and its agents.
+        """The value of `escalate` in the agent's document."""
+        # Omitted if not set, so that a class without it keeps its hash and its agents.
         more = {"degraded": True} if self.degraded else {}
         return more | {
             "sinks": [sink.wire() for sink in self.sink],
@@ -82,14 +82,14 @@ class EscalationSettings(Block):
 
 
 class LokiSettings(Block):
-    """Where the agents' log lines go besides standard error."""
+    """Where the agents send their log lines, in addition to standard error."""
 
     url: Url
     token_file: Text = ""
     tenant: Annotated[str, fitting(optional_table.NAME)] | None = None
 
     def wire(self) -> dict[str, object]:
-        """As the agent's document says it, under `loki`."""
+        """The value of `loki` in the agent's document."""
         given: dict[str, object] = {"token_file": self.token_file, "tenant": self.tenant}
         return {"url": self.url} | {name: value for name, value in given.items() if value}
 
@@ -97,7 +97,8 @@ class LokiSettings(Block):
 def wire(
     escalate: EscalationSettings | None, loki: LokiSettings | None, state: str
 ) -> dict[str, object]:
-    """Keys of the agent's document; none for a class without, so that it keeps its hash, and its agents."""
+    """Keys of the agent's document. Empty for a class without these settings, so that it keeps its hash and its
+    agents."""
     out: dict[str, object] = {}
     if escalate is not None:
         out["escalate"] = escalate.wire()

@@ -1,7 +1,7 @@
-"""HCL text to plain values that know their line: the reading half of `config`.
+"""Parses HCL text into plain values and their line numbers.
 
-Nothing is evaluated. A value that would need evaluating (a reference, a function, an operator) is a
-problem with a line, never a string that looks like one.
+Nothing is evaluated. A value that needs evaluation (a reference, a function, an operator) is reported as a problem
+with its line, never returned as a string.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from nomad_watchdog.errors import UserError
 from nomad_watchdog.units import show
 
 Path = tuple[str | int, ...]
-"""Where a value stands, as pydantic says it: ("agent_class", "default", "probe", 0, "port")."""
+"""Location of a value, in pydantic's form: ("agent_class", "default", "probe", 0, "port")."""
 
 NAMED: Final = frozenset({"agent_class", "agent_pool", "token", "device", "on"})
-"""Blocks with one label that is a name: they become a mapping."""
+"""Blocks whose label is a name; they become a mapping."""
 KINDS: Final = frozenset({"probe", "confirm", "repair", "sink", "metric"})
-"""Blocks with one label that is a kind: they become a list, in the order of the file."""
+"""Blocks whose label is a kind; they become a list, in the order of the file."""
 
 MAX_BYTES: Final = 1024 * 1024
-"""A larger file is a mistake, and the parser takes about 1 ms a line."""
+"""Maximum length of a file, in characters; the parser takes about 1 ms per line."""
 
 _NUMBER: Final = re.compile(r"\$\{(-?\d{1,400}(?:\.\d{1,400})?(?:[eE][+-]?\d{1,4})?)\}", re.ASCII)
-"""How python-hcl2 gives a number with an exponent."""
+"""How python-hcl2 returns a number with an exponent."""
 _PLAIN: Final = frozenset(
     {"string", "string_part", "int_lit", "float_lit", "literal_value", "tuple", "object"}
     | {"object_elem", "object_elem_key", "identifier", "expr_term", "unary_op", "keyword"}
@@ -47,19 +47,19 @@ class Problem:
     path: Path
     message: str
     line: int = 0
-    """0 = not known (an environment variable, a default)."""
+    """0 = unknown (an environment variable, a default)."""
 
 
 @dataclass(slots=True)
 class HclDocument:
-    """What a file says: plain values, the line of each, and what is wrong already."""
+    """The contents of a file: plain values, their lines, and the problems found so far."""
 
     data: dict[str, object] = field(default_factory=dict)
     lines: dict[Path, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     def line_of(self, path: Path) -> int:
-        """The line of the value, else of the nearest block around it; 0 when none is known."""
+        """The line of the value, or of the nearest block around it; 0 = unknown."""
         for size in range(len(path), 0, -1):
             if path[:size] in self.lines:
                 return self.lines[path[:size]]
@@ -67,7 +67,7 @@ class HclDocument:
 
 
 def read(text: str, source: str) -> HclDocument:
-    """Raises UserError for text that isn't HCL; everything milder goes to `HclDocument.problems`."""
+    """Parse a file. Raises UserError if it is too long or not HCL; other errors go to `HclDocument.problems`."""
     if len(text) > MAX_BYTES:
         raise UserError(f"{source}: {len(text)} characters; at most {MAX_BYTES} are allowed")
     text = text.removeprefix("\ufeff")
@@ -137,7 +137,7 @@ def _block(
         document.lines[where] = line
         blocks.append({"kind": labels[0], **_body(block.body, where, document)})
         return
-    # A label that no block has ends as a setting that no block has: pydantic names what is allowed.
+    # An unexpected label becomes an unknown setting: pydantic reports what is allowed.
     holder, key = (data.setdefault(name, {}), labels[0]) if labels else (data, name)
     labels = labels[:1]
     document.lines.setdefault((*path, name), line)
@@ -171,7 +171,7 @@ def _value(expression: ExprTermRule, path: Path, line: int, document: HclDocumen
         document.problems.append(Problem(path, "is a number with too many digits", line))
         return None
     if isinstance(value, str) and value.startswith("${") and value.endswith("}"):
-        # An identifier alone comes out of python-hcl2 in this form.
+        # python-hcl2 returns a bare identifier in this form.
         message = f"{show(value[2:-1])} is not a plain value; put text between double quotes"
         document.problems.append(Problem(path, message, line))
         return None

@@ -1,4 +1,5 @@
-"""Flags over environment over file over defaults, and one message for all that is wrong."""
+"""Loads the configuration. Flags override the environment, which overrides the file, which overrides the defaults.
+All errors are reported together."""
 
 from __future__ import annotations
 
@@ -25,21 +26,21 @@ from nomad_watchdog.text_files import did_you_mean
 from nomad_watchdog.units import show
 
 Misfit = tuple[tuple[Path, ...], str]
-"""The settings concerned, first the one to change, and what is wrong."""
+"""The conflicting settings, starting with the one to change, and the error message."""
 Check = Callable[[Settings], Iterable[tuple[Path, str]]]
 OTHER_VARIABLES: Final = frozenset(
     {"ADDR", "TOKEN", "TOKEN_FILE", "CACERT", "CLIENT_CERT", "CLIENT_KEY", "SKIP_VERIFY"}
     | {"CONFIG", "FAILPOINT", "CACHE"}
 )
-"""Variables of ours that are no settings."""
+"""Variables with our prefix that are not settings."""
 _OF_OTHERS: Final = re.compile(
     rf"{PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?|DEV_\w+)"
 )
-"""What Kubernetes sets in a pod for each Service, which may be called as we are; and the tests' own."""
+"""Variables that Kubernetes sets in a pod for each Service, in case a Service has our name; and those of the tests."""
 
 
 def no_check(_settings: Settings) -> Iterable[tuple[Path, str]]:
-    """Nothing else is checked."""
+    """No additional checks."""
     return ()
 
 
@@ -51,11 +52,11 @@ def load(
     also: Check = no_check,
     options: Callable[[], Collection[str]] = frozenset,
 ) -> Settings:
-    """Read, merge and check. `overrides`: dotted setting → value, from flags. None = empty. `also`: what else
-    must hold, as `preflight.misfits`; asked only when the rest is right. `options`: the environment
-    variables of command-line options.
+    """Read, merge and check the configuration. `overrides`: dotted setting → value, from flags. None = empty. `also`:
+    additional checks, such as `preflight.misfits`, that run only if everything else is valid. `options`: the
+    environment variables of command-line options.
 
-    Raises one UserError that names every problem, each with its place."""
+    Raises one UserError that lists every problem with its location."""
     env, overrides = env or {}, overrides or {}
     file, document = _read_document(path, env)
     mixed = _mixed(document, env) if file and not _is_named(path, env) else ()
@@ -93,7 +94,7 @@ def _read_document(
 def _validate(
     document: HclDocument, problems: list[Problem], deprecated: Sequence[str]
 ) -> Settings | None:
-    """The settings, or None if one is invalid. Adds to `problems`, also settings that contradict each other."""
+    """The settings, or None if one is invalid. Adds the errors to `problems`, including conflicts between settings."""
     settings = None
     try:
         settings = Settings.model_validate(document.data, context=tuple(deprecated))
@@ -114,7 +115,7 @@ _MISSPELT: Final = re.compile(r"no such setting; did you mean (\w+)\? ")
 
 
 def _without_echoes(problems: Sequence[Problem]) -> list[Problem]:
-    """Without what follows from a misspelt name alone: that the setting which it should have been is missing."""
+    """Drop errors that only follow from a misspelt name: that the intended setting is missing."""
     meant = {
         (*problem.path[:-1], found[1])
         for problem in problems
@@ -124,8 +125,8 @@ def _without_echoes(problems: Sequence[Problem]) -> list[Problem]:
 
 
 def load_block(name: str, path: str | FilePath | None, env: Mapping[str, str]) -> Settings | None:
-    """The settings of a configuration that is not valid elsewhere, for one who needs only this block of it; None when
-    the block is wrong too, or the file can't be read. Everything else in it is a default."""
+    """Load one block of a configuration that is invalid elsewhere; all other settings have their defaults. None if
+    the block is invalid too, or the file can't be read."""
     try:
         _, document = _read_document(path, env)
     except UserError:
@@ -141,7 +142,7 @@ def load_block(name: str, path: str | FilePath | None, env: Mapping[str, str]) -
 
 
 def _unknown_variables(env: Mapping[str, str], options: Callable[[], Collection[str]]) -> list[str]:
-    """A line for each variable that begins as ours do and that nothing reads."""
+    """One error line per unknown variable with our prefix."""
     ours = {name for name in env if name.startswith(PREFIX)}
     known = (
         variables().keys()
@@ -160,7 +161,7 @@ def _unknown_variables(env: Mapping[str, str], options: Callable[[], Collection[
 
 
 def _misfits(settings: Settings) -> Iterator[Misfit]:
-    """What no single setting shows: (the settings concerned, first the one to change; message)."""
+    """Conflicts between settings: (the settings, starting with the one to change; message)."""
     backends = sorted({point.name for point in entry_points(group=schedulers.GROUP)})
     if settings.backend not in backends:
         yield (("backend",),), _not_installed(settings.backend, backends)
@@ -228,21 +229,21 @@ def _overlap(one: Path, other: Path) -> bool:
 
 
 def _sound_part(data: Mapping[str, object]) -> Settings | None:
-    """The settings without those that are wrong by themselves, so that the rest can be compared in
-    the same run; None when nothing sensible is left."""
+    """The settings without the invalid ones, so that the rest can be checked for conflicts in the same run; None if
+    nothing usable is left."""
     rest = copy.deepcopy(dict(data))
     for _ in range(8):  # each round drops at least one step of a path, and no path is longer
         try:
             return Settings.model_validate(rest)
         except ValidationError as error:
             places = {tuple(s for s in item["loc"] if s != "[key]") for item in error.errors()}
-        for place in sorted(places, key=str, reverse=True):  # of a list the last one first
+        for place in sorted(places, key=str, reverse=True):  # last items of a list first
             _drop(rest, place)
     return None
 
 
 def _drop(data: object, place: Path) -> None:
-    """Take out the setting at this place, or the block around it when it is what is missing."""
+    """Remove the setting at this place, or the block around it if the setting itself is missing."""
     holders = [data]
     for step in place[:-1]:
         holders.append(step_into(holders[-1], step))
@@ -285,8 +286,8 @@ def _old_variables() -> dict[str, tuple[str, ...]]:
 
 
 def _read_file(file: FilePath, *, named: bool) -> HclDocument:
-    """`named`: the user named this file. One that only lies in the working folder must be the user's or root's,
-    and writable by nobody else: it says where tokens are and where they are sent."""
+    """`named`: the user named this file. A file that was only found in the working directory must belong to the user
+    or root, and no other user may have write access: it defines where tokens are read from and sent to."""
     try:
         with file.open(encoding="utf-8") as stream:
             if not named and (why := secret_file_rules.foreign(os.fstat(stream.fileno()), file)):
@@ -302,8 +303,8 @@ def _read_file(file: FilePath, *, named: bool) -> HclDocument:
 
 
 def _mixed(document: HclDocument, env: Mapping[str, str]) -> Iterator[Problem]:
-    """A token is sent only to an address from its own source: both from the file that lies in the working
-    folder, or both from the environment."""
+    """Report a token and an address from different sources: both must come from the file in the working directory, or
+    both from the environment."""
     for block, token in (("nomad", "NOMAD_TOKEN"), ("consul", "CONSUL_HTTP_TOKEN")):
         given = document.data.get(block)
         file = given if isinstance(given, dict) else {}
@@ -333,8 +334,8 @@ def _mixed(document: HclDocument, env: Mapping[str, str]) -> Iterator[Problem]:
 def _merge_env(
     document: HclDocument, env: Mapping[str, str], deprecated: list[str]
 ) -> dict[Path, str]:
-    """Put the environment's values into the document: first the vendors' variables, then ours. What can't
-    be used goes to `document.problems`, and a warning for each old name to `deprecated`."""
+    """Merge the environment into the document: first the vendors' variables, then ours. Adds unusable values to
+    `document.problems`, and a warning for each old name to `deprecated`."""
     data, origins = document.data, dict[Path, str]()
     for variable, where in hashicorp_environment.VARIABLES.items():
         if env.get(variable):
@@ -390,6 +391,6 @@ def _put(data: dict[str, object], where: tuple[str, ...], value: object) -> None
     for block in blocks:
         inner = data.setdefault(block, {})
         if not isinstance(inner, dict):
-            return  # the file has something else there; pydantic will say so
+            return  # the file has another type there; pydantic reports it
         data = inner
     data[name] = value

@@ -1,4 +1,4 @@
-"""The settings of an agent pool: workers of one kind, as many as a metric asks for."""
+"""Settings of an agent pool: workers of one kind, whose number follows a metric."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KNOWS: Final[Mapping[str, frozenset[str]]] = {
     "queue": frozenset({"url", "value", "token_file", "name"}),
     "devices": frozenset({"verdict"}),
 }
-"""Kind of metric → the settings that it has beside those of all kinds."""
+"""Kind of metric → the settings that it supports in addition to the common ones."""
 NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "prometheus": ("url", "query"),
     "queue": ("url", "value"),
@@ -44,7 +44,7 @@ _STEP: Final = r"[A-Za-z0-9_-]+(\[(\d{1,6}|[A-Za-z0-9_-]+=[^\[\]=]{1,128})\])*"
 
 
 def checked_page(value: str) -> str:
-    """An address that may have a query. Raises ValueError."""
+    """A URL that may have a query. Raises ValueError."""
     page, separator, query = value.partition("?")
     checked_url(page)  # raises ValueError
     if separator and any(not "!" <= character <= "~" for character in query):
@@ -55,7 +55,7 @@ def checked_page(value: str) -> str:
 
 
 class MetricSettings(Block):
-    """What a pool follows."""
+    """The metric that determines the size of a pool."""
 
     kind: Literal["cpu", "memory", "prometheus", "queue", "devices"]
     target: Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -80,7 +80,7 @@ class MetricSettings(Block):
 
     @property
     def measure(self) -> Measure:
-        """What the number is of: one worker, or all of them."""
+        """Whether the metric is per worker or of all workers."""
         if self.kind in _PER_WORKER:
             return Measure.WORKER
         return Measure(self.of or "all")
@@ -122,7 +122,7 @@ class PoolSettings(Block):
         return self
 
     def rules(self) -> ScalingRules:
-        """What the built-in scaler decides by. Raises ValueError when they contradict each other."""
+        """The rules of the built-in scaler. Raises ValueError if they contradict each other."""
         (metric,) = self.metric
         return ScalingRules(
             minimum=self.min,
@@ -139,13 +139,13 @@ class PoolSettings(Block):
         )
 
     def worker_hash(self, template: str) -> str:
-        """Changes when a running worker would have to be another one. `template`: the file's text."""
+        """A hash that changes when running workers must be replaced. `template`: the text of the file."""
         what: list[object] = [template, self.command, self.image, self.env, self.variables]
         what += [self.cpu, self.memory, self.kill_timeout]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
     def misfits(self, backend: str) -> Iterator[tuple[str, str]]:
-        """What does not go with the backend: (setting, message)."""
+        """(setting, message) for each setting that does not fit the backend or the scaler."""
         if backend not in BACKENDS:
             yield (
                 "max",

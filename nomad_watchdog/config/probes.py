@@ -1,4 +1,4 @@
-"""The settings of a probe and of a gateway: what is asked of a device, and of what stands before it."""
+"""Settings of the probes of a device, and of the gateway in front of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from nomad_watchdog.units import show
 
 
 def checked_domain(value: str) -> str:
-    """A domain name, as a query holds it. Raises ValueError."""
+    """A domain name that fits in a DNS query. Raises ValueError."""
     try:
         encode_name(value)
     except DnsError as error:
@@ -58,7 +58,7 @@ KNOWS: Final[Mapping[str, frozenset[str]]] = {
     "snmp": frozenset({"port", "community_file"}),
     "plugin": frozenset({"plugin", "settings"}),
 }
-"""Kind → the settings that it has beside those of all kinds."""
+"""Kind → the settings that it supports in addition to the common ones."""
 NEEDS: Final[Mapping[str, str]] = {
     "tcp": "port",
     "http": "port",
@@ -68,12 +68,12 @@ NEEDS: Final[Mapping[str, str]] = {
     "plugin": "plugin",
 }
 ON_HOST: Final = frozenset({"command", "file", "plugin"})
-"""Kinds that need not look at the device itself: no independent word on it."""
+"""Kinds that need not contact the device, so they can't confirm its state independently."""
 _SECONDS: Final = frozenset({"max_time", "max_age", "min_interval", "warn_time"})
 _OFTEN: Final = ("jitter", "min_interval", "warn_time", "warn_loss")
-"""Settings of all kinds that are told to the agent only when they are set."""
+"""Settings of all kinds that are in the agent's document only if they are set."""
 RENAMED: Final[Mapping[str, str]] = {"max_time": "warn_time", "min_days": "warn_days"}
-"""Old name of a warning threshold → its name."""
+"""Old name of a warning threshold → its current name."""
 
 
 class ProbeSettings(Block):
@@ -181,8 +181,8 @@ class ProbeSettings(Block):
                 raise ValueError(f"{self.kind} knows no {setting}; known to: {kinds}")
 
     def wire(self) -> dict[str, object]:
-        """As watchdog_agent.wire says it. What an older agent would not know is left out when it is not
-        set, so that a class without it keeps its hash, and its agents."""
+        """The probe in the agent's document (watchdog_agent.wire). Settings that an older agent would not know are
+        omitted if unset, so that a class without them keeps its hash and its agents."""
         out: dict[str, object] = {"kind": self.kind}
         for setting in (*sorted(KNOWS[self.kind]), *_OFTEN):
             value = getattr(self, setting)
@@ -199,7 +199,7 @@ class ProbeSettings(Block):
 
 
 class GatewaySettings(Block):
-    """What stands between the agents of a class and their devices; asked when a device does not answer."""
+    """The gateway between the agents of a class and their devices; it is probed when a device does not answer."""
 
     address: Host | None = None
     kind: Literal["icmp", "tcp", "http"] = "icmp"
@@ -217,7 +217,7 @@ class GatewaySettings(Block):
         return self
 
     def wire(self) -> dict[str, object]:
-        """As watchdog_agent.wire says it."""
+        """The gateway in the agent's document (watchdog_agent.wire)."""
         place = {} if self.address is None else {"address": self.address}
         port = {} if self.port is None else {"port": self.port}
         return {**place, **port, "kind": self.kind, "timeout_s": self.timeout}

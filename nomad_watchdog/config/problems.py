@@ -1,7 +1,7 @@
-"""What is wrong with a configuration, in words: which setting, on which line, what was found, and what is expected.
-The bodies of requests are described by the same words (`in_body`).
+"""Error messages for a configuration: the setting, its line, the value found and the value expected. Errors in
+request bodies get the same messages (`in_body`).
 
-The words come from the settings' own types, so that none of the library's or of Python's reach a person.
+The messages are derived from the types of the settings, so that users see no names from libraries or Python.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ PATTERNS: Final[Mapping[str, str]] = {
     r"^[0-9a-f]{12}$": "the `held.id` of a plan: 12 hexadecimal digits",
     r"^[a-z][a-z ]*$": "lower-case letters and blanks, at most 32 characters",
 }
-"""Pattern of a setting → what it asks for."""
+"""Pattern of a setting → description of the valid values."""
 DOTTED: Final = 'names and indexes with "." between them, such as "queues[name=jobs].depth"'
-"""For the pattern of `metric.value`, which is made of parts."""
+"""Description for the pattern of `metric.value`, which is built from parts."""
 
 
 def in_words(item: ErrorDetails, document: HclDocument) -> Problem:
-    """One error of pydantic's as a problem of the file."""
+    """Convert a pydantic error to a problem of the file."""
     named = tuple(step for step in item["loc"] if step != "[key]")
     path, holder, wanted = _walk(named, Settings)
     line = document.line_of(path)
@@ -56,7 +56,7 @@ def in_words(item: ErrorDetails, document: HclDocument) -> Problem:
 
 
 def in_body(item: ErrorDetails, model: type[BaseModel]) -> tuple[Path, str]:
-    """One error of pydantic's about the body of a request, which is this model: where, and in words."""
+    """Convert a pydantic error about a request body of type `model` to a path and a message."""
     if item["type"] == "json_invalid":
         return (), f"it is not valid JSON: {item['ctx']['error']}"
     path, holder, wanted = _walk(tuple(item["loc"]), model)
@@ -64,7 +64,7 @@ def in_body(item: ErrorDetails, model: type[BaseModel]) -> tuple[Path, str]:
 
 
 _PLAIN_KINDS: Final = ("value_error", "missing", "extra_forbidden")
-"""Errors that need no look at the value."""
+"""Errors whose message does not need the value."""
 
 
 def _message(  # the parts of one error
@@ -91,7 +91,7 @@ def _message(  # the parts of one error
 
 
 def model_of(annotation: object) -> type[BaseModel] | None:
-    """The block that a setting's type is, or holds."""
+    """The block that is the type of a setting, or is contained in it."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     found = (model_of(inner) for inner in get_args(annotation))
@@ -99,8 +99,8 @@ def model_of(annotation: object) -> type[BaseModel] | None:
 
 
 def _walk(path: Path, root: type[BaseModel]) -> tuple[Path, type[BaseModel], object]:
-    """The part of a path that names settings, the block that holds its end, and the type wanted there. pydantic
-    appends the branch of a union that failed, which no setting is called."""
+    """The part of a path that names settings, the block that contains its end, and the type expected there. pydantic
+    appends the failed branch of a union, which is not the name of a setting."""
     holder: type[BaseModel] = root
     here: object = root
     for size, step in enumerate(path):
@@ -120,7 +120,7 @@ def _walk(path: Path, root: type[BaseModel]) -> tuple[Path, type[BaseModel], obj
 
 
 def _inside(here: object, step: str | int) -> object:
-    """The type of what `step` names within a value of the type `here`; None = nothing."""
+    """The type of `step` within a value of type `here`; None = no such step."""
     for one in _branches(here):
         if _is_model(one):
             for name, field in one.model_fields.items():
@@ -158,7 +158,7 @@ def _choices(wanted: object) -> list[object]:
 
 
 def _expected(wanted: object) -> str:
-    """What a setting of this type may be."""
+    """Description of the valid values of this type."""
     origin = get_origin(wanted)
     if origin in (Union, UnionType):
         parts = [_expected(one) for one in get_args(wanted) if one is not type(None)]
@@ -205,7 +205,7 @@ def _with_rules(wanted: object, rules: Mapping[str, object]) -> str:
 
 
 def _with_arguments(wanted: object, rules: Mapping[str, object]) -> str:
-    """What a setting of a type with arguments may be, as Literal, tuple or dict."""
+    """Description of the valid values of a type with arguments, such as Literal, tuple or dict."""
     origin, arguments = get_origin(wanted), get_args(wanted)
     if origin is Literal:
         choices = ", ".join(show(one) for one in arguments)
@@ -257,9 +257,9 @@ def where(path: Path, document: HclDocument) -> str:
 
 
 def _last_named(path: Path, number: int) -> int:
-    """Where the block stands whose label the step at `number` is; -1 when that step is no label.
+    """Position of the block whose label is the step at `number`; -1 = that step is not a label.
 
-    A label may be what a block is called: `agent_class "on"`."""
+    A label may equal the name of a block type: `agent_class "on"`."""
     is_label = False
     for place in range(number):
         is_label = not is_label and path[place] in NAMED
@@ -267,7 +267,7 @@ def _last_named(path: Path, number: int) -> int:
 
 
 def step_into(value: object, step: str | int) -> object:
-    """What a step leads to in a document; None when there is nothing."""
+    """The value at a step in a document; None = no such value."""
     if isinstance(value, dict):
         return value.get(str(step))
     if isinstance(value, list) and isinstance(step, int) and step < len(value):
@@ -284,7 +284,7 @@ def _value_at(data: object, path: Path) -> object:
 def message(
     problems: Iterable[Problem], source: str, origins: Mapping[Path, str], document: HclDocument
 ) -> str:
-    """A line for each problem, in the order of the file: ``FILE:LINE: SETTING: what is wrong``."""
+    """One line per problem, in the order of the file: ``FILE:LINE: SETTING: what is wrong``."""
     lines: dict[str, None] = {}
     for problem in sorted(problems, key=lambda problem: problem.line):
         place = origins.get(problem.path)

@@ -25,9 +25,9 @@ RENAMED: Final[Mapping[tuple[str, str], tuple[str, str]]] = {
 
 
 def use_new_names(document: HclDocument) -> list[str]:
-    """Move the settings of a file from their old to their new names, with their lines; the warnings.
+    """Move the settings of a file, with their lines, from their old to their new names. Returns the warnings.
 
-    A setting that the file has under both names goes to `document.problems`."""
+    Adds settings that have both names in the file to `document.problems`."""
     warnings = []
     for old, new in RENAMED.items():
         block = document.data.get(old[0])
@@ -54,12 +54,12 @@ def use_new_names(document: HclDocument) -> list[str]:
 
 
 def variable_warning(old: str, new: str) -> str:
-    """What is reported of an environment variable that sets a renamed setting."""
+    """The warning for an environment variable that sets a renamed setting."""
     return f"environment {old} is deprecated; use {new}"
 
 
 def dotted(setting: tuple[str, str]) -> str:
-    """A setting as the documentation writes it."""
+    """The name of a setting, as in the documentation."""
     return ".".join(setting)
 
 

@@ -1,8 +1,8 @@
-"""Every setting: one HCL file, checked whole at the door, converted once (seconds, bytes).
+"""All settings. They are checked together when loaded, and converted once (to seconds, bytes).
 
-A value comes from the first of: command-line flag, environment, file, default. The file is the first
-of: ``--config``, ``NOMAD_WATCHDOG_CONFIG``, ``./nomad-watchdog.hcl`` if there is one. What each
-setting is for stands in docs/configuration.md; a test keeps the two equal.
+A value comes from the first of: command-line flag, environment, file, default. The file is the first of:
+``--config``, ``NOMAD_WATCHDOG_CONFIG``, ``./nomad-watchdog.hcl`` if it exists. docs/configuration.md describes each
+setting; a test keeps both consistent.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ from nomad_watchdog.schedulers.agent_document import check_class, from_text, to_
 FILE_NAME: Final = "nomad-watchdog.hcl"
 PREFIX: Final = "NOMAD_WATCHDOG_"
 BUILT_IN: Final = "builtin:"
-"""Before the name of a built-in template, where the text of a file would be."""
+"""Prefix of the name of a built-in template, in place of the text of a file."""
 _REACHED: Final = ("api", "consul", "service", "prefix", "ca_cert", "consul_tls")
-"""What an agent is told that is no behaviour of its class."""
+"""Keys of the agent's document that are not behaviour of its class."""
 
 
 class Settings(Block):
-    """All settings, checked. Secrets aren't here, only the names of the files that hold them (S10)."""
+    """All settings, validated. They contain no secrets, only the names of files with secrets (S10)."""
 
     backend: str = "local"
     shards: Annotated[int, Field(ge=1, le=256)] = 1
@@ -97,18 +97,18 @@ class Settings(Block):
 
     @property
     def advertise(self) -> str:
-        """What agents are told to report to."""
+        """The URL that agents report to."""
         return self.api.advertise or f"{'https' if self.api.secure else 'http'}://{self.api.listen}"
 
     @property
     def own_address(self) -> str:
-        """Where this replica is reached, and no other."""
+        """The URL of this replica alone."""
         return self.api.own_address or self.advertise
 
     @property
     def certified(self) -> str:
-        """The host that the replicas' certificates name; "" = the one at which each is reached. Behind one
-        address for all that is what a certificate can name; a pod's own address it can't."""
+        """The host that the replicas' certificates name; "" = each replica's own host. Behind a shared address,
+        certificates name that address, because they can't name a pod's own address."""
         return (urlsplit(self.advertise).hostname or "") if self.api.own_address else ""
 
     @property
@@ -145,7 +145,7 @@ class Settings(Block):
 
     @property
     def agent_consul(self) -> str:
-        """The Consul address that agents are told; "" = they register nowhere."""
+        """The Consul address for agents; "" = they do not register in Consul."""
         if self.consul.agent_address is not None:
             return self.consul.agent_address
         return "" if self.backend == "local" else self.consul.address
@@ -191,13 +191,13 @@ class Settings(Block):
         )
 
     def specs(self) -> dict[str, AgentSpec]:
-        """One spec a class. Raises UserError when a template file can't be read."""
+        """One spec per class. Raises UserError if a template file can't be read."""
         return {name: self._spec(name, kind) for name, kind in self.agent_class.items()}
 
     def readable_specs(self) -> tuple[dict[str, AgentSpec], dict[str, str]]:
-        """The spec of each class whose template can be read, and of the others why it can't.
+        """The spec of each class whose template can be read, and the errors of the others.
 
-        Raises UserError for what concerns all classes: files with certificates."""
+        Raises UserError for errors that concern all classes: in files with certificates."""
         self._agent_trust()
         specs: dict[str, AgentSpec] = {}
         unreadable: dict[str, str] = {}
@@ -222,7 +222,7 @@ class Settings(Block):
             "variables": variables,
             "metadata": kind.metadata,
         }
-        # Only when there are any, so that a class without keeps its hash, and its agents.
+        # Only if set, so that a class without them keeps its hash and its agents.
         repairs = kind.repairs_wire()
         gateway = {"gateway": kind.gateway.wire()} if kind.gateway else {}
         telling = kind.telling()
@@ -263,10 +263,10 @@ class Settings(Block):
         return spec
 
     def _reached(self, *, prefix: bool) -> dict[str, object]:
-        """Where agents find what they report to, and whom they believe. Raises UserError.
+        """Where agents report to, and which certificates they trust. Raises UserError.
 
-        No behaviour of a class: these are in no hash, and each replica's own. `prefix`: agents also keep
-        something in Consul."""
+        These keys are not behaviour of a class: they are in no hash, and each replica has its own. `prefix`: agents
+        also store data in Consul."""
         return {
             "api": [self.advertise],
             "consul": self.agent_consul,
@@ -276,8 +276,8 @@ class Settings(Block):
         }
 
     def placer(self) -> Callable[[AgentSpec], AgentSpec]:
-        """Puts what is this replica's own into the spec of another one: where agents report to, and whom they
-        believe. Raises UserError when a file with certificates can't be read."""
+        """Returns a function that sets this replica's own keys in the spec of another replica: where agents report
+        to, and which certificates they trust. Raises UserError if a file with certificates can't be read."""
         own = self._reached(prefix=True)
 
         def place(spec: AgentSpec) -> AgentSpec:
@@ -289,7 +289,7 @@ class Settings(Block):
         return place
 
     def _agent_trust(self) -> dict[str, object]:
-        """Whom agents believe over https, and what they show to Consul. Raises UserError."""
+        """The certificates that agents trust over HTTPS, and their client certificate for Consul. Raises UserError."""
         api, consul = self.api, self.consul
         trust: dict[str, object] = {}
         if api.ca_cert:
@@ -306,7 +306,7 @@ class Settings(Block):
         return trust
 
     def _authorities_of_consul(self) -> str:
-        """As PEM text; "" = the system's. Raises UserError."""
+        """The certificate authorities of Consul as PEM text; "" = those of the system. Raises UserError."""
         if self.consul.ca_cert:
             return certificates("consul.ca_cert", self.consul.ca_cert)
         if not self.consul.ca_path:
@@ -315,9 +315,8 @@ class Settings(Block):
         return "".join(certificates("consul.ca_path", str(file)) for file in files)
 
     def spec_on(self, backend: str, spec: AgentSpec) -> AgentSpec:
-        """The spec as it is on one backend: with the class's `on` block for it, and with where agents find
-        themselves and their token. Neither is behaviour: a moved API rolls no agent, nor does a moved fleet.
-        """
+        """The spec for one backend: with the class's `on` block for it and, on Nomad, where agents find their program
+        and token. Neither is behaviour: a new API address or backend rolls out no agents."""
         here = spec.on.get(backend, Variant(spec.template, spec.text, spec.variables))
         variables = here.variables
         if backend == "nomad":
@@ -340,12 +339,12 @@ def _variant(here: BackendOverrides) -> Variant:
     try:
         text = template_text(here.template)
     except UserError:
-        text = ""  # it may be another machine's: who uses it finds out
+        text = ""  # it may be on another machine; an error is reported where it is used
     return Variant(here.template, "" if text.startswith(BUILT_IN) else text, here.filled())
 
 
 def _described(kind: AgentClassSettings, template: object) -> dict[str, str]:
-    """What the hash of a class is made of, in words; not what is the class's on one backend only."""
+    """The settings in the hash of a class, as text; without those of a single backend."""
     found = {
         name: value
         for name, value in flat(kind, hide_text=True).items()
@@ -365,10 +364,10 @@ def template_text(template: str) -> str:
 
 
 def state_dir(env: Mapping[str, str]) -> str:
-    """The default of `data_dir`, below the user's state folder. Raises UserError for a user without a home."""
+    """The default of `data_dir`, in the user's state directory. Raises UserError for a user without a home."""
     try:
         state = env.get("XDG_STATE_HOME") or f"{env.get('HOME') or FilePath.home()}/.local/state"
-    except RuntimeError:  # a user that no passwd file knows, as in a container
+    except RuntimeError:  # a user without a passwd entry, as in a container
         why = "set data_dir (NOMAD_WATCHDOG_DATA_DIR): this user has no home folder"
         raise UserError(why) from None
     return str(FilePath(state) / "nomad-watchdog")

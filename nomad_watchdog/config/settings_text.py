@@ -15,12 +15,12 @@ from nomad_watchdog.units import parse_duration, parse_size
 
 _UNITS: Final = (("Gi", 1 << 30), ("Mi", 1 << 20), ("Ki", 1 << 10))
 _OPEN: Final = frozenset({"version", "template", "driver", "workload", "probe"})
-"""Text of a class that is shown as it is; other text may hold a secret."""
+"""Text of a class that is displayed unchanged; other text may contain a secret."""
 
 
 def flat(block: BaseModel, *, hide_text: bool) -> dict[str, str]:
-    """Every setting of a block and of the blocks in it. Durations and sizes are as they are written in a
-    file. `hide_text`: give a digest of each text that may hold a secret."""
+    """All settings of a block and of its nested blocks. Durations and sizes are written as in a file. `hide_text`:
+    replace each text that may contain a secret with a digest."""
     return dict(_walk(block, "", hide_text=hide_text))
 
 
@@ -81,7 +81,7 @@ def _text(value: object, field: FieldInfo) -> str:
 
 
 def size(value: int) -> str:
-    """Bytes as in a file: 96Mi."""
+    """Format bytes as in a file: 96Mi."""
     for unit, factor in _UNITS:
         if value >= factor and value % factor == 0:
             return f"{value // factor}{unit}"
@@ -89,7 +89,7 @@ def size(value: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as in a file: 90s, 1500ms, 2h."""
+    """Format seconds as in a file: 90s, 1500ms, 2h."""
     for unit, factor in (("h", 3600), ("m", 60)):
         if seconds >= factor and seconds % factor == 0:
             return f"{seconds // factor:g}{unit}"

@@ -1,7 +1,7 @@
-"""Which settings each spec hash stands for, so that a change of a class can be stated in words.
+"""Which settings each spec hash stands for, so that a change of a class can be described.
 
-An agent carries only the hash of the spec that it was started with. What that spec was is kept in a small
-document per class in the registry: the last MAX_KEPT specs that were in force.
+An agent carries only the hash of the spec that it was started with. The registry has a small document per class with
+the last MAX_KEPT specs that were in force.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 MAX_KEPT: Final = 4
 _MAX_BYTES: Final = MAX_DOCUMENT - 1_000
-"""Of the specs as JSON; the rest is for the fields around them."""
+"""Maximum size of the specs as JSON, in bytes; the rest is for the fields around them."""
 
 Settings = Mapping[str, str]
 History = Mapping[str, Settings]
@@ -40,15 +40,14 @@ class SpecHistory:
         self._known: dict[str, History] = {}
 
     def change(self, agent_class: str, spec_hash: str, spec: AgentSpec | None) -> str:
-        """What `spec` changes for an agent of another hash, in words; "" when that is not known."""
+        """The changes from the spec with `spec_hash` to `spec`, in words; "" = unknown."""
         if "/" in spec_hash:  # see `schedulers.nomad._view`
             return "its job was made of two versions at once"
         before = self._known.get(agent_class, {}).get(spec_hash)
         return "" if before is None or spec is None else words(before, spec.settings)
 
     async def read(self, classes: Iterable[str]) -> None:
-        """Read what is stored for these classes. A failure is only logged: changes are rolled out
-        without it, too."""
+        """Read the stored specs of these classes. A failure is only logged, because roll-outs do not depend on them."""
         for name in classes:
             document = self._document(name)
             try:
@@ -58,7 +57,7 @@ class SpecHistory:
                 log.warning("spec history not read", extra={"reason": str(error)})
 
     async def remember(self, specs: Iterable[AgentSpec]) -> None:
-        """Store the settings of specs that are in force now; nothing is done for those already stored."""
+        """Store the settings of the specs in force. Skips those already stored."""
         for spec in specs:
             name, added = spec.agent_class, {spec.spec_hash: spec.settings}
             known = self._known.get(name, {})

@@ -1,7 +1,8 @@
-"""What is wrong with a text that is not HCL: the block that is not closed, with the line where it opens.
+"""Describes why a text is not HCL: the block that is not closed, with the line where it opens.
 
-A parser notices a missing brace at the end of the file. Here the braces, brackets and quotes are followed, and
-indentation tells which block lacks its brace: one whose successor stands no further to the right.
+A parser notices a missing brace only at the end of the file. This module matches braces, brackets and quotes, and
+uses indentation to find the block without a brace: the first one that is followed by a block that is not indented
+further.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ class _Open:
 
 @dataclass(frozen=True, slots=True)
 class _Mark:
-    """A bracket outside of texts and comments."""
+    """A bracket outside of strings and comments."""
 
     bracket: str
     line: int
     indent: int
     is_first: bool
-    """Nothing stands before it on its line."""
+    """No other text precedes it on its line."""
     before: str
 
 
 def trouble(text: str) -> tuple[int, str] | None:
-    """The line and what is wrong, in words; None when brackets and quotes fit together."""
+    """The line and the error message; None if brackets and quotes match."""
     marks: list[_Mark] = []
     if (quote := _marks(text, marks)) is not None:
         return quote, 'a text on this line has no closing "'
@@ -61,7 +62,7 @@ def _unclosed(opened: _Open) -> tuple[int, str]:
 
 
 def _by_indent(marks: list[_Mark]) -> _Open | None:
-    """The first block that, going by the indentation, should have ended before what follows it."""
+    """The first block that, judging by indentation, should have ended before what follows it."""
     stack: list[_Open] = []
     indented = any(mark.indent for mark in marks)
     for mark in marks:
@@ -93,7 +94,7 @@ def _opened(mark: _Mark) -> _Open:
 
 
 def _marks(text: str, marks: list[_Mark]) -> int | None:
-    """Collect the brackets; the line of a text that is not closed, None when all are."""
+    """Collect the brackets in `marks`. Returns the line of an unterminated string; None = all are terminated."""
     is_comment, heredoc = False, ""
     for number, line in enumerate(text.split("\n"), 1):
         if heredoc:
@@ -128,13 +129,13 @@ def _marks(text: str, marks: list[_Mark]) -> int | None:
 
 
 def _after_comment(line: str, place: int) -> tuple[bool, int]:
-    """(whether the comment goes on in the next line, the place after it)."""
+    """(whether the comment continues on the next line, the position after it)."""
     end = line.find("*/", place)
     return (True, len(line)) if end < 0 else (False, end + 2)
 
 
 def _end_of_text(line: str, place: int) -> int:
-    """Behind the closing quote; -1 when there is none on the line."""
+    """The position after the closing quote; -1 = none on the line."""
     while place < len(line):
         if line[place] == "\\":
             place += 1

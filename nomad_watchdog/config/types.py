@@ -1,4 +1,4 @@
-"""What a setting's value may be: durations, sizes, addresses; each checked and converted once."""
+"""Types of settings: durations, sizes, addresses. Each value is checked and converted once."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from nomad_watchdog.units import parse_duration, parse_size, show
 
 _NAMESPACE: Final = re.compile(r"[a-zA-Z0-9-]{1,128}")
 MAX_CERTIFICATES: Final = 8192
-"""Characters; a document of an agent holds them."""
+"""Maximum length in characters: the certificates are part of each agent's document."""
 
 
 def checked_url(value: str) -> str:
-    """An address with its scheme, without a slash at its end. Raises ValueError."""
+    """An address with its scheme and without a trailing slash. Raises ValueError."""
     know_url(value)
     return checked_address(value)
 
@@ -45,7 +45,7 @@ def checked_url_or_none(value: str) -> str:
 
 
 def checked_host(value: str) -> str:
-    """A host name or IP address, by the rule for devices."""
+    """A host name or IP address, checked as the address of a device. Raises ValueError."""
     try:
         return device_address(value)
     except UserError as error:
@@ -75,7 +75,8 @@ def checked_listen(value: str) -> str:
 
 
 def certificates(setting: str, path: str) -> str:
-    """The certificates in a file, for those who are told them. Raises UserError when there are none."""
+    """The PEM certificates in a file, for the agent's document. Raises UserError if the file contains no certificate,
+    contains a private key, or is too long."""
     text = text_files.read(setting, path)
     found = text_files.only_pem(text)
     if "BEGIN CERTIFICATE" not in found or "PRIVATE KEY" in text or len(found) > MAX_CERTIFICATES:
@@ -86,12 +87,12 @@ def certificates(setting: str, path: str) -> str:
 
 
 def within(setting: table.Range) -> object:
-    """The bounds of a number of the agent."""
+    """The agent's bounds for a number."""
     return Field(ge=setting.low, le=setting.high)
 
 
 def fitting(setting: table.TextRule | optional_table.Command) -> AfterValidator:
-    """The agent's own check of text, or of a command."""
+    """A validator that applies the agent's check of text or of a command."""
 
     def check(value: object) -> object:
         try:
@@ -120,7 +121,7 @@ Plugin = Annotated[str, fitting(optional_table.PLUGIN)]
 
 
 def checked_inventories(value: object) -> object:
-    """One path, or a list of different ones that end in .hcl or .json."""
+    """One path, or a list of distinct paths, that end in .hcl or .json. Raises ValueError."""
     paths = [value] if isinstance(value, str) else value
     if not isinstance(paths, list | tuple):
         return paths
@@ -145,7 +146,8 @@ class Block(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _of_its_own_type(cls, value: object, info: ValidationInfo) -> object:
-        """Pydantic takes true for 1, "5" for 5, and 1 or "yes" for true. Raises PydanticKnownError."""
+        """Reject what Pydantic would convert: true to 1, "5" to 5, and 1 or "yes" to true. Raises
+        PydanticKnownError."""
         wanted = _types(cls, info.field_name or "")
         for one in _leaves(value):
             if wanted & {int, float} and not wanted & {str, bool} and isinstance(one, bool | str):
@@ -161,8 +163,7 @@ class Block(BaseModel):
 
 @cache
 def _types(block: type[BaseModel], name: str) -> frozenset[object]:
-    """The scalar types that a setting is made of, those of items included; text where a function of ours reads the
-    value first."""
+    """The scalar types of a setting and of its items; `str` if one of our validators reads the value first."""
 
     def parts(annotation: object) -> Iterator[object]:
         if isinstance(annotation, BeforeValidator):
@@ -177,8 +178,8 @@ def _types(block: type[BaseModel], name: str) -> frozenset[object]:
 
 
 def from_text(block: type[BaseModel], name: str, text: str) -> object:
-    """What a variable of the environment says, as the value of a setting: numbers, true and false are converted, lists
-    split at commas, and what can't be is left to be refused."""
+    """Convert an environment variable to the value of a setting. Numbers and booleans are converted and lists are
+    split at commas. Other text is returned unchanged, and validation rejects it."""
     if get_origin(block.model_fields[name].annotation) is tuple:
         return [element.strip() for element in text.split(",")]
     wanted = _types(block, name)
