@@ -1,7 +1,7 @@
-"""Which report is accepted: S1, decided in one place.
+"""Decides which reports are accepted (S1).
 
-An instance is one run as the scheduler counts it (an allocation, a pod): a task that the scheduler
-restarts in place stays the same instance, one that it moves to another node is a new one.
+An instance is one run in the scheduler (an allocation, a pod). A task that is restarted in place keeps its instance;
+a task that is moved to another node gets a new one.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from nomad_watchdog.model import DeviceRecord, Epoch, Presence
 class AcceptanceKind(StrEnum):
     ACCEPTED = "accepted"
     BIND = "bind"
-    """Accept, once the registry has recorded this instance by compare-and-set."""
+    """Accept after the registry has recorded this instance by compare-and-set."""
     REFUSED = "refused"
     """The agent must stop (HTTP 410)."""
     UNSURE = "unsure"
-    """We may be behind: look again before anybody is told to stop (HTTP 409)."""
+    """Our data may be out of date: read again before an agent is stopped (HTTP 409)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,9 @@ class Acceptance:
     kind: AcceptanceKind
     reason: str = ""
     departed: bool = False
-    """Of a refusal: the device itself has left, so that what its agent has told of it is over."""
+    """For a refusal: the device has left, so everything that its agent reported about it is over."""
     rival: bool = False
-    """Of a refusal: it stands on what the scheduler last said of another instance."""
+    """For a refusal: it is based on the scheduler's last listing of another instance."""
 
 
 def accept(
@@ -42,15 +42,15 @@ def accept(
     stopping: Collection[str] = (),
     kept: bool = False,
 ) -> Acceptance:
-    """Judge a report of (device, epoch, instance).
+    """Decide on a report of (device, epoch, instance).
 
-    `live`: instances that may hold a process now at this epoch, as the scheduler last said; empty
-    when it said nothing. `stopping`: those of them that the scheduler has been told to stop. `kept`:
-    the device has left, and its agent waits for it to come back.
+    `live`: instances that may have a process at this epoch, as last listed by the scheduler; empty = unknown.
+    `stopping`: the instances in `live` that the scheduler was asked to stop. `kept`: the device has left, and its
+    agent is kept in case it comes back.
     """
     if record is None:
-        # A departure leaves a record behind; where there is none, the store may have lost it, and then a
-        # refusal would stop the whole fleet past the breaker (S7). Strays are retired by the planner.
+        # A device that has left still has a record. Without one, the registry may have lost it, and a refusal
+        # would stop the whole fleet in spite of the breaker (S7). The planner retires strays.
         return Acceptance(AcceptanceKind.UNSURE, "no record of the device is found")
     if record.presence is Presence.ABSENT and not kept:
         return Acceptance(AcceptanceKind.REFUSED, "the device has left", departed=True)
@@ -67,7 +67,7 @@ def accept(
     if not record.instance:
         return Acceptance(AcceptanceKind.BIND, "first report at this epoch")
     if record.instance in stopping and instance in live and instance not in stopping:
-        # A raced start made two, and the one that reported first is the one that was removed.
+        # A race made two instances, and the one that reported first is being removed.
         return Acceptance(
             AcceptanceKind.UNSURE, f"the accepted instance {record.instance} is stopping"
         )

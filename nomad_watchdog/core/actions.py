@@ -1,4 +1,4 @@
-"""What the planner decides to do for one device."""
+"""Actions that the planner decides on for one device."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Action:
     device_id: DeviceId
     reason: str
     epoch: Epoch
-    """START: the epoch to place. RETIRE, REPLACE: the epoch of the placement that goes."""
+    """START: the epoch to place. RETIRE, REPLACE: the epoch of the placement to remove."""
     index: int = 0
-    """Of the record that the decision was based on; decide again if it is another one. 0 = no record."""
+    """Index of the record that the decision is based on; if it has changed, decide again. 0 = no record."""
     placement: Placement | None = None
     urgent: bool = False
     stalled: bool = False
@@ -43,4 +43,4 @@ class Action:
     home: str = ""
     """START: the scheduler to place on, REPLACE: the one to move to; "" = unchanged (`core.migration`)."""
     at_once: bool = False
-    """REPLACE: it does not wait for its turn in a roll-out, because the device has no agent that can report."""
+    """REPLACE: does not wait for its turn in a roll-out, because the device has no agent that can report."""

@@ -1,9 +1,8 @@
-"""An agent's credential: good for the reports of one device at one epoch, and for nothing else.
+"""An agent's credential: valid only for the reports of one device at one epoch.
 
-``wda1.<slug>.<epoch>.<mac>``, where mac is HMAC-SHA256(key, "v1|slug|epoch") as base64url without
-padding. The slug and the epoch are said in clear so that a forged one is refused before a body is read,
-and one that speaks for another device is told from one that nobody gave. Nothing is stored: whoever has
-the key can check it, on every replica.
+``wda1.<slug>.<epoch>.<mac>``, where mac is HMAC-SHA256(key, "v1|slug|epoch") as base64url without padding. The slug
+and the epoch are in clear text, so that a forged credential is refused before a body is read, and one for another
+device can be told apart from a forged one. Nothing is stored: every replica that has the key can check a credential.
 """
 
 from __future__ import annotations
@@ -22,24 +21,24 @@ from nomad_watchdog.model import Epoch
 
 PREFIX: Final = "wda1"
 MAX_CHARS: Final = 200
-"""Of a credential; a slug has at most 63, an epoch 19, a mac 43."""
+"""Maximum length of a credential; a slug has at most 63 characters, an epoch 19, a mac 43."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenClaim:
-    """Whose reports a credential is good for."""
+    """The device and epoch that a credential is valid for."""
 
     slug: Slug
     epoch: Epoch
 
 
 def issue(key: bytes, claim: TokenClaim) -> str:
-    """The credential of this claim under this key."""
+    """The credential for this claim, made with this key."""
     return f"{PREFIX}.{claim.slug}.{claim.epoch}.{_mac(key, claim)}"
 
 
 def claim_of(keys: Sequence[bytes], given: str) -> TokenClaim | None:
-    """What the credential is good for; None when none of the keys made it. Constant time per key."""
+    """The claim of a credential; None if it was made with none of the keys. Constant time per key."""
     claim = claimed(given)
     if claim is None:
         return None
@@ -51,8 +50,7 @@ def claim_of(keys: Sequence[bytes], given: str) -> TokenClaim | None:
 
 
 def claimed(given: str) -> TokenClaim | None:
-    """What the credential says it is good for, whoever made it; None when it is no credential. Not verified:
-    for messages only."""
+    """The unverified claim of a credential, for messages only; None = not a credential."""
     if len(given) > MAX_CHARS or not given.isascii():
         return None
     prefix, *parts = given.split(".")
@@ -63,7 +61,7 @@ def claimed(given: str) -> TokenClaim | None:
         epoch = whole(number)
     except ValueError:
         return None
-    # One way to write a number: "01" would be another text with the same mac.
+    # Reject "01": it would be another text with the same mac.
     return TokenClaim(Slug(slug), Epoch(epoch)) if is_slug(slug) and str(epoch) == number else None
 
 

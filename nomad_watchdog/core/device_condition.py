@@ -1,9 +1,9 @@
-"""The condition of a device: what is wrong with it belongs to the device, not to the agent that reported it.
+"""The condition of a device: a fault that belongs to the device, not to the agent that reported it.
 
-An outage outlives its agent. While an agent is replaced, silent or not ready, the verdict stays what it was,
-with the same beginning, until an accepted agent has probed the device and reports something else. Only a
-verdict that `decides` changes the condition, so that the registry is written once when a condition begins,
-once when it ends and when its reason becomes one of another kind, and never for a report.
+An outage outlives its agent. While an agent is replaced, silent or not ready, the verdict and its start time stay the
+same until an accepted agent has probed the device and reports another state. Only a verdict that `decides` changes
+the condition. The registry is therefore written when a condition begins, when it ends, and when its reason becomes
+one of another kind, but never per report.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ _OF: Final = {
     VerdictState.DEGRADED: ConditionState.DEGRADED,
 }
 _MEASURED: Final = re.compile(r"\d+(?:\.\d+)?(?: ?%| ?(?:ms|s|min|h|d|days?|times|probes)\b)")
-"""What differs between two reasons of one kind: a number with its unit."""
+"""The part that may differ between reasons of one kind: a number with its unit."""
 RENEW_S: Final = (5.0, 300.0)
-"""First and longest time between two renewals of one condition, seconds; it doubles, as a reason may alternate."""
+"""First and maximum time between two renewals of a condition, in seconds; it doubles, because a reason may
+alternate."""
 _SHOWN: Final = {condition: verdict for verdict, condition in _OF.items()}
 
 
@@ -37,9 +38,9 @@ def after(
 ) -> Condition | None:
     """The condition that the device has after a verdict on its agent (`verdict.of_agent`).
 
-    `kept`: the condition so far. `began_at`: when the state of this verdict began, unix seconds. `renew`: a
-    reason of another kind takes the place of the stored one: the agent confirms the condition for the first
-    time, or the last renewal is long enough ago (`renew_after_s`).
+    `kept`: the condition so far. `began_at`: when the state of this verdict began, unix seconds. `renew`: a reason of
+    another kind replaces the stored one, because the agent confirms the condition for the first time, or because the
+    last renewal is long enough ago (`renew_after_s`).
     """
     if found.state is VerdictState.DEPARTED:
         return None
@@ -56,17 +57,17 @@ def after(
 
 
 def kind_of(reason: str) -> str:
-    """A reason without what was measured: two of one kind need no write between them."""
+    """A reason without its measured values. A change between two reasons of one kind is not written."""
     return _MEASURED.sub("#", reason)
 
 
 def renew_after_s(renewals: int) -> float:
-    """How long a condition stays as it is after so many renewals (at least 1), seconds."""
+    """Minimum time until the next renewal of a condition, in seconds. `renewals`: number so far, at least 1."""
     return min(RENEW_S[0] * 2.0 ** min(renewals - 1, 16), RENEW_S[1])
 
 
 def shown(found: Verdict, kept: Condition | None, *, replaced: bool) -> Verdict:
-    """The verdict as people read it: the kept condition, unless the accepted agent has just decided.
+    """The displayed verdict: the kept condition, unless the accepted agent has just decided.
 
     `replaced`: no accepted agent has reported at the record's epoch yet."""
     if kept is None or found.decides or found.state is VerdictState.DEPARTED:
@@ -80,7 +81,8 @@ def shown(found: Verdict, kept: Condition | None, *, replaced: bool) -> Verdict:
 
 
 def same(one: Condition | None, other: Condition | None) -> bool:
-    """Whether two conditions need no write between them: replicas differ in clocks and words."""
+    """Whether two conditions have the same state, so that no write is needed: times and reasons differ between
+    replicas."""
     return (one and one.state) == (other and other.state)
 
 

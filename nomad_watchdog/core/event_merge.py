@@ -1,8 +1,7 @@
-"""Of what several replicas saw of one thing: which events are the same change, and which are still to be told.
+"""Merges the events of several replicas: which ones are the same change, and which are not published yet.
 
-Every replica judges every device for itself, so that each has its own events of the same changes; one of
-them, the teller, tells them for all. What one replica alone knows (who changed what, what was refused, what
-was held) is told whoever saw it.
+Every replica judges every device, so each replica has its own events of the same changes. The leader publishes them
+for all. Events that one replica alone knows (who changed what, what was refused or put on hold) are always published.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Final, Protocol, TypeVar
 from nomad_watchdog.ids import Slug
 
 Subject = tuple[Slug, str]
-"""A device and what about it, or no device and a group: what has one state at a time."""
+"""A device and one of its aspects, or no device and a group; it has one state at a time."""
 
 _PLAIN: Final[Mapping[str, str]] = {
     "present": "presence",
@@ -34,23 +33,23 @@ _COUNTED: Final[Mapping[str, str]] = {
     "condition.changed": "reason",
     "agent.restarted": "restarts",
 }
-"""Kind, or its head → what in the data tells two events of that kind apart."""
+"""Kind, or its first part → the data field that distinguishes two events of that kind."""
 
 
 _RESTORED: Final = "registry.restored"
 _OTHERS: Final = ("node", "replica")
-"""Heads of kinds that are about something other than a device: it is named in the data, under the same word."""
+"""First parts of kinds that are not about a device. The data field of the same name identifies the subject."""
 
 
 def about(kind: str) -> str | None:
-    """What a kind of event gives the state of (verdict, presence, flap, agent); None = a kind that gives none,
-    so that a later event does not make an earlier one superfluous."""
+    """The aspect whose state a kind of event reports (verdict, presence, flap, agent); None = no state, so that a
+    later event does not make an earlier one obsolete."""
     head = kind.partition(".")[0]
     return _PLAIN.get(kind, head if head in ("verdict", "agent") else None)
 
 
 class EventLike(Protocol):
-    """What is asked of an event."""
+    """Interface of an event."""
 
     @property
     def kind(self) -> str: ...
@@ -66,14 +65,14 @@ E = TypeVar("E", bound=EventLike)
 
 
 def is_shared(event: EventLike) -> bool:
-    """Whether every replica sees for itself what this event tells."""
+    """Whether every replica detects the change of this event itself."""
     head = event.kind.partition(".")[0]
     heads = ("verdict", "repair", "incident", "agent", *_OTHERS)
     return head in heads or event.kind in _PLAIN or event.kind == _RESTORED
 
 
 def subject(event: EventLike) -> Subject | None:
-    """What a shared event is about; None for one that only its own replica can make sense of."""
+    """The subject of a shared event; None if only its own replica can interpret it."""
     head = event.kind.partition(".")[0]
     if head == "incident":
         kind, group = event.data.get("kind"), event.data.get("group")
@@ -86,19 +85,19 @@ def subject(event: EventLike) -> Subject | None:
 
 
 def state(event: EventLike) -> str:
-    """What a shared event says of its subject; the same twice in a row is one change."""
+    """The state that a shared event reports for its subject; the same state twice in a row is one change."""
     head = event.kind.partition(".")[0]
     key = _COUNTED.get(event.kind) or _COUNTED.get(head)
     return f"{event.kind} {event.data.get(key)}" if key else event.kind
 
 
 def untold(own: Sequence[E], told: Mapping[Subject, tuple[str, float]], horizon: float) -> list[E]:
-    """Of our own shared events, oldest first: those that whoever told before us has not told.
+    """Our own shared events, oldest first, that the previous publisher has not published.
 
-    `told`: the last state that was told of each subject, and when (wall time of its event). Of a subject
-    that is not there nothing is known, and only events after `horizon` are taken. Clocks of replicas
-    differ and so do the moments of judging, so the event that was told is found among ours by its state,
-    the nearest in time of several; what came after it is to be told."""
+    `told`: the last published state of each subject, and the wall time of its event. For a subject that is not in it,
+    only events after `horizon` are returned. Replicas judge at different times and their clocks differ, so the
+    published event is identified among our own by its state, and by the nearest time if there are several. The events
+    after it are returned."""
     by_subject: dict[Subject, list[E]] = {}
     for event in own:
         about = subject(event)

@@ -1,12 +1,11 @@
-"""Order among the events for one device: an event that is older than the last one changes nothing (S5).
+"""Order of the events of one device: an event that is older than the last one changes nothing (S5).
 
-Signed events carry the sender's time. The record keeps that of the last event, also of one that changed
-nothing else, and marks of the ids at that second: so a late event or a replay is known after a restart and
-on another replica. A change by other ways (PUT, DELETE, import) is dated by our own clock: the record's
-`changed_at`.
+Signed events carry the sender's time. The record keeps the time of the last event, even if it changed nothing else,
+and marks of the ids within that second. Late events and replays are therefore detected after a restart and on other
+replicas. Other changes (PUT, DELETE, import) are dated by our own clock: the record's `changed_at`.
 
-An event that changes nothing writes its mark and no more, and at most MAX_AT_ONCE times per device and
-second of the sender's clock.
+An event that changes nothing writes only its mark, and at most MAX_AT_ONCE times per device and second of the
+sender's clock.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from nomad_watchdog.errors import OutOfDateError, TransientError
 from nomad_watchdog.model import Departure, DeviceRecord, Presence, WallTime
 
 MAX_AT_ONCE: Final = 16
-"""Events of one device within one second that can be told apart."""
+"""Maximum number of events of one device that can be distinguished within one second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,7 @@ class SignedEvent:
 
     @property
     def mark(self) -> str:
-        """What is kept of the id: 48 bits of its hash, as it can be long and is not ours."""
+        """Stored in place of the id: 48 bits of its hash, because the sender chooses the id and it can be long."""
         return hashlib.sha256(self.id.encode()).hexdigest()[:12]
 
 
@@ -42,14 +41,14 @@ def stamp(
     event: SignedEvent | None,
     now: WallTime,
 ) -> DeviceRecord | None:
-    """The record to store, with the mark of the event that asks for it; None = nothing is to be written.
+    """The record to store, with the mark of the event that requests it; None = nothing to write.
 
-    `wanted`: the record that the request makes of `stored`, None when it changes nothing. The record that
-    is returned for an event that changes nothing differs from `stored` in its marks only.
+    `wanted`: the record that the request makes of `stored`, None = no change. For an event that changes nothing, the
+    returned record differs from `stored` only in the event's time and mark.
 
-    Raises OutOfDateError for a change by an event that is older than the last one, or by a disconnect of
-    the same second as another event: their order is not known, and the device stays watched. Raises
-    TransientError for the 17th change within a second.
+    Raises OutOfDateError for a change by an event that is older than the last one, or by a disconnect signed in the
+    same second as another event: their order is unknown, and the device stays watched. Raises TransientError for the
+    17th change within a second.
     """
     if stored is None:
         return wanted if event is None or wanted is None else _marked(wanted, event, ())
@@ -80,19 +79,19 @@ def stamp(
 def _unsigned(
     stored: DeviceRecord, wanted: DeviceRecord | None, now: WallTime
 ) -> DeviceRecord | None:
-    """A request without a signature: dated by our clock."""
+    """The record for a request without a signature, which is dated by our clock."""
     if wanted is not None:
-        # A sender whose clock is ahead of ours keeps its date, or its own event could come back.
+        # Keep the time of a sender whose clock is ahead of ours, or its event could be replayed.
         ahead = stored.event_at >= now
         return wanted if ahead else replace(wanted, event_at=0, event_marks=())
-    # It confirms the state: where events are signed, older ones are late from now on.
+    # It confirms the state: signed events from before are late from now on.
     if 0 < stored.event_at < math.floor(now):
         return replace(stored, event_at=math.floor(now), event_marks=())
     return None
 
 
 def _noted(stored: DeviceRecord, event: SignedEvent) -> DeviceRecord | None:
-    """The record with the mark of an event that changes nothing else; None when it is old or known."""
+    """The record with the mark of an event that changes nothing else; None if the event is old or known."""
     if stored.event_at == event.at:
         known = event.mark in stored.event_marks or len(stored.event_marks) >= MAX_AT_ONCE
         return None if known else _marked(stored, event, stored.event_marks)
@@ -108,18 +107,18 @@ def _is_late(stored: DeviceRecord, wanted: DeviceRecord, event: SignedEvent) -> 
         return True
     if event.at > stored.changed_at:
         return False
-    # Of one second. An operator's removal is final; a device that only blinked may be there again.
+    # In the same second. An operator's removal is final; after another departure a device may return.
     blinked = stored.presence is Presence.ABSENT and stored.left is not Departure.REMOVED
     return not (blinked and wanted.presence is Presence.PRESENT)
 
 
 def is_replay(record: DeviceRecord, event: SignedEvent) -> bool:
-    """Whether this event is one of those that made the record what it is, or confirmed it."""
+    """Whether this event was already applied to the record, or confirmed it."""
     return record.event_at == event.at and event.mark in record.event_marks
 
 
 def is_mark_only(before: DeviceRecord | None, after: DeviceRecord) -> bool:
-    """Whether two records of a device differ in what guards the order of its events, and in no more."""
+    """Whether two records of a device differ only in the time and marks of its events."""
     if before is None:
         return False
     same = replace(

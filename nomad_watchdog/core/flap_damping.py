@@ -1,10 +1,10 @@
-"""(penalty, time) → flapping or not: changes of presence that come too close together.
+"""Detects flapping devices: changes of presence that come too close together.
 
-As routers damp a route (RFC 2439): each change adds 1 to a penalty that halves every half-life. At
-`flap_changes` the device flaps, and it does so until the penalty has fallen to half of that. The penalty
-is capped, so that the hold ends at most `MAX_HALF_LIVES` after the last change, however many there were.
+This works like route flap damping (RFC 2439): each change adds 1 to a penalty that halves every half-life. A device
+starts to flap at `flap_changes` and stops when the penalty has fallen to half of that. The penalty is capped, so that
+flapping ends at most `MAX_HALF_LIVES` half-lives after the last change.
 
-Only what is done about a wish waits, never the wish: the record always says what was asked last.
+Flapping delays only actions, never the desired state: the record always has the last request.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Final
 from nomad_watchdog.model import Monotonic, PresenceRules
 
 MAX_HALF_LIVES: Final = 2
-"""From the cap to where flapping ends."""
+"""Number of half-lives from the cap until flapping ends."""
 _FORGOTTEN: Final = 0.05
-"""Below so little a penalty is no more worth its memory."""
+"""Penalties below this are forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +30,19 @@ class FlapDamper:
 
 
 def penalty_at(flap: FlapDamper, rules: PresenceRules, now: Monotonic) -> float:
-    """What is left of the penalty. A `now` before the last change counts as no time."""
+    """The remaining penalty. A `now` before the last change counts as no time."""
     halved: float = 0.5 ** (max(0.0, now - flap.at) / rules.flap_half_life_s)
     return flap.penalty * halved
 
 
 def changed(flap: FlapDamper | None, rules: PresenceRules, now: Monotonic) -> FlapDamper | None:
-    """After one more change of presence; None when nothing is to be remembered."""
+    """The penalty after one more change of presence; None if flap detection is disabled."""
     if rules.flap_changes <= 0:
         return None
     left = penalty_at(flap, rules, now) if flap is not None else 0.0
     most = rules.flap_changes / 2 * 2**MAX_HALF_LIVES
     penalty = min(left + 1.0, most)
-    # The changes of a real burst decay a little between one and the next: k of them are k.
+    # The penalty decays a little between the changes of a burst: k changes still count as k.
     flaps = (flap is not None and is_flapping(flap, rules, now)) or (
         penalty > rules.flap_changes - 0.5
     )
@@ -55,5 +55,5 @@ def is_flapping(flap: FlapDamper, rules: PresenceRules, now: Monotonic) -> bool:
 
 
 def is_forgotten(flap: FlapDamper, rules: PresenceRules, now: Monotonic) -> bool:
-    """Whether nothing of it matters any more."""
+    """Whether the device no longer flaps and its penalty can be forgotten."""
     return not is_flapping(flap, rules, now) and penalty_at(flap, rules, now) < _FORGOTTEN

@@ -1,8 +1,8 @@
-"""Changes that have one cause are one incident: a gateway, a host, a site or a class, not a thousand devices.
+"""Combines changes with one cause into one incident: of a gateway, a host, a site or a class.
 
-`observe` takes each change in constant time. `settle`, called every few seconds, opens and closes: only
-then is it known how far a change reached, and the group that explains most of it gets the incident. What
-one incident explains counts for no other, so that a dead host is not told again as a site and a class.
+`observe` records each change in constant time. `settle`, called every few seconds, opens and closes incidents: only
+then is it known how many devices are affected. The group that explains most of the changes gets the incident. Changes
+that one incident explains do not count for another, so that a dead host is not also reported as a site and a class.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord, Monotonic, Presence, VerdictState
 
 MAX_MEMBERS: Final = 50
-"""Devices and events named by an incident; all are counted."""
+"""Maximum number of devices and of events that an incident names; all are counted."""
 TROUBLE: Final = frozenset(
     {
         VerdictState.SUSPECT,
@@ -28,14 +28,14 @@ TROUBLE: Final = frozenset(
         VerdictState.FAILING,
     }
 )
-"""A device that goes from another state to one of these has turned bad."""
+"""A device that changes from another state to one of these has become unhealthy."""
 
 
 class GroupKind(StrEnum):
-    """What devices can have in common. Of equal explanations the first is taken."""
+    """What devices can have in common. Of equally good explanations, the first one is used."""
 
     GATEWAY = "gateway"
-    """What stands before the device: its label `gateway`, or what its agent says."""
+    """The gateway in front of the device: its label `gateway`, or as its agent reports."""
     HOST = "host"
     SITE = "site"
     CLASS = "class"
@@ -47,7 +47,8 @@ _RANK: Final = {kind: -rank for rank, kind in enumerate(GroupKind)}
 
 @dataclass(frozen=True, slots=True)
 class IncidentLimits:
-    """So many devices of a group, or this share of it if that is more, within the window."""
+    """An incident needs `least` unhealthy devices of a group, or this fraction of the group if that is more, within
+    the window."""
 
     least: int = 3
     fraction: float = 0.20
@@ -64,38 +65,38 @@ class IncidentStep(StrEnum):
 
 @dataclass(slots=True)
 class Incident:
-    """One cause that many devices share, as far as can be told."""
+    """The probable common cause of many changes."""
 
     id: str
     kind: GroupKind
     group: str
     size: int
-    """Most devices of the group since it was opened."""
+    """Maximum number of devices in the group since it opened."""
     first_at: Monotonic
-    """When the first of its devices turned bad."""
+    """When the first of its devices became unhealthy."""
     last_at: Monotonic
     """When the last one did."""
     count: int = 0
-    """Devices that turned bad in it, ever."""
+    """Total number of devices that became unhealthy in it."""
     bad: int = 0
-    """Devices of it that are bad now."""
+    """Number of its devices that are unhealthy now."""
     members: list[Slug] = field(default_factory=list)
     seen: set[Slug] = field(default_factory=set)
-    """All devices that are counted, while it is open: one that turns bad again counts once."""
+    """The counted devices, while it is open: a device that becomes unhealthy again counts once."""
     subsumes: list[int] = field(default_factory=list)
-    """References of the single events that came before it was opened; the first MAX_MEMBERS."""
+    """References of the individual events before it opened; the first MAX_MEMBERS."""
     closed_at: Monotonic | None = None
     told: int = 0
-    """`count` when it was last told."""
+    """`count` when it was last published."""
     closes_below: float = 1.0
-    """With fewer devices bad it is over."""
+    """It closes when fewer devices than this are unhealthy."""
     stays_until: Monotonic = field(default=Monotonic(0.0))
-    """Of one that an earlier run opened: its devices are judged anew until then."""
+    """For an incident that an earlier run opened: its devices are observed again until then, and it stays open."""
 
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """A step of an incident. `marks`: references of the single events that belong to it."""
+    """A step of an incident. `marks`: references of the individual events that belong to it."""
 
     step: IncidentStep
     incident: Incident
@@ -104,7 +105,7 @@ class News:
 
 @dataclass(slots=True)
 class _Turn:
-    """When a device turned bad, the reference of its event, and the groups that may explain it."""
+    """When a device became unhealthy, the reference of its event, and the groups that may explain it."""
 
     slug: Slug
     at: Monotonic
@@ -123,16 +124,16 @@ class _Member:
 
 @dataclass(slots=True)
 class Correlator:
-    """Groups of devices, who of them turned bad lately, and the incidents that are open."""
+    """Groups of devices, the devices that recently became unhealthy, and the open incidents."""
 
     limits: IncidentLimits
     name: str = "incident"
-    """Start of the ids that are given."""
+    """Prefix of new incident ids."""
     opened: dict[Group, Incident] = field(default_factory=dict)
     number: int = 0
-    """Of the last incident."""
+    """Number of the last incident."""
     given: dict[Group, str] = field(default_factory=dict)
-    """Ids that others gave to incidents of a group which we have not opened yet."""
+    """Ids that other replicas gave to incidents of groups for which this replica has not opened one yet."""
     _members: dict[Slug, _Member] = field(default_factory=dict)
     _sizes: dict[Group, int] = field(default_factory=dict)
     _recent: dict[Group, dict[Slug, _Turn]] = field(default_factory=dict)
@@ -148,14 +149,14 @@ class Correlator:
         ref: int = 0,
         only: GroupKind | None = None,
     ) -> str:
-        """Take the state of one device; the id of the open incident that explains it, or "".
+        """Record the state of a device. Returns the id of the open incident that explains it, or "".
 
-        `ref` names its event. `only`: nothing but a group of this kind can explain it, if the device has one:
-        an agent that can't ask is the trouble of its host, or of its gateway. Groups of a device that is bad stay
-        those that it turned bad in: its placement may be gone with its host."""
+        `ref` identifies its event. `only`: only a group of this kind can explain the state, if the device has one: an
+        agent that can't probe has a problem of its host or of its gateway. An unhealthy device keeps the groups in
+        which it became unhealthy, because its placement may be gone with its host."""
         member = self._members.get(slug) or self._first(slug, groups, now, ref, bad=bad)
         if member.bad and not bad:
-            # Before its groups change: its turn is taken back from those that it turned bad in.
+            # Before its groups change: remove its turn from the groups in which it became unhealthy.
             member.bad = False
             self._recovered(member)
         if member.groups != groups and not (bad and member.bad and member.groups):
@@ -180,7 +181,7 @@ class Correlator:
     def _first(
         self, slug: Slug, groups: tuple[Group, ...], now: Monotonic, ref: int, *, bad: bool
     ) -> _Member:
-        """Its former state is unknown, so it does not count as changed."""
+        """Add a device. Its previous state is unknown, so it does not count as changed."""
         member = self._members[slug] = _Member((), bad=bad)
         if bad:
             self._resumed(member, groups, slug, now, ref)
@@ -196,9 +197,9 @@ class Correlator:
         *,
         age_s: float = 0.0,
     ) -> None:
-        """Go on with an incident that an earlier run opened `age_s` seconds ago and left open: devices of the
-        group that are bad when they are first seen belong to it. It closes like any other, not before they
-        have all been seen."""
+        """Continue an incident that an earlier run opened `age_s` seconds ago and left open. Devices of the group
+        that are unhealthy when they are first observed belong to it. It closes like any other, but not within the
+        first window, so that all devices are observed before."""
         least = max(self.limits.least, self.limits.fraction * size)
         self.opened[group] = Incident(
             id=incident,
@@ -228,14 +229,14 @@ class Correlator:
         return incident.id if incident is not None and incident.closed_at is None else ""
 
     def forget(self, slug: Slug) -> None:
-        """The device is no longer there."""
+        """Remove a device."""
         member = self._members.pop(slug, None)
         if member is not None:
             self._recovered(member)
             self._regroup(member, ())
 
     def settle(self, now: Monotonic) -> list[News]:
-        """What is to be told now: incidents that opened, grew to twice what was told, or closed."""
+        """The steps to publish now: incidents that opened, doubled since they were last published, or closed."""
         while self._turns and now - self._turns[0].at > self.limits.window_s:
             self._drop(self._turns.popleft())
         news = [*self._grown(), *self._closed(now)]
@@ -244,7 +245,7 @@ class Correlator:
         return news
 
     def adopt(self, group: Group, incident: str) -> None:
-        """An incident of this group goes by this id elsewhere, so it shall here. "" = it is over there."""
+        """Use the id that another replica gave to the incident of this group; "" = it has closed there."""
         opened = self.opened.get(group)
         if opened is not None and incident:
             opened.id = incident
@@ -254,7 +255,7 @@ class Correlator:
             self.given.pop(group, None)
 
     def threshold(self, group: Group) -> float:
-        """So many devices of the group make an incident."""
+        """Number of unhealthy devices of the group that make an incident."""
         return max(self.limits.least, self.limits.fraction * self._sizes.get(group, 0))
 
     # -- one device -----------------------------------------------------------------------------
@@ -317,8 +318,8 @@ class Correlator:
     # -- incidents ------------------------------------------------------------------------------
 
     def _worst(self) -> Group | None:
-        """The group that explains the most of what is not explained yet: the one with the greatest
-        share of its devices bad, then the one with the most of them."""
+        """The group that explains most of the unexplained changes: the one with the highest share of unhealthy
+        devices, then the one with the highest number of them."""
 
         def rank(group: Group) -> tuple[float, int, int, str]:
             count = len(self._recent[group])
@@ -340,7 +341,7 @@ class Correlator:
             size=self._sizes.get(group, 0),
             first_at=turns[0].at,
             last_at=turns[-1].at,
-            # A few that stay bad are single devices again, not an incident for ever.
+            # A few devices that stay unhealthy do not keep an incident open forever.
             closes_below=max(1.0, self.threshold(group) / 2),
         )
         for turn in turns:

@@ -1,7 +1,7 @@
-"""(what a file lists, records) → what to register and whom to let go.
+"""(devices in an inventory file, records) → which devices to register and which to remove.
 
-A file speaks only for what came from it: a device that the API or another inventory asked for stays
-theirs, and is named as a conflict.
+A file controls only the devices that were registered from it. A device that the API or another inventory registered
+is not changed, and is reported as a conflict.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from nomad_watchdog.model import Departure, Device, DeviceRecord, Presence
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What makes the registry agree with a file."""
+    """The changes that make the registry match a file."""
 
     register: tuple[Device, ...]
     depart: frozenset[Slug]
     conflicts: tuple[str, ...]
-    """Device ids that the file lists and others own."""
+    """Ids of devices that the file lists and another source owns."""
 
 
 def compare(
@@ -30,8 +30,8 @@ def compare(
     source: str,
     sources: Collection[str],
 ) -> Changes:
-    """`source`: the file's; `sources`: all that are configured. What a file that is no longer
-    configured left behind may be taken over."""
+    """`source`: the source of the file; `sources`: all configured sources. Devices of a file that is no longer
+    configured may be taken over."""
     register: list[Device] = []
     conflicts: list[str] = []
     for slug, device in listed.items():

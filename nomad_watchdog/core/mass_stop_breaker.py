@@ -39,8 +39,8 @@ class MassStopBreaker(Hold[Stop]):
         )
 
     def update(self, plan: Plan, registered: Container[Slug] = ()) -> None:
-        """Apply what a new plan holds. A stop that was held because its device was not registered needs another
-        read once the device is registered."""
+        """Apply the stops that a new plan puts on hold. A stop that was held because its device was not registered
+        needs another read once the device is registered."""
         self.held, self.reason = plan.held, plan.hold_reason
         self.unregistered = sum(stop[0] not in registered for stop in plan.held)
         self.read_twice = frozenset(

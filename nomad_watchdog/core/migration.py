@@ -41,7 +41,7 @@ class Migration:
     target: Target | None = None
     """Which devices; None = all."""
     shards: frozenset[int] = frozenset()
-    """Of `of_shards`; empty = all."""
+    """The shards that move, out of `of_shards`; empty = all."""
     of_shards: int = 1
     at_once: int = 0
     """Maximum number of devices that move at a time; 0 = as many as a roll-out may replace."""
@@ -118,8 +118,8 @@ class BackendAssignment:
     def for_start(self, record: DeviceRecord) -> str:
         """The scheduler where an agent starts for a device that has none.
 
-        A device that was placed before stays where it is until its turn comes, so that the end of many agents does
-        not move many; unless all others have moved already."""
+        A device that was placed before stays where it is until its turn comes, so that many agents that end do not
+        move many devices; unless the migration is complete."""
         move = self.move_of(record)
         if record.epoch == NEVER:
             if move is None:
@@ -147,7 +147,7 @@ class BackendAssignment:
 
 
 class _NeverMigrated(BackendAssignment):
-    """Of a fleet that was never migrated: there is one scheduler, and records do not name it."""
+    """The assignment of a fleet that was never migrated: there is one scheduler, and records do not name it."""
 
     def of(self, record: DeviceRecord) -> str:  # noqa: ARG002  # as for any record
         return ""
@@ -168,11 +168,11 @@ class MigrationProgress:
 
     covered: int = 0
     there: int = 0
-    """Of those, the ones whose agent's home is the destination …"""
+    """Number of covered devices whose agent's home is the destination."""
     on_way: int = 0
-    """… and of these, the ones whose agent is not ready yet."""
+    """Number of these whose agent is not ready yet."""
     leftover: int = 0
-    """Agents on the scheduler that the migration leaves, of devices that have moved or left."""
+    """Number of agents on the scheduler that the migration leaves, of devices that have moved or left."""
 
     @property
     def is_over(self) -> bool:
@@ -215,11 +215,11 @@ def frontier(
     can: Callable[[DeviceRecord], bool],
     shard: Callable[[Slug], Shard],
 ) -> Shard | None:
-    """The shard whose turn it is: the lowest one with a device that can move now; None = there is none.
-    `can`: whether any action is allowed for a device; one without must not block all others.
+    """The shard whose turn it is: the lowest one with a device that can move now; None = there is none. `can`:
+    whether any action is allowed for a device; a device without must not block the others.
 
-    Each replica moves only devices of its own shards. So one shard after the other also means one replica after the
-    other, and together they keep to one window."""
+    Each replica moves only devices of its own shards. Moving shard by shard therefore also means replica by replica,
+    so that all replicas together keep to one window."""
     found: Shard | None = None
     for slug, record in records.items():
         if (

@@ -40,7 +40,7 @@ class Target:
         )
 
     def shown(self) -> dict[str, object]:
-        """As JSON, in the registry and in the API."""
+        """The target as JSON, in the registry and in the API."""
         return {
             "devices": sorted(self.devices),
             "class": self.agent_class,
@@ -71,16 +71,16 @@ class Pause:
 
 
 def active(pauses: Iterable[Pause], now: WallTime) -> tuple[Pause, ...]:
-    """Those in force, the longest first: it is the one that is reported for a device that several cover."""
+    """Pauses in force, the longest first: that one is reported for a device with several pauses."""
     found = [pause for pause in pauses if pause.is_active(now)]
     return tuple(sorted(found, key=lambda p: (p.ends is not None, -(p.ends or 0.0), p.id)))
 
 
 def paused(records: Iterable[DeviceRecord], in_force: Sequence[Pause]) -> dict[Slug, Pause]:
-    """Slug → the pause that covers it. `in_force`: as `active` gives them."""
+    """Slug → the pause that covers it. `in_force`: as `active` returns them."""
     if not in_force:
         return {}
-    # A pause that names devices is looked up by their ids; only the others are asked of every device.
+    # Pauses that name devices are looked up by device id; only the others are checked for every device.
     broad = [at for at, pause in enumerate(in_force) if not pause.target.devices]
     named: dict[str, list[int]] = {}
     for at, pause in enumerate(in_force):
@@ -105,8 +105,8 @@ def next_change(pauses: Iterable[Pause], now: WallTime) -> float:
 
 
 def add(pauses: Sequence[Pause], new: Pause, now: WallTime) -> tuple[Pause, ...]:
-    """With the new one, without those that are over. A pause of the same target takes the place of the
-    old one (S5); windows stand beside each other unless they are equal but for the id."""
+    """Add a pause and drop those that are over. A pause with the same target replaces the old one (S5). A window
+    replaces another one only if they are equal except for the id."""
     kept = [pause for pause in pauses if not pause.is_over(now) and not _same(pause, new)]
     return (*kept, new)
 
@@ -118,8 +118,8 @@ def _same(old: Pause, new: Pause) -> bool:
 
 
 def resume(pauses: Sequence[Pause], target: Target, now: WallTime) -> tuple[Pause, ...]:
-    """Without the pauses of exactly this target; a list of devices is taken out of every pause that
-    names only devices. Windows stay: they are taken away by their id."""
+    """Remove the pauses of exactly this target. A list of devices is removed from every pause that names only
+    devices. Windows stay: they are removed by their id."""
     kept: list[Pause] = []
     for pause in pauses:
         mine = pause.target
@@ -133,5 +133,5 @@ def resume(pauses: Sequence[Pause], target: Target, now: WallTime) -> tuple[Paus
 
 
 def remove(pauses: Sequence[Pause], pause_id: str, now: WallTime) -> tuple[Pause, ...]:
-    """Without the one of this id, and those that are over."""
+    """Remove the pause with this id, and those that are over."""
     return tuple(p for p in pauses if p.id != pause_id and not p.is_over(now))

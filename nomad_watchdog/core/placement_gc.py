@@ -1,8 +1,8 @@
-"""Which dead placements the scheduler may forget, and when.
+"""Decides which dead placements are purged from the scheduler, and when.
 
-As long as a scheduler lists a placement, dead or alive, a late request for its epoch makes no second
-one. A request may still be on its way when its sender has given up or died, so a dead placement stays
-listed for longer than any request can travel (S2).
+While a scheduler lists a placement, dead or alive, a late request for its epoch creates no second one. A request may
+still be in flight when its sender has timed out or crashed, so a dead placement stays listed for longer than any
+request can take (S2).
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord, Monotonic, Placement, PlacementState, Presence
 
 REST_S: Final = 90.0
-"""A client gives up after 20 s at most (`clients.nomad`); proxies and queues on the way may add to it."""
+"""Time for which a dead placement is kept, in seconds. A client times out after 20 s at most (`clients.nomad`);
+proxies and queues may add to it."""
 TOMBSTONE_REST_S: Final = 600.0
-"""A tombstone that is due is kept for so long by our own clock: a wall clock that was set deletes none while a
-request for its device may be on its way."""
+"""Time for which a tombstone that is due is kept, in seconds, by our monotonic clock: a change of the wall clock must
+not delete it while a request for its device may be in flight."""
 MOST: Final = 50
-"""At most so many are forgotten at a time: purging costs the scheduler."""
+"""Maximum number of placements that are purged at a time: purging loads the scheduler."""
 
 
 class PlacementGc:
-    """Remembers since when each placement has been seen dead."""
+    """Remembers since when each placement has been dead."""
 
     def __init__(self) -> None:
         self._since: dict[str, Monotonic] = {}
         self._tombstones: dict[tuple[Slug, int], Monotonic] = {}
-        """Slug and index of those that are due → since when."""
+        """Slug and index of the tombstones that are due → since when."""
 
     def due(
         self,
@@ -36,7 +37,7 @@ class PlacementGc:
         placements: Mapping[Slug, tuple[Placement, ...]],
         now: Monotonic,
     ) -> list[Placement]:
-        """Dead placements that nobody needs and that have rested for REST_S."""
+        """Dead placements that are not needed and have been dead for REST_S."""
         dead = [
             placement
             for slug, found in placements.items()
@@ -47,7 +48,7 @@ class PlacementGc:
         return [one for one in dead if now - self._since[one.ref] >= REST_S][:MOST]
 
     def rested(self, due: Sequence[DeviceRecord], now: Monotonic) -> list[DeviceRecord]:
-        """Of the tombstones that are due, those that have been for TOMBSTONE_REST_S."""
+        """The tombstones in `due` that have been due for TOMBSTONE_REST_S."""
         since = {key: self._tombstones.get(key, now) for key in map(_key, due)}
         self._tombstones = since
         return [one for one in due if now - since[_key(one)] >= TOMBSTONE_REST_S]

@@ -1,20 +1,21 @@
-"""(desired, observed, limits) → Plan: what to do next for each device, and why.
+"""(desired, observed, limits) → Plan: the next actions for each device, and why.
 
-The plan is made over a whole shard, so that it can see a mass change and refuse it (S7), and is
-carried out by device. Rules, in the order in which they are asked of a device:
+A plan covers a whole shard, so that a mass change can be detected and put on hold (S7). It is carried out per device.
+Rules, in the order in which they apply to a device:
 
 1. A placement of an absent or unknown device is retired.
-2. A placement that does not carry the registry's epoch is retired (S1). Nothing starts until it is
-   dead: the scheduler, not we, says when no process is left (S3).
-3. A live placement at the registry's epoch is left alone, unless its spec is no longer the class's;
+2. A placement without the registry's epoch is retired (S1). Nothing starts until it is dead: only the
+   scheduler decides when no process is left (S3).
+3. A live placement at the registry's epoch is kept, unless its spec is not the current one of its class;
    then it is replaced, as many at a time as `rollout.admit` allows.
-   So is one on a scheduler that its device is to leave (`migration`), and one that makes no progress
-   towards a running agent (`waiting`), at most as many as `stalled_room`.
-   So is one that depends on a replica that is gone (`living.stranded`), at once.
-4. Without a live placement the agent is started. The epoch is used again only if nobody was ever
-   seen at it (the answer to the first try was lost); otherwise the next number is taken (S2).
+   A placement on a scheduler that its device is to leave (`migration`) is replaced in the same way.
+   A placement that makes no progress towards a running agent (`stuck_placements`) is replaced, at most
+   `stalled_room` per pass.
+   A placement that depends on a replica that is gone (`report_addresses.stranded`) is replaced at once.
+4. Without a live placement, the agent is started. The epoch is used again only if no agent was ever seen
+   at it (the answer to the first try was lost); otherwise the next number is taken (S2).
 
-A device for which none of this says anything costs one comparison.
+A device to which no rule applies costs one comparison.
 """
 
 from __future__ import annotations
@@ -34,22 +35,22 @@ from nomad_watchdog.model import DeviceRecord, Epoch, Limits, Placement, Placeme
 
 Placements = Mapping[Slug, tuple[Placement, ...]]
 Stop = tuple[Slug, Epoch, str]
-"""What the breaker counts and remembers: device, epoch and the scheduler's handle."""
+"""Identifies a stop for the breaker: device, epoch and the scheduler's reference."""
 
 Changes = Callable[[str, str], str]
 
 
 def no_words(_agent_class: str, _spec_hash: str) -> str:
-    """Nothing is known of the specs that agents were started with."""
+    """Default for `changes`: no change is known in words."""
     return ""
 
 
 Stalled = Callable[[Placement], str]
-"""Why a placement that waits is given up, in words; "" = it is not."""
+"""Why a waiting placement is given up, in words; "" = it is not."""
 
 
 def none_stalled(_placement: Placement) -> str:
-    """Every placement that waits is left to its scheduler."""
+    """Default for `stalled`: no placement is given up."""
     return ""
 
 
@@ -62,7 +63,7 @@ _PRESENT: Final = Presence.PRESENT
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Actions to take now. `held`: stops that the breaker keeps back until a second read agrees."""
+    """Actions to take now. `held`: stops that the breaker puts on hold until a second read confirms them."""
 
     actions: tuple[Action, ...]
     held: frozenset[Stop] = NO_STOPS
@@ -70,11 +71,11 @@ class Plan:
     waiting: tuple[Action, ...] = ()
     """Replacements that wait for their turn in a roll-out or migration."""
     refused: tuple[Action, ...] = ()
-    """Starts that the rules asked for and that `is_safe` does not allow: a bug of ours."""
+    """Starts that the rules require and `is_safe` does not allow: a bug."""
 
     @property
     def waiting_rollout(self) -> int:
-        """Devices with an old spec that wait for their turn."""
+        """Number of replacements that wait for their turn."""
         return len(self.waiting)
 
 
@@ -93,16 +94,15 @@ def plan(  # noqa: PLR0913  # all that a decision stands on, by name
     stalled_room: int = 0,
     reach: Reachability = UNKNOWN,
 ) -> Plan:
-    """Decide for every device.
+    """Decide on the actions for every device.
 
-    `spec_hashes`: agent class → hash that its agents should have; a device of a class that is not
-    there is left as it is. `readiness`: see `rollout.admit`. `confirmed`: stops that an earlier pass
-    held and that these, independently read, inputs still ask for. `resting`: devices for which
-    nothing is done now: paused, gone for so short that they may come back, or with a record that can't
-    be read, so that nobody knows what is wished of them. `homes`: where agents live and should live.
-    `changes`: (agent class, hash of a spec) → what the class's spec changes in it, in words.
-    `stalled_room`: maximum number of placements that are given up in this pass because they are `stalled`.
-    `reach`: see `report_addresses.stranded`.
+    `spec_hashes`: agent class → hash that its agents should have; devices of other classes are left as they are.
+    `readiness`: see `rollout.admit`. `confirmed`: stops that an earlier pass put on hold and that these independently
+    read inputs still require. `resting`: devices without any action now: paused, within the grace period after they
+    left, or with an unreadable record, so that their desired state is unknown. `homes`: where agents are and should
+    be. `changes`: (agent class, spec hash) → what the current spec of the class changes in that spec, in words.
+    `stalled_room`: maximum number of placements that are given up in this pass because they are `stalled`. `reach`:
+    see `report_addresses.stranded`.
     """
     present, decided = _decided(
         records,
@@ -171,7 +171,7 @@ def _decided(  # noqa: PLR0913  # as `plan`
     stalled: Stalled,
     reach: Reachability,
 ) -> tuple[int, list[Action]]:
-    """How many devices are present, and the next steps of each one that needs any."""
+    """The number of present devices, and the next actions of each device that needs any."""
     decided: list[Action] = []
     present = 0
     for slug, record in records.items():
@@ -197,10 +197,10 @@ def _decided(  # noqa: PLR0913  # as `plan`
 
 
 def is_safe(start: Action, record: DeviceRecord, found: tuple[Placement, ...]) -> bool:
-    """Whether this start can't break a promise, whatever rule asked for it: the device is present, no agent of it
-    may be alive (S3), and no placement has a later epoch, nor has the record (S2).
+    """Whether this start is safe, whatever rule requires it: the device is present, no agent of it can be alive (S3),
+    and neither a placement nor the record has a later epoch (S2).
 
-    Asked of each start at run time, apart from the rules, so that a mistake in them starts nothing."""
+    Checked for each start at run time, independently of the rules, so that a bug in them starts nothing."""
     return (
         record.presence is _PRESENT
         and all(one.state is _DEAD and one.epoch <= start.epoch for one in found)
@@ -217,7 +217,7 @@ def decide(
     stalled: Stalled = none_stalled,
     reach: Reachability = UNKNOWN,
 ) -> Iterator[Action]:
-    """The next steps for one device (rules 1 to 4)."""
+    """The next actions for one device (rules 1 to 4)."""
     live = [p for p in found if p.state is not _DEAD]
     if record.presence is not _PRESENT:
         for placement in live:
@@ -247,10 +247,10 @@ def _keep(
     stalled: Stalled,
     reach: Reachability,
 ) -> Iterator[Action]:
-    # Two placements at one epoch should not exist; if a scheduler made them, all racers must choose the
-    # same survivor, and so must the backend that removes the others: the oldest. Which one is accepted
-    # does not count, as replicas may learn of it at different times. A stop cannot be taken back, so a
-    # stopping placement is kept only when there is no other.
+    # Two placements at one epoch should not exist. If a scheduler made them, all replicas, and the backend
+    # that removes the others, must keep the same one: the oldest. Which one is accepted does not count,
+    # because replicas may learn of it at different times. A stop can't be undone, so a stopping placement
+    # is kept only if there is no other.
     current.sort(key=lambda p: (p.state is PlacementState.STOPPING, p.created_at, p.ref))
     for placement in current[1:]:
         yield from _retire(record, placement, "another placement has the same epoch")
@@ -289,7 +289,7 @@ def _outdated(record: DeviceRecord, keeper: Placement, changes: Changes) -> str:
 
 def _elsewhere(record: DeviceRecord, keeper: Placement, homes: BackendAssignment) -> str:
     """The scheduler that the agent should move to; "" = it is where it should be."""
-    # What runs on a lost node may be the accepted agent still, and nothing could start beside it (S3).
+    # The agent on a lost node may still be the accepted one, and no other agent could start (S3).
     if keeper.state is PlacementState.LOST or homes.is_at_goal(keeper, record):
         return ""
     return homes.goal(record)
@@ -297,7 +297,7 @@ def _elsewhere(record: DeviceRecord, keeper: Placement, homes: BackendAssignment
 
 def _start(record: DeviceRecord, dead: tuple[Placement, ...], homes: BackendAssignment) -> Action:
     highest = max((p.epoch for p in dead), default=Epoch(0))
-    # Its start may still be on the way to the epoch's home: it is repeated there, whatever has moved since.
+    # Its start may be in flight to the epoch's home: repeat it there, even if the device has moved since.
     unused = record.epoch > highest and not record.instance and record.epoch > 0
     home = homes.of(record) if unused else homes.for_start(record)
     epoch = record.epoch if unused else Epoch(max(record.epoch, highest) + 1)
@@ -344,7 +344,7 @@ def _strays(
 
 
 def decide_stray(found: tuple[Placement, ...]) -> Iterator[Action]:
-    """The next steps where nobody has registered the device (rule 5)."""
+    """The next actions for placements of a device that is not registered (rule 1)."""
     for placement in found:
         if placement.state is not _DEAD:
             yield from _retire(None, placement, "no such device is registered")
@@ -353,7 +353,7 @@ def decide_stray(found: tuple[Placement, ...]) -> Iterator[Action]:
 def _breaker(
     stops: list[Action], placements: Placements, limits: Limits, confirmed: frozenset[Stop]
 ) -> tuple[list[Action], frozenset[Stop], str]:
-    """S7: more than max(breaker_min, breaker_fraction) stops in a pass are held until confirmed."""
+    """S7: more than max(breaker_min, breaker_fraction) stops in a pass are put on hold until confirmed."""
     if len(stops) <= limits.breaker_min:
         return stops, NO_STOPS, ""
     live = sum(p.state is not _DEAD for found in placements.values() for p in found)

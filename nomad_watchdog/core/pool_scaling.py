@@ -1,16 +1,17 @@
-"""(rules, what is seen, what was advised) → how many workers a pool should have, and why.
+"""(rules, current values, earlier advice) → how many workers a pool should have, and why.
 
-Proportional, as the HorizontalPodAutoscaler does it (Kubernetes, "Algorithm details"): so many workers
-that each has `target` of the metric. What keeps that from swinging:
+Proportional, like the HorizontalPodAutoscaler (Kubernetes, "Algorithm details"): the number of workers at which each
+has `target` of the metric. These rules prevent oscillation:
 
-- tolerance: a metric close to its target moves nothing;
-- hysteresis: a pool shrinks only to the most that was advised within `settle_s`, so a short lull costs
-  no worker, and a fleet that is looked at for the first time loses none before it was watched for so long;
-- cool-down: after a change, whoever made it, the next one waits until its effect can be seen;
-- steps: one change moves at most so many workers;
-- a metric that is missing, or is no number, changes nothing: an exporter that died is not an idle fleet.
+- tolerance: a metric close to its target changes nothing;
+- hysteresis: a pool shrinks only to the highest number advised within `settle_s`, so a short lull costs
+  no worker, and a pool that is observed for the first time loses none before `settle_s` has passed;
+- cool-down: after a change by any actor, the next one waits until its effect is visible;
+- steps: the maximum number of workers that one change adds or removes;
+- a metric that is missing, or is not a number, changes nothing: a failed exporter is not an idle fleet.
 
-Only the bounds go over all that, as they are the operator's word: a pool outside is moved inside at once.
+Only the bounds take precedence over these rules, because the operator sets them: a pool outside the bounds is moved
+inside at once.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from typing import Final
 from nomad_watchdog.model import Monotonic
 
 _ROUNDING: Final = 1e-9
-"""0.3 / 0.1 is 3.0000000000000004 workers of floating point, and 3 of anybody else."""
+"""Tolerance for floating-point errors: (0.1 + 0.2) / 0.1 is 3.0000000000000004, but means 3 workers."""
 
 
 class Measure(StrEnum):
-    """What the metric's number is of."""
+    """What the value of a metric refers to."""
 
     WORKER = "worker"
-    """The average of one worker: CPU in percent, requests a second of each."""
+    """The average per worker, such as CPU in percent or requests per second."""
     ALL = "all"
-    """The whole, to be shared by the workers: the depth of a queue."""
+    """The total that the workers share, such as the depth of a queue."""
 
 
 class ScalingVerb(StrEnum):
-    """What a decision comes to."""
+    """The change that a decision makes."""
 
     KEEP = "keep"
     UP = "up"
@@ -44,7 +45,7 @@ class ScalingVerb(StrEnum):
 
 
 class ScalingReason(StrEnum):
-    """What decided."""
+    """What determined a decision."""
 
     ON_TARGET = "on target"
     METRIC = "metric"
@@ -61,17 +62,17 @@ class ScalingRules:
     minimum: int
     maximum: int
     target: float
-    """Of the metric, for one worker; above 0."""
+    """Target value of the metric per worker; above 0."""
     measure: Measure
     tolerance: float = 0.1
-    """Share of the target that the metric may be off, 0 to 1."""
+    """Permitted deviation of the metric, as a share of the target, 0 to 1."""
     cooldown_up_s: float = 30.0
     cooldown_down_s: float = 120.0
     settle_s: float = 120.0
     step_up: int = 4
     step_down: int = 1
     dry_run: bool = False
-    """Say what would be done, and do nothing."""
+    """Report decisions without acting on them."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.minimum <= self.maximum or self.maximum < 1:
@@ -88,18 +89,19 @@ class ScalingRules:
 
 @dataclass(frozen=True, slots=True)
 class ScalingState:
-    """What is kept of a pool from one look to the next. Empty: it has never been looked at."""
+    """State of a pool between two decisions. Empty = no decision yet."""
 
     advised: tuple[tuple[Monotonic, int], ...] = ()
-    """Pieces of advice, oldest first, that no later one exceeds: at most one a number of workers."""
+    """Advised numbers of workers, oldest first, that no later one reaches: each number at most once."""
     changed_at: Monotonic | None = None
     count: int | None = None
-    """As last seen, so that a change by somebody else is noticed."""
+    """Number of workers at the last decision, to detect changes by other actors."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScalingDecision:
-    """`count`: how many there should be now; `advised`: what the metric alone asks for, within bounds."""
+    """`count`: number of workers that there should be now; `advised`: number from the metric alone, within the
+    bounds."""
 
     count: int
     advised: int
@@ -111,18 +113,18 @@ class ScalingDecision:
 
     @property
     def acts(self) -> bool:
-        """Whether something is to be done about it."""
+        """Whether the decision requires an action."""
         return self.verb is not ScalingVerb.KEEP and not self.dry_run
 
 
 def advise(rules: ScalingRules, count: int, value: float) -> int:
-    """How many workers the metric asks for, by itself and within bounds. `value`: finite, 0 or more."""
+    """Number of workers from the metric alone, within the bounds. `value`: finite, 0 or more."""
     share = value / rules.target
     if rules.measure is Measure.ALL:
         wanted, ratio = share, share / count if count else math.inf
     else:
         wanted, ratio = share * count, share
-    # Without a worker there is no ratio: anything that waits needs a first one, nothing needs none.
+    # Without workers there is no ratio: any load needs a first worker, and no load needs none.
     if count and abs(ratio - 1.0) <= rules.tolerance:
         return _bounded(rules, count)
     return _bounded(rules, math.ceil(min(wanted, rules.maximum) - _ROUNDING))
@@ -131,10 +133,10 @@ def advise(rules: ScalingRules, count: int, value: float) -> int:
 def decide(
     rules: ScalingRules, count: int, value: float | None, memory: ScalingState, now: Monotonic
 ) -> ScalingDecision:
-    """What to do about a pool of `count` workers whose metric is `value`; None = it could not be had.
+    """Decide on a pool of `count` workers whose metric is `value`; None = not available.
 
-    `now` may not run backwards; if it does, no time has passed. The caller keeps the decision's memory,
-    and `changed` in its place when it acted."""
+    `now` must not go backwards; if it does, no time has passed. The caller keeps the `memory` of the decision, or the
+    result of `changed` in its place if it acted."""
     memory = _seen(memory, count, now)
     if not rules.minimum <= count <= rules.maximum:
         goal = _bounded(rules, count)
@@ -166,7 +168,7 @@ def decide(
 
 
 def changed(memory: ScalingState, count: int, now: Monotonic) -> ScalingState:
-    """After the pool was told to have `count` workers: the cool-down begins."""
+    """The state after the pool was set to `count` workers: the cool-down begins."""
     return replace(memory, changed_at=now, count=count)
 
 
@@ -177,13 +179,13 @@ def _bounded(rules: ScalingRules, count: int) -> int:
 def _seen(memory: ScalingState, count: int, now: Monotonic) -> ScalingState:
     if memory.count is None or memory.count == count:
         return replace(memory, count=count)
-    return changed(memory, count, now)  # by somebody else: that has to show its effect too
+    return changed(memory, count, now)  # by another actor: the cool-down applies, too
 
 
 def _remember(
     memory: ScalingState, rules: ScalingRules, count: int, advised: int, now: Monotonic
 ) -> ScalingState:
-    """With one more piece of advice; the first look counts as advice to stay as it is."""
+    """Add an advised number. The first decision also counts `count` as advised."""
     before = memory.advised or ((now, count),)
     kept = [(at, number) for at, number in before if now - at < rules.settle_s]
     while kept and kept[-1][1] <= advised:

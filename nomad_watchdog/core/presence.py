@@ -1,7 +1,7 @@
-"""What a change of wish, a new placement and a first report do to a record.
+"""Changes of a record: by a new desired state, a new placement or a first report.
 
-Each function takes the stored record and gives the one to store by compare-and-set, or None when
-nothing changes: the registry is written only on change (S5), and an epoch only goes up (S1).
+Each function takes the stored record and returns the one to store by compare-and-set, or None if nothing changes: the
+registry is written only on change (S5), and an epoch only increases (S1).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nomad_watchdog.model import (
 )
 
 BY_TOKEN: Final = "token:"  # noqa: S105  # no secret: the start of a source
-"""Start of the source of a device that a device token registered."""
+"""Prefix of the source of a device that was registered with a device token."""
 
 
 def register(  # by name
@@ -33,11 +33,11 @@ def register(  # by name
     token: str = "",
     generation: int = 0,
 ) -> DeviceRecord | None:
-    """The record that asks for `wish` to be watched; None when the stored one already does.
+    """The record with `wish` as its desired state; None if the stored record already has it.
 
-    `source`: the inventory that asks, None = the API, which leaves an unchanged wish its source. `token`: the
-    device token that brings in a device which is not there; "" = another caller. `generation`: the highest one
-    of any record that was deleted."""
+    `source`: the inventory that requests this, None = the API, which does not change the source of an unchanged
+    device. `token`: the device token that registers an absent device; "" = another caller. `generation`: the highest
+    generation of any deleted record."""
     if stored is None:
         return DeviceRecord(
             slug=slug_of(wish.id),
@@ -54,7 +54,7 @@ def register(  # by name
         return None
     by_token = token and BY_TOKEN + token
     if stored.presence is Presence.PRESENT:
-        # It counts against the token that brought it in, whoever changes it.
+        # It counts against the token that registered it, even if another caller changes it.
         by_token = stored.source if stored.source.startswith(BY_TOKEN) else ""
     return replace(
         stored,
@@ -73,11 +73,11 @@ _FIRMNESS: Final = (Departure.EXPIRED, Departure.DISCONNECTED, Departure.REMOVED
 def deregister(
     stored: DeviceRecord, now: WallTime, left: Departure = Departure.REMOVED
 ) -> DeviceRecord | None:
-    """The tombstone of a device; None when it is one. It keeps the epoch, so that a device that
-    comes back can't get an epoch that an old agent still carries.
+    """The tombstone of a device; None if it already is one. It keeps the epoch, so that a device that comes back
+    can't get an epoch that an old agent still carries.
 
-    Who means it more firmly is heard: a tombstone of an expired device becomes one of a removed
-    device, never the other way round."""
+    A firmer departure replaces a weaker one: the tombstone of an expired device becomes one of a removed device,
+    never the reverse."""
     gone = stored.presence is Presence.ABSENT
     if gone and _FIRMNESS.index(left) <= _FIRMNESS.index(stored.left):
         return None
@@ -92,7 +92,8 @@ def deregister(
 
 
 def revive(stored: DeviceRecord, now: WallTime) -> DeviceRecord | None:
-    """The record of an expired device that was heard again, with the wish that it had; else None."""
+    """The record of an expired device after a new heartbeat, with its previous desired state; None if it has not
+    expired."""
     if stored.presence is Presence.PRESENT or stored.left is not Departure.EXPIRED:
         return None
     return replace(
@@ -105,11 +106,11 @@ def revive(stored: DeviceRecord, now: WallTime) -> DeviceRecord | None:
 
 
 def restore(stored: DeviceRecord | None, saved: DeviceRecord) -> DeviceRecord | None:
-    """The record that a backup makes of the stored one; None when that needs no change.
+    """The stored record after `saved` is restored from a backup; None = no change.
 
-    The newer wish stands, by its generation. An epoch never goes back (S1): the higher one stays, with its
-    own accepted instance. The condition of the device comes from whichever of the two has the newer wish, or
-    else the higher epoch.
+    The desired state with the higher generation is kept. Restoring never lowers an epoch (S1): the higher one is
+    kept, with its own accepted instance. The condition of the device comes from the record with the higher
+    generation, or else the higher epoch.
     """
     if stored is None:
         return replace(saved, index=0)
@@ -139,16 +140,16 @@ def restore(stored: DeviceRecord | None, saved: DeviceRecord) -> DeviceRecord | 
             condition=saved.condition,
         )
     elif saved.generation == stored.generation and saved.event_at > stored.event_at > 0:
-        # The same request, confirmed by a later event: what is older than that stays late.
+        # The same request, confirmed by a later event: older events remain late.
         stored_new = replace(stored_new, event_at=saved.event_at, event_marks=saved.event_marks)
     return None if stored_new == stored else stored_new
 
 
 def advance(stored: DeviceRecord, epoch: Epoch, home: str = "") -> DeviceRecord:
-    """The record with a new epoch, at which nobody is accepted yet. `home`: the scheduler that the epoch is
-    placed on, "" = the same as before.
+    """The record with a new epoch, at which no instance is accepted yet. `home`: the scheduler of the epoch, "" =
+    unchanged.
 
-    Raises ValueError when the epoch would not go up: that is a bug of the caller, never an input.
+    Raises ValueError if the epoch would not increase: a bug in the caller.
     """
     if epoch <= stored.epoch:
         raise ValueError(f"epoch must go up: {stored.epoch} to {epoch}")
@@ -156,5 +157,5 @@ def advance(stored: DeviceRecord, epoch: Epoch, home: str = "") -> DeviceRecord:
 
 
 def bind(stored: DeviceRecord, instance: str) -> DeviceRecord:
-    """The record with `instance` as the one that is accepted at its epoch."""
+    """The record with `instance` as the accepted instance of its epoch."""
     return replace(stored, instance=instance)

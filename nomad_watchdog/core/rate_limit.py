@@ -1,7 +1,7 @@
-"""Token buckets, one a client: so that one client can't take everybody's share of the API.
+"""Token buckets, one per client, so that one client can't use up the API for all others.
 
-Pure: the caller gives the time. The table is bounded; whoever is forgotten begins with a full bucket,
-and the one that was quiet for longest, whose bucket is the fullest, is forgotten first.
+Pure: the caller passes the time. The table is bounded: the client that was idle longest, whose bucket is the fullest,
+is removed first. A removed client starts again with a full bucket.
 """
 
 from __future__ import annotations
@@ -15,32 +15,34 @@ MAX_CLIENTS: Final = 16_384
 
 @dataclass(slots=True)
 class Buckets:
-    """`rate` units per second over time, `burst` at once. A unit is a request, an event, or a second of work."""
+    """`rate`: average units per second; `burst`: maximum units at once. A unit is a request, an event, or a second of
+    work."""
 
     rate: float
     burst: float
     most: int = MAX_CLIENTS
     _levels: OrderedDict[str, tuple[float, float]] = field(default_factory=OrderedDict)
-    """Client → (requests left, when that was), the most recent last."""
+    """Client → (units left, at this time), the most recent last."""
 
     def take(self, client: str, now: float) -> float:
-        """0 when the request may pass, else the seconds until one may. A refused one costs nothing."""
+        """Take one unit. Returns 0 if the request may pass, else the seconds until one may. A refused request costs
+        nothing."""
         left = self.left(client, now)
         allowed = left >= 1.0
         self._keep(client, left - 1.0 if allowed else left, now)
         return 0.0 if allowed else (1.0 - left) / self.rate
 
     def spend(self, client: str, cost: float, now: float) -> None:
-        """Charge for what was done already; the bucket may owe then."""
+        """Charge for completed work; the balance may become negative."""
         self._keep(client, self.left(client, now) - cost, now)
 
     def owes(self, client: str, now: float) -> float:
-        """0 while anything is left, else the seconds until something is."""
+        """0 if anything is left, else the seconds until something is."""
         left = self.left(client, now)
         return 0.0 if left > 0.0 else max(-left / self.rate, 0.001)
 
     def left(self, client: str, now: float) -> float:
-        """What is in the bucket; less than 0 = it owes."""
+        """Units left in the bucket; negative if more was spent."""
         left, then = self._levels.get(client, (self.burst, now))
         return min(self.burst, left + max(0.0, now - then) * self.rate)
 

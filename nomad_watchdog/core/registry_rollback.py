@@ -1,7 +1,8 @@
-"""Whether a registry went back in time, as when a backup is restored under a running service.
+"""Detects that a registry went back in time, for example if a backup is restored under a running service.
 
-Indexes only grow within one history. A snapshot shows everything up to its own index, so one that has an older
-record than is known at or below that index, or whose own index is lower than one shown before, is of another history.
+Indexes only increase within one history. A snapshot contains everything up to its own index. It is therefore of
+another history if one of its records is older than a known one at or below that index, or if its own index is lower
+than that of an earlier snapshot.
 """
 
 from __future__ import annotations
@@ -14,23 +15,23 @@ from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord, Presence
 
 MAX_NAMED: Final = 20
-"""Devices named in the text."""
+"""Maximum number of devices named in the text."""
 
 
 @dataclass(frozen=True, slots=True)
 class RegistryRollback:
-    """What a registry took back."""
+    """What a registry has lost."""
 
     older: tuple[DeviceRecord, ...] = ()
-    """As known before; the registry now has an older record."""
+    """Records as known before; the registry now has older ones."""
     missing: tuple[DeviceRecord, ...] = ()
-    """As known before; the registry has no record any more."""
+    """Records as known before; the registry no longer has them."""
     pauses: bool = False
     """The stored pauses are older than those known before."""
 
     @property
     def text(self) -> str:
-        """In words."""
+        """The rollback in words, for operators."""
         parts = [
             part
             for records, what in (
@@ -54,10 +55,11 @@ def of(
     index_before: int,
     index: int,
 ) -> RegistryRollback | None:
-    """What a snapshot of `index` takes back of what is known, None when it proves nothing.
+    """What a snapshot at `index` has lost of `known`, None if it does not prove a rollback.
 
-    `shown`: its records, and those of `known` that may be newer than it. `index_before`: the highest index known
-    when the read began. Missing records alone prove nothing while the index has grown: an answer may be cut short."""
+    `shown`: its records, and those of `known` that may be newer than the snapshot. `index_before`: the highest index
+    known when the read began. Missing records alone prove nothing unless the index has decreased: an answer may be
+    truncated."""
     older = tuple(
         record
         for slug, record in known.items()

@@ -1,4 +1,4 @@
-"""What an agent says of its repairs → what is told of them."""
+"""Derives events and reasons from the repairs that an agent reports."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ MAX_NAMED: Final = 3
 
 
 def news(before: Repairs | None, after: Repairs | None) -> tuple[RepairAttempt, ...]:
-    """The attempts that have ended since the report before; each is told once.
+    """The attempts that have ended since the previous report; each is published once.
 
-    Without a report before, none: a control plane that has just begun was told of them in another life.
+    Empty without a previous report: after a start of the control plane, they were published by the process before it.
     """
     if before is None or after is None:
         return ()
@@ -28,7 +28,7 @@ def news(before: Repairs | None, after: Repairs | None) -> tuple[RepairAttempt, 
 
 
 def in_words(repairs: Repairs | None) -> str:
-    """What was tried in vain, to be added to a reason; "" when the agent has not given up."""
+    """The failed attempts, as a suffix of a reason; "" = the agent has not exhausted its repairs."""
     if repairs is None or not repairs.exhausted or not repairs.attempts:
         return ""
     named = [f"{a.step} ({a.outcome})" for a in repairs.attempts[-MAX_NAMED:]]

@@ -1,4 +1,4 @@
-"""Addresses at which agents reach the control plane now: those of the replicas that are there. Pure."""
+"""Current addresses of the control plane for agents: those of the living replicas. Pure."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ MOST: Final = 8
 
 
 def living(own: str, others: Iterable[str]) -> tuple[str, ...]:
-    """Base URLs, our own first, then the others in alphabetical order, each once, at most MOST.
+    """Base URLs: our own first, then the others in alphabetical order, each once, at most MOST.
 
-    Those that are less or more secure than our own are left out: an agent that was given `https://` must not
-    send its credential over `http://`. `own` "" = not known."""
+    Addresses with another scheme than our own are omitted: an agent that was given `https://` must not send its
+    credential over `http://`. `own`: "" = unknown."""
     scheme = urlsplit(own).scheme
     found = sorted(
         {one for one in others if one and (not own or urlsplit(one).scheme == scheme)} - {own}
@@ -29,12 +29,12 @@ def living(own: str, others: Iterable[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Reachability:
-    """What is known of the ways between agents and the control plane."""
+    """What is known about the connections between agents and the control plane."""
 
     addresses: frozenset[str] = frozenset()
-    """Base URLs of all replicas that are there; empty = not all are known."""
+    """Base URLs of all living replicas; empty = not all are known."""
     silent: AbstractSet[Slug] = frozenset()
-    """Devices whose agent runs, has had its time, and of which no report arrives."""
+    """Devices whose agent runs and has had time to report, but of which no report arrives."""
 
 
 UNKNOWN: Final = Reachability()
@@ -46,10 +46,10 @@ _NOT_STARTED: Final = (
 
 
 def stranded(placement: Placement, reach: Reachability) -> str:
-    """Why an agent depends on a replica that is gone, in words; "" = it does not, or that is not known.
+    """Why an agent depends on a replica that is gone, in words; "" = it does not, or that is unknown.
 
-    One that does not run can't be fetched. One that runs and is not heard knows no address of a replica. What
-    is on a lost node may run, and is heard again when the node is back (S3)."""
+    An agent that does not run can't be fetched. An agent that runs without its reports arriving has no address of a
+    living replica. An agent on a lost node may be running, and reports again when the node is back (S3)."""
     if not reach.addresses:
         return ""
     source, api = placement.source, placement.api

@@ -1,4 +1,4 @@
-"""Who pays for the work at hand: a request whose cost is measured, or nobody."""
+"""Charges work to the current request, if its cost is measured."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from contextvars import ContextVar
 from typing import Final
 
 SPEND: Final[ContextVar[Callable[[float], None] | None]] = ContextVar("spend", default=None)
-"""Charges seconds of work to the request that is being answered."""
+"""Charges seconds of work to the current request; None = not measured."""
 
 
 def charge(seconds: float) -> None:
-    """Charge work that was done elsewhere, in a thread say, to the request at hand."""
+    """Charge work that was done elsewhere, for example in a thread, to the current request."""
     spend = SPEND.get()
     if spend is not None:
         spend(seconds)

@@ -1,9 +1,9 @@
-"""When the scheduler is looked at again, and how widely. Pure: no clock, no I/O.
+"""Decides when to read the scheduler again, and how much of it. Pure: no clock, no I/O.
 
-A look at everything costs the scheduler most just when it has least to spare, in a storm of starts. So news
-of two kinds is kept apart: what may want an action soon (an agent ended, a node is gone) is looked at soon
-whatever goes on; what only confirms what we did (a start was placed, it runs) can wait for a full look that
-is worth its price.
+A full read costs the scheduler most when it has the least capacity to spare: in a storm of starts. There are
+therefore two kinds of news. Urgent news may require an action (an agent ended, a node is gone) and is always read
+soon. Calm news only confirms our own actions (a start was placed, it runs) and can wait for a full read that is worth
+its cost.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Monotonic
 
 NARROW: Final = 48
-"""More devices than this to look at are cheaper in one full look."""
+"""Maximum number of devices in a narrow read; for more, a full read is cheaper."""
 PRICE: Final = 20
-"""Full looks that nobody has to have now take at most one part in so many of the time."""
+"""Full reads that are not urgent take at most 1/PRICE of the time."""
 MIN_S: Final = 0.5
-"""Shortest wait after a full look, however cheap it was."""
+"""Minimum wait after a full read, however cheap it was, in seconds."""
 URGENT_S: Final = 5.0
-"""Longest wait for a full look when more is urgent than a narrow look takes."""
+"""Maximum wait for a full read if more devices are urgent than a narrow read takes, in seconds."""
 CALM_S: Final = 30.0
-"""Longest wait for a full look that only confirms, after the oldest news of it."""
+"""Maximum wait for a full read for calm news, in seconds since the oldest of it."""
 REST_S: Final = 0.2
-"""News that only confirms rests so long before a narrow look: the first starts of a storm are not worth one."""
+"""Wait before a narrow read for calm news, in seconds: the first starts of a storm are not worth one."""
 QUIET_S: Final = 1.0
-"""A full look that only confirms waits until so long nothing new came: while a storm goes on it would show
-a part, and take from the scheduler what the storm needs."""
+"""A full read for calm news waits until no news arrived for this long, in seconds: during a storm it would be
+incomplete, and would use capacity that the scheduler needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +43,22 @@ class Read:
 
 @dataclass(slots=True)
 class ResyncSchedule:
-    """What is to be looked at. `resync_s`: everything is looked at again at least this often, in seconds."""
+    """What is to be read. `resync_s`: maximum time between full reads, in seconds."""
 
     resync_s: float
     full_at: Monotonic | None = None
-    """When the last full look was done."""
+    """When the last full read ended."""
     _cost_s: float = 0.0
     _all: str = "start"
     _hurry: bool = False
     _urgent: set[Slug] = field(default_factory=set)
     _calm: set[Slug] = field(default_factory=set)
-    """Never one that is urgent."""
+    """Contains no urgent devices."""
     _calm_since: float = 0.0
     _calm_last: float = 0.0
 
     def devices(self, slugs: AbstractSet[Slug], now: Monotonic, *, calm: bool) -> None:
-        """There is news of these; `calm`: news that only confirms what is expected."""
+        """Record news of these devices. `calm`: it only confirms what is expected."""
         if calm:
             if not self._calm:
                 self._calm_since = now
@@ -69,12 +69,12 @@ class ResyncSchedule:
             self._calm -= slugs
 
     def everything(self, reason: str, *, hurry: bool = False) -> None:
-        """News may have been missed. `hurry`: without waiting until a full look is worth its price."""
+        """Request a full read, because news may have been missed. `hurry`: do not wait until it is worth its cost."""
         self._all = self._all or reason
         self._hurry = self._hurry or hurry
 
     def take(self, now: Monotonic) -> Read | None:
-        """What to look at now, struck from the agenda; None while there is nothing to do yet."""
+        """The next read, which is removed from the schedule; None = nothing to read yet."""
         if self._full_due(now) <= now:
             look = Read(None, self._all or ("news" if self._news else "timer"))
             self._all, self._hurry = "", False
@@ -87,7 +87,7 @@ class ResyncSchedule:
         return None
 
     def wait_s(self, now: Monotonic) -> float:
-        """Seconds until `take` gives something, if there is no news before."""
+        """Seconds until `take` returns a read, if no news arrives before."""
         if self._narrow(now):
             return 0.0
         due = self._full_due(now)
@@ -96,19 +96,19 @@ class ResyncSchedule:
         return max(0.0, due - now)
 
     def done(self, look: Read, began: Monotonic, now: Monotonic) -> None:
-        """It was read."""
+        """Record that a read succeeded."""
         if look.only is None:
             self.full_at, self._cost_s = now, now - began
 
     def failed(self, look: Read) -> None:
-        """It could not be read, and is still to be looked at."""
+        """Record that a read failed: what it covers is read again."""
         if look.only is not None:
             self._urgent |= look.only
             self._calm -= look.only
         self.everything("error")
 
     def _narrow(self, now: Monotonic) -> frozenset[Slug]:
-        # Counted before anything is copied: this is asked at every start of a storm.
+        # Counted before anything is copied: this runs at every start of a storm.
         if self._news <= NARROW and (self._urgent or now >= self._calm_since + REST_S):
             return frozenset(self._urgent | self._calm)
         return frozenset(self._urgent) if len(self._urgent) <= NARROW else frozenset()

@@ -1,7 +1,6 @@
-"""Who may do what at the API's door: one table.
+"""The rights of each role at the API, in one table.
 
-A right is what a route asks for; a role is what a token was given. Whoever has no role has the rights of
-nobody, which are none: a public route asks for no right.
+A route requires a right; a token has a role. A caller without a role has no rights; public routes require none.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ class Role(StrEnum):
 
 
 class Right(StrEnum):
-    """What a route asks for."""
+    """What a route requires."""
 
     READ = "read"
     CHANGE = "change"
-    """Say that devices come, go or live."""
+    """Register and remove devices, and send their heartbeats."""
     REPORT = "report"
-    """Speak as the agent of a device."""
+    """Report as the agent of a device."""
     OPERATE = "operate"
-    """Overrule the reconciler, and whatever else no other right covers."""
+    """Override the reconciler, and everything that no other right covers."""
 
 
 RIGHTS: Final[Mapping[Role, frozenset[Right]]] = {
@@ -46,5 +45,5 @@ def may(role: Role, right: Right) -> bool:
 
 
 def roles_with(right: Right) -> tuple[Role, ...]:
-    """The roles that have this right, the least mighty first."""
+    """The roles that have this right, least privileged first."""
     return tuple(role for role in Role if may(role, right))

@@ -1,4 +1,4 @@
-"""How many devices may be between two agent versions at a time."""
+"""Limits how many agents are replaced at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Readiness:
     ready fills the window and so stops its own roll-out."""
     stuck: Callable[[Slug], bool] = lambda _slug: False
     """Whether a device's agent is certainly not ready, and its startup time is over. Replacing it takes no ready agent
-    away; otherwise the version that fixes it would wait for ever for room in the window."""
+    away; otherwise the version that fixes it would wait forever for room in the window."""
 
     soaking: int = 0
     """Number of agents of new versions that are ready and have not proved themselves yet (`core.rollout_soak`)."""
@@ -48,7 +48,7 @@ def window(fleet: int, limits: Limits) -> int:
 def admit(
     candidates: Sequence[Action], readiness: Readiness, *, fleet: int, limits: Limits
 ) -> tuple[Action, ...]:
-    """The replacements that may begin now, first slugs first."""
+    """The replacements that may begin now, in the order of their slugs."""
     ordered = sorted(
         (one for one in candidates if _class_of(one) not in readiness.halted),
         key=lambda action: action.slug,
@@ -71,9 +71,9 @@ def admit(
 def give_up(
     candidates: Sequence[Action], readiness: Readiness, *, room: int, most: int
 ) -> tuple[Action, ...]:
-    """Of the replacements of placements that make no progress, those that may begin now, at most `most`.
+    """The replacements of stalled placements that may begin now, at most `most`.
 
-    One that leaves its device without a ready agent needs room in the window, as in a roll-out."""
+    A replacement that takes away a ready agent needs room in the window, as in a roll-out."""
     room -= readiness.unready + readiness.soaking
     admitted: list[Action] = []
     for action in sorted(candidates, key=lambda one: one.slug):

@@ -1,8 +1,8 @@
-"""Agents of a new version, from the moment that they are ready until they have lasted.
+"""Observes the agents of a new version from when they are ready until they have lasted for the soak time.
 
-A version that never gets ready stops its own roll-out (`rollout.admit`). One that starts well and dies late
-would go on from window to window: so agents of a new version are watched for a while, fill the window until
-then, and when too many of them end by themselves the version is bad. Pure: the caller gives runs and time.
+A version that never gets ready stops its own roll-out (`rollout.admit`). A version that starts well and fails later
+would be rolled out window by window. Agents of a new version therefore take room in the window during the soak time.
+If too many of them end on their own, the version is bad. Pure: the caller passes runs and time.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Epoch, Monotonic
 
 ENOUGH: Final = 0.9
-"""Share of a class's devices on which a version must have lasted."""
+"""Share of a class's devices on which a version must have lasted, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class SoakLimits:
-    """`soak_s` 0 = nothing is watched."""
+    """Limits of a soak. `soak_s`: 0 = no soak."""
 
     soak_s: float = 0.0
-    """An agent that was ready for so long, seconds, has proved its version."""
+    """Time for which an agent must be ready to prove its version, in seconds."""
     deaths: int = 3
-    """So many devices whose agent ended before that, or all where there are fewer, make a version bad."""
+    """Number of devices whose agent ended before that, or all devices if there are fewer, that make a version bad."""
 
 
 @dataclass(frozen=True, slots=True)
 class ObservedRun:
-    """One agent of the new version, as it is seen now."""
+    """One agent of the new version, as observed now."""
 
     slug: Slug
     epoch: Epoch
@@ -39,11 +39,11 @@ class ObservedRun:
     node: str
     ready: bool
     lost: bool = False
-    """Its node does not answer: what becomes of it says nothing about the version."""
+    """Its node does not answer, so its end says nothing about the version."""
 
     @property
     def life(self) -> tuple[Epoch, str, int]:
-        """What changes when the agent is another one, or the same begins again."""
+        """A value that changes when the agent is replaced or restarted."""
         return self.epoch, self.instance, self.restarts
 
 
@@ -56,21 +56,21 @@ class _Seen:
 
 @dataclass(slots=True)
 class Soak:
-    """What is known of one version of one class."""
+    """What is known about one version of a class."""
 
     limits: SoakLimits
     lasted: set[Slug] = field(default_factory=set)
     """Devices with an agent that was ready for long enough."""
     died: dict[Slug, str] = field(default_factory=dict)
-    """Devices whose agent was ready and ended too soon, and the node that it was on."""
+    """Devices whose agent was ready and ended too soon → its node."""
     _seen: dict[Slug, _Seen] = field(default_factory=dict)
     _nodes: set[str] = field(default_factory=set)
 
     def look(
         self, runs: Iterable[ObservedRun], wanted: frozenset[Slug] | set[Slug], now: Monotonic
     ) -> None:
-        """Take all live runs of the version. `wanted`: devices that shall still have this version; what ends
-        for another was told to."""
+        """Record all live runs of the version. `wanted`: devices that should still have this version; agents of other
+        devices end because they were stopped."""
         found = {run.slug: run for run in runs}
         for slug, seen in list(self._seen.items()):
             run = found.get(slug)
@@ -93,22 +93,23 @@ class Soak:
         return ready_at is not None and now - ready_at < self.limits.soak_s and not seen.lost
 
     def soaking(self) -> int:
-        """Agents that are ready and have not lasted yet: they take room in the window."""
+        """Number of agents that are ready and have not lasted yet; they take room in the window."""
         return sum(
             seen.ready_at is not None and slug not in self.lasted
             for slug, seen in self._seen.items()
         )
 
     def is_bad(self, fleet: int) -> bool:
-        """Whether the version is not to be had. `fleet`: devices of the class.
+        """Whether the version is bad. `fleet`: number of devices of the class.
 
-        Ends on one node only, of a version that runs on others too, are the node's fault: a drain, say."""
+        If agents ended on only one node and the version also runs on others, the node is the cause, for example a
+        drain."""
         if len(self.died) < max(1, min(self.limits.deaths, fleet)):
             return False
         return len(self._nodes) < 2 or len(set(self.died.values())) > 1
 
     def is_good(self, wanted: frozenset[Slug] | set[Slug]) -> bool:
-        """Whether nearly every device that shall have the version has had an agent of it that lasted, and
-        none is under way to it: one device that nothing runs for must not keep a version from its proof."""
+        """Whether enough (`ENOUGH`) of the devices that should have the version had an agent of it that lasted, and
+        no agent is still in its soak. A few devices without an agent must not keep a version from being proved."""
         lasted = len(wanted & self.lasted)
         return lasted > 0 and lasted >= ENOUGH * len(wanted) and not self.soaking()

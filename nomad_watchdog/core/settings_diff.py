@@ -1,7 +1,7 @@
-"""What is different between two sets of settings, in words: ``memory 96Mi → 80Mi``.
+"""Describes the differences between two sets of settings: ``memory 96Mi → 80Mi``.
 
-Settings are text by dotted name. A value that begins with HIDDEN is a digest of one that is not shown,
-because it may hold a secret (S10).
+Settings are text by dotted name. A value that begins with HIDDEN is a digest of a value that is not displayed,
+because it may contain a secret (S10).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Final
 
 HIDDEN: Final = "#"
 MOST: Final = 8
-"""Differences that are named one by one."""
+"""Maximum number of differences that are listed."""
 
 
 def differences(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:

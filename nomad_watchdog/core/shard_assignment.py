@@ -1,11 +1,10 @@
-"""(who holds which shard, who is there, me) → what I should take and give up.
+"""(holders of the shards, replicas, this replica) → which shards to take and to give up.
 
-An even spread that moves as little as it can: a replica gives up only what is more than its fair share,
-and takes only what nobody holds. With one shard that is plain leader election, and a replica that joins
-takes nothing from a holder.
+Shards are spread evenly with as few moves as possible: a replica gives up only what exceeds its fair share, and takes
+only free shards. With one shard this is plain leader election, and a replica that joins takes nothing from a holder.
 
-Rank is by rendezvous hashing (Thaler and Ravishankar, 1998): who joins and leaves again gets the same
-shards, and two replicas that look for a free one begin at different ones.
+Shards are ranked by rendezvous hashing (Thaler and Ravishankar, 1998): a replica that leaves and joins again gets the
+same shards, and two replicas that look for a free one begin at different ones.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ class Moves:
 
 
 def weight(shard: Shard, replica: str) -> bytes:
-    """How much a shard belongs to a replica; only comparisons mean something."""
+    """Rank of a shard for a replica; only comparisons are meaningful."""
     return hashlib.sha256(f"{shard} {replica}".encode()).digest()
 
 
 def fair_shares(loads: Mapping[str, int], shards: int) -> dict[str, int]:
-    """How many shards each replica should hold: equal but for one, and the ones that are over go to
-    those that hold most now, so that nothing moves without need."""
+    """The number of shards that each replica should hold. The numbers differ by at most one; the remainder goes to
+    the replicas that hold most now, to avoid moves."""
     if not loads:
         return {}
     least, over = divmod(shards, len(loads))
@@ -45,10 +44,10 @@ def fair_shares(loads: Mapping[str, int], shards: int) -> dict[str, int]:
 
 
 def moves(holders: Mapping[Shard, str], replicas: Collection[str], me: str) -> Moves:
-    """What `me` should do next.
+    """The shards that `me` should take or give up next.
 
-    `holders` names every shard's holder, NOBODY for a free one; a holder that is not among `replicas` is
-    leaving and keeps what it has until it lets go. Nothing for a `me` that is not among them.
+    `holders`: the holder of every shard, NOBODY = free. A holder that is not in `replicas` is leaving and keeps its
+    shards until it releases them. Empty if `me` is not in `replicas`.
     """
     if me not in replicas:
         return Moves()

@@ -1,9 +1,9 @@
 """How long an agent may take to start before its device counts as unwatched: measured, not a constant.
 
-Starts are close to lognormal, with a tail that is rarely seen whole: at 500 samples the slowest of a
-thousand has not come yet. So the grace is the greater of two estimates of the p99.9: what was seen, and
-the lognormal through the median and the ninetieth percentile, which a few outliers can't move. Both are
-wider the fewer samples there are.
+Start times are approximately lognormal, with a tail that is rarely observed completely: 500 samples rarely contain
+the slowest of a thousand starts. The grace is therefore the greater of two estimates of the p99.9: the observed one,
+and that of the lognormal distribution through the median and the 90th percentile, which a few outliers do not change.
+The second one is wider with fewer samples.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from nomad_watchdog.model import Monotonic
 
 MIN_S: Final = 0.05
 MAX_S: Final = 7_200.0
-"""Measured times are cut to this range."""
+"""Measured times are clamped to the range from MIN_S to MAX_S."""
 STEP: Final = 1.12
 """Ratio of two neighbouring bins: an estimate is up to 12 % too high, never too low."""
 BINS: Final = math.ceil(math.log(MAX_S / MIN_S) / math.log(STEP)) + 1
 ENOUGH: Final = 30.0
-"""With fewer samples a class borrows the fleet's, and the fleet the setting."""
+"""Minimum number of samples. A class with fewer uses those of the fleet; a fleet with fewer, the setting."""
 WINDOW: Final = 5_000.0
-"""At most so many samples count: what comes later pushes the old ones out …"""
+"""Maximum number of samples that count: new samples displace old ones."""
 HALF_LIFE_S: Final = 12 * 3600.0
-"""… and a sample counts half after so long. A slow site is forgotten within days."""
+"""Time after which a sample counts half, in seconds. A slow site is forgotten within days."""
 MAX_CLASSES: Final = 64
-"""Classes measured one by one; the samples of others count for the fleet only."""
+"""Maximum number of classes that are measured separately; the samples of others count for the fleet only."""
 _Z90: Final = 1.2816
 _Z999: Final = 3.0902
 _MARGIN: Final = 1.25
@@ -45,7 +45,7 @@ class Grace:
 
 @dataclass(frozen=True, slots=True)
 class GraceLimits:
-    """`fallback_s` is in force until there are samples; what is measured is held within the others."""
+    """`fallback_s` applies until there are enough samples; measured values are clamped to the other two."""
 
     fallback_s: float = 60.0
     least_s: float = 15.0
@@ -63,7 +63,7 @@ class _Times:
     def add(self, took_s: float, now: Monotonic) -> None:
         keep = 0.5 ** (max(0.0, now - self.faded_at) / HALF_LIFE_S)
         keep *= min(1.0, (WINDOW - 1) / max(self.weight * keep, 1.0))
-        # Fading costs a walk over the bins, so that it is done when it makes a difference.
+        # Fading iterates over the bins, so it is done only when it makes a difference.
         if keep < 0.99:
             self.bins = [weight * keep for weight in self.bins]
             self.weight = sum(self.bins)
@@ -81,16 +81,16 @@ class _Times:
         return MAX_S
 
     def slowest(self) -> float:
-        """The p99.9 of a start, seconds, on the safe side."""
+        """A conservative estimate of the p99.9 of start times, in seconds."""
         median, ninetieth = self.quantile(0.5), self.quantile(0.9)
-        # The error of the spread falls with the root of the samples; three of its deviations are added.
+        # The error of the spread falls with the square root of the samples; add three deviations.
         spread = math.log(ninetieth / median) / _Z90 * (1.0 + 3.0 / math.sqrt(self.weight))
         return _MARGIN * max(median * math.exp(_Z999 * spread), self.quantile(0.999))
 
 
 @dataclass(slots=True)
 class StartTimes:
-    """What was measured of starts, by class and in all. Bounded memory, whatever comes."""
+    """Measured start times, by class and of the fleet. Memory is bounded."""
 
     limits: GraceLimits
     _fleet: _Times = field(default_factory=_Times)
@@ -98,12 +98,13 @@ class StartTimes:
     _known: dict[str, Grace] = field(default_factory=dict)
 
     def go_by(self, limits: GraceLimits) -> None:
-        """Keep within these limits from now on."""
+        """Apply these limits from now on."""
         self.limits = limits
         self._known.clear()
 
     def add(self, agent_class: str, took_s: float, now: Monotonic) -> None:
-        """An agent of this class was ready so long after it was dispatched."""
+        """Record the time in seconds from dispatch to ready of an agent of this class. Raises ValueError if it is
+        negative or not finite."""
         if not math.isfinite(took_s) or took_s < 0:
             raise ValueError(f"a start took {took_s!r} s")
         self._fleet.add(took_s, now)

@@ -1,11 +1,11 @@
-"""Placements that wait forever: how long each has made no progress, and when the next epoch is started instead.
+"""Detects placements that wait forever: how long each has made no progress, and when to start the next epoch instead.
 
-A scheduler may leave a start unfinished without saying so. A Nomad client, for example, does not see an
-allocation that is to fetch the disk of an allocation on a purged node, until something else is placed on
-the same client (`Node.GetClientAllocs`: the answer to such an allocation does not move the index that the
-client waits for). Nothing but another placement ends that.
+A scheduler may leave a start unfinished without reporting it. For example, a Nomad client does not see an allocation
+that is to fetch the disk of an allocation on a purged node, until something else is placed on the same client
+(`Node.GetClientAllocs`: the answer to such an allocation does not move the index that the client waits for). Only
+another placement ends this.
 
-No I/O; times are ours. What a scheduler says of its own clock only tells whether something has changed.
+No I/O; times are from our own clock. The scheduler's times only show whether something has changed.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ BACKOFF_S: Final = 300.0
 """A failing agent waits at most this long for its scheduler's next attempt: `reschedule.max_delay` of the
 Nomad template; Kubernetes (https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/#restart-policy)."""
 MAX_DOUBLINGS: Final = 3
-"""The limit of a device doubles with each placement in a row that was given up, so that an agent whose start
-really takes long gets there. This often at most."""
+"""Maximum number of doublings. The time limit of a device doubles with each placement in a row that was given up, so
+that an agent with a slow start can succeed."""
 REMEMBERED_S: Final = 3600.0
-"""Placements that were given up longer ago count no more."""
+"""Time after which a placement that was given up no longer counts, in seconds."""
 
 _Mark = tuple[object, ...]
 
@@ -41,11 +41,12 @@ class _Wait:
 
 @dataclass(slots=True)
 class StuckPlacements:
-    """What is remembered of the placements that wait. Bounded by the number of placements."""
+    """State of the placements that wait. Bounded by the number of placements."""
 
     _waits: dict[Slug, dict[str, _Wait]] = field(default_factory=dict)
     _given_up: dict[Slug, tuple[int, Monotonic]] = field(default_factory=dict)
-    """Of devices whose agent has not run since: placements in a row that were given up, and when the last."""
+    """For devices whose agent has not run since: number of placements in a row that were given up, and when the last
+    one was."""
     _replaced: deque[Monotonic] = field(default_factory=deque)
     """When placements of any device were given up."""
 
@@ -55,7 +56,7 @@ class StuckPlacements:
         only: Collection[Slug] | None,
         now: Monotonic,
     ) -> None:
-        """Take a listing. `only`: the devices that it is complete for; None = all."""
+        """Record a listing. `only`: the devices for which it is complete; None = all."""
         if only is None:
             for slug in self._waits.keys() - placements.keys():
                 del self._waits[slug]
@@ -81,14 +82,15 @@ class StuckPlacements:
         return now - wait.since if wait is not None and placement.state in WAITING else 0.0
 
     def limit_s(self, placement: Placement, most_s: float) -> float:
-        """How long this placement may make no progress, seconds. `most_s`: the limit of a first start."""
+        """Maximum time for which this placement may make no progress, in seconds. `most_s`: the limit of a first
+        start."""
         doublings = min(self._given_up.get(placement.slug, (0, 0.0))[0], MAX_DOUBLINGS)
         longer_s = BACKOFF_S if placement.state is PlacementState.RESTARTING else 0.0
         return float(most_s * 2**doublings + longer_s)
 
     def is_stalled(self, placement: Placement, most_s: float, now: Monotonic) -> bool:
-        """Whether the next epoch should be started instead. Never while no node has it: then the next epoch
-        would wait in the same queue. `most_s` = 0: never."""
+        """Whether the next epoch should be started instead. Never while no node has the placement: the next epoch
+        would wait in the same queue. `most_s`: 0 = never."""
         return (
             most_s > 0
             and not placement.queued
@@ -100,17 +102,17 @@ class StuckPlacements:
         return self._waits.keys()
 
     def given_up(self, slug: Slug, now: Monotonic) -> None:
-        """The next epoch is being started in place of a placement that waited for too long."""
+        """Record that the next epoch is started in place of a placement that waited for too long."""
         self._given_up[slug] = self._given_up.get(slug, (0, now))[0] + 1, now
         self._replaced.append(now)
 
     def room(self, most: int, period_s: float, now: Monotonic) -> int:
-        """How many more may be given up now, if at most `most` may be within `period_s` seconds."""
+        """Number of placements that may still be given up now, with a maximum of `most` within `period_s` seconds."""
         while self._replaced and now - self._replaced[0] > period_s:
             self._replaced.popleft()
         return max(0, most - len(self._replaced))
 
 
 def _mark(placement: Placement) -> _Mark:
-    """What changes when the scheduler gets further with a start."""
+    """A value that changes when the scheduler makes progress with a start."""
     return placement.state, placement.waits_since, placement.restarts, placement.node

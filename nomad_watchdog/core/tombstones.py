@@ -1,12 +1,12 @@
-"""When the record of a device that has left may be deleted, and what keeps its epochs from coming again.
+"""When the record of a device that has left may be deleted, and how its epochs are kept from being used again.
 
-A tombstone keeps the epoch of its device. When it is deleted, the floor takes its place: one number for the
-whole registry, the highest epoch (and generation) of any deleted tombstone. A device that is registered without
-a record gets its first epoch above the floor, so that no agent of an earlier life can carry it.
+A tombstone keeps the epoch of its device. When it is deleted, the floor replaces it: one number for the whole
+registry, the highest epoch (and generation) of any deleted tombstone. A device that is registered without a record
+gets its first epoch above the floor, so that no earlier agent can carry it.
 
-The order makes it safe, with any number of writers and without a transaction over two keys: the floor is raised
-before a tombstone is deleted, and whoever starts the first agent of a record reads the floor after the record
-is known. The record could only be created after the deletion, so that this read shows the raised floor.
+The order makes this safe, with any number of writers and without a transaction over two keys: the floor is raised
+before a tombstone is deleted, and a replica that starts the first agent of a record reads the floor after the record.
+The record can only have been created after the deletion, so this read returns the raised floor.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from nomad_watchdog.model import NEVER, DeviceRecord, Epoch, Presence, WallTime
 
 @dataclass(frozen=True, slots=True)
 class EpochFloor:
-    """What no new record may go below."""
+    """Highest epoch and generation of deleted records; those of new records are above it."""
 
     epoch: Epoch = NEVER
     generation: int = 0
 
     def over(self, records: Iterable[DeviceRecord]) -> EpochFloor:
-        """The floor that lets these tombstones be deleted."""
+        """The floor to set before these tombstones are deleted."""
         epoch, generation = self.epoch, self.generation
         for record in records:
             epoch = max(epoch, record.epoch)
@@ -34,11 +34,12 @@ class EpochFloor:
         return EpochFloor(epoch, generation)
 
     def first(self, record: DeviceRecord, wanted: Epoch) -> Epoch:
-        """The epoch to take for a record instead of `wanted`: its first one is above the floor."""
+        """The epoch to use for a record instead of `wanted`: its first one is above the floor."""
         return wanted if record.epoch != NEVER else max(wanted, Epoch(self.epoch + 1))
 
     def freed(self, stored: DeviceRecord | None, saved: DeviceRecord) -> DeviceRecord:
-        """What a backup may bring back: without an epoch if one above it may have been given and forgotten since."""
+        """The record that a backup may restore: without its epoch if a higher one may have been used and deleted
+        since."""
         if (stored is None or stored.epoch == NEVER) and NEVER < saved.epoch <= self.epoch:
             return replace(saved, epoch=NEVER, instance="")
         return saved
@@ -51,8 +52,8 @@ def expired(
     ttl_s: float,
     most: int,
 ) -> list[DeviceRecord]:
-    """The tombstones that may be deleted, at most `most`: left at least `ttl_s` seconds ago, and the scheduler
-    lists (`listed`) no placement of the device that may have a process."""
+    """The tombstones that may be deleted, at most `most`: the device left at least `ttl_s` seconds ago and is not in
+    `listed`, the devices of which the scheduler lists a placement that may have a process."""
     found: list[DeviceRecord] = []
     for record in records:
         if (

@@ -1,10 +1,10 @@
-"""(record, placement, report, health, now) → Verdict: the state of a device as a person should read it.
+"""(record, placement, report, health, now) → Verdict: the state of a device, for users.
 
-`unwatched` (nothing is known of the device: our problem) is never reported as `offline` (confirmed: the
-device's problem). The false "device offline" that was only a slow agent start is what this project exists
-to end (S6). The opposite is as bad: a device that no accepted agent reports on is never `watched`.
+`unwatched` (the state is unknown: our problem) is never reported as `offline` (confirmed: the device's problem). This
+project exists to prevent a false "device offline" that is only a slow agent start (S6). The opposite is equally bad:
+a device without reports of an accepted agent is never `watched`.
 
-`of_agent` is what the agent, its scheduler and Consul say now. `judge` adds what was known of the device
+`of_agent` uses what the agent, its scheduler and Consul report now. `judge` adds what was known about the device
 before (`core.device_condition`).
 """
 
@@ -47,59 +47,59 @@ class Evidence:
     report: Report | None
     """The last accepted report at the registry's epoch."""
     health: Health | None
-    """What Consul says of the same epoch."""
+    """The health check of the same epoch in Consul."""
     waiting_since: Monotonic
     """Since when no accepted agent has been ready."""
     leaving: bool = False
     """A placement of an absent device is still there."""
     obstacle: str = ""
-    """Why no agent can be started now, in words; empty when nothing is in the way."""
+    """Why no agent can be started now, in words; "" = nothing prevents it."""
     placed_at: Monotonic | None = None
-    """When this placement was dispatched, if we saw it: a start is measured from there."""
+    """When this placement was dispatched, if this replica observed it; the start is measured from then."""
     beat_at: Monotonic | None = None
-    """When the device last sent a sign of life to us: a path that no probe shares."""
+    """When the last heartbeat of the device arrived; no probe shares its path."""
     grace_s: float | None = None
-    """How long this start may take, seconds, as measured; None = the setting."""
+    """Maximum time for this start as measured, in seconds; None = the setting."""
     kept: str = ""
-    """Why the agent of a device that has left stays, in words; empty when it does not."""
+    """Why the agent of a device that has left is kept, in words; "" = it is not."""
     condition: Condition | None = None
-    """What the registry says is wrong with the device."""
+    """The condition of the device in the registry."""
     quiet_since: Monotonic = field(default=Monotonic(0.0))
-    """The latest of: the last accepted report of the device, the moment that its present epoch was first
-    seen here, and the start of this control plane."""
+    """The latest of: the last accepted report of the device, the moment when its current epoch was first observed
+    here, and the start of this control plane."""
     running_since: Monotonic = field(default=Monotonic(0.0))
-    """Since when this run of the agent has been seen running: before that there was nothing to be heard."""
+    """Since when this run of the agent has been observed running; it sends no reports before that."""
     was_watched: bool = False
-    """An agent of the device has been ready: one that waits for a node is missing, and not just new."""
+    """An agent of the device has been ready: if it waits for a node, it is missing, not new."""
     is_unwatched: bool = False
-    """The verdict so far is `unwatched`. It ends when an agent is on a node, not when one is asked for."""
+    """The verdict so far is `unwatched`. It ends when an agent is on a node, not when one is requested."""
     suspect_since: Monotonic | None = None
-    """Since when the reports have been a suspicion; None = the last one was none."""
+    """Since when the reports have been suspicions; None = the last one was not."""
     unlisted_since: Monotonic | None = None
-    """Since when the scheduler lists the placement without the instance that reports; None = with it, or no
-    placement at all."""
+    """Since when the scheduler has listed the placement without the instance that reports; None = with it, or there
+    is no placement."""
     refusal: str = ""
-    """Why the API refused the last report of this agent, in words; "" = it refused none lately."""
+    """Why the API refused the last report of this agent, in words; "" = it has not refused any recently."""
     before: VerdictState | None = None
-    """The verdict that stood when this control plane started, of an agent that ran then; one of `CARRIED`, else
-    None. It counts until the first report."""
+    """The verdict when this control plane started, if the agent ran then and the verdict is one of `CARRIED`; else
+    None. It applies until the first report."""
 
 
 CARRIED: Final = (VerdictState.SUSPECT, VerdictState.REPAIRING, VerdictState.UNWATCHED)
-"""Verdicts that a restart of the control plane carries over until the first report, for at most
-`report_stale_s`. Not `watched`: silence is never healthy. Not `offline` and `degraded`, which the registry has."""
+"""Verdicts that a restart of the control plane carries over until the first report, for at most `report_stale_s`. Not
+`watched`: silence is never healthy. Not `offline` and `degraded`, which are in the registry."""
 
 
 UNLISTED_AFTER_S: Final = 15.0
-"""A report that is received this long after its scheduler last listed another instance comes from an agent
-that the scheduler does not know. Before that, it may have been under way when its agent ended."""
+"""A report that is received this many seconds after `unlisted_since` is from an agent that the scheduler does not
+know. An earlier one may have been in flight when its agent ended."""
 STARTS_IN_A_ROW: Final = 3
-"""An agent that is placed again and again is not `starting` for ever: after so many graces without a
-ready one the device is unwatched, whatever is under way."""
+"""Maximum number of graces without a ready agent, for a device whose agent is placed again and again: after that it
+is `unwatched`, not `starting`."""
 
 
 def judge(record: DeviceRecord, evidence: Evidence, limits: Limits, now: Monotonic) -> Verdict:
-    """The verdict and its reason in words: what the agent says, or else the kept condition."""
+    """The verdict and its reason: from the agent, or else from the kept condition."""
     found = of_agent(record, evidence, limits, now)
     return condition.shown(found, evidence.condition, replaced=is_replaced(record, evidence))
 
@@ -112,8 +112,8 @@ def is_replaced(record: DeviceRecord, evidence: Evidence) -> bool:
 def of_agent(record: DeviceRecord, evidence: Evidence, limits: Limits, now: Monotonic) -> Verdict:
     """The verdict without the kept condition.
 
-    Consul's word is used in one direction: a passing agent is up. A critical one says nothing against
-    the device."""
+    Only a passing check in Consul is used: it shows that the agent is up. A critical check does not count against the
+    device."""
     if record.presence is Presence.ABSENT:
         return _departed(evidence)
     placement = evidence.placement
@@ -144,7 +144,7 @@ def _departed(evidence: Evidence) -> Verdict:
 def _of_placed(placement: Placement, evidence: Evidence, limits: Limits, now: Monotonic) -> Verdict:
     report = evidence.report
     if report is not None and report.stopping and placement.state in _NOT_PLACED:
-        # The last report of an agent that has ended since: what counts is why no other runs yet.
+        # The last report of an agent that has ended: the verdict is why no other runs yet.
         return _not_started(placement, evidence, limits, now)
     if report is not None and now - report.received_at <= limits.report_stale_s:
         found = _reported(report, evidence, limits, now)
@@ -192,7 +192,7 @@ def _ready(report: Report, evidence: Evidence, limits: Limits, now: Monotonic) -
         case AgentState.OFFLINE:
             return _claimed_offline(report, evidence, limits, now)
         case AgentState.OK:
-            # Misses are still being counted: no answer so far is not a sign of health.
+            # Misses are still being counted: the device is not known to be healthy.
             why = report.reason or "no probe has answered yet"
             return _suspect(why, report, evidence, limits, now)
         case _:
@@ -200,7 +200,7 @@ def _ready(report: Report, evidence: Evidence, limits: Limits, now: Monotonic) -
 
 
 def _unlisted(found: Verdict, placement: Placement, report: Report, evidence: Evidence) -> Verdict:
-    """What is reported of the device stands; that nobody but us knows the agent is said with it."""
+    """Keep the verdict of the report, and add to its reason that the scheduler does not know the agent."""
     since = evidence.unlisted_since
     if since is None or report.received_at - since < UNLISTED_AFTER_S:
         return found
@@ -216,7 +216,7 @@ def _decided(state: VerdictState, reason: str) -> Verdict:
 
 
 def _is_proved(report: Report) -> bool:
-    # S6: the claim counts only with its whole evidence.
+    # S6: the claim counts only with complete evidence.
     return report.was_ready and report.misses > 0 and report.confirmed
 
 
@@ -224,7 +224,7 @@ def _repairing(report: Report, evidence: Evidence, limits: Limits, now: Monotoni
     lasted_s = report.state_age_s + (now - report.received_at)
     if lasted_s <= limits.repairing_max_s:
         return Verdict(VerdictState.REPAIRING, report.reason, ready=True)
-    # A repair hides what is wrong for a while, never for ever.
+    # A repair may hide a fault only for a limited time.
     why = f"{report.reason}; for {lasted_s:.0f} s"
     if _is_proved(report):
         return _offline(report, evidence, limits, now)
@@ -257,7 +257,7 @@ def _claimed_offline(report: Report, evidence: Evidence, limits: Limits, now: Mo
 
 
 def _offline(report: Report, evidence: Evidence, limits: Limits, now: Monotonic) -> Verdict:
-    # The agent's probes and its confirmation share a network card; the device's own beats do not.
+    # The agent's probes and its confirmation share a network card; the device's heartbeats do not.
     beat_at = evidence.beat_at
     if beat_at is not None and now - beat_at <= limits.heartbeat_fresh_s:
         beat = f"but the device sent a sign of life {now - beat_at:.0f} s ago"
@@ -280,10 +280,10 @@ def _silent(placement: Placement, evidence: Evidence, limits: Limits, now: Monot
     overdue = quiet_s > limits.report_stale_s
     silent_s = now - max(evidence.quiet_since, evidence.running_since)
     if before is not None and placement.state is PlacementState.RUNNING and not overdue:
-        # No start: the agent has reported at this epoch, to the process before this one.
+        # Not a start: the agent has reported at this epoch, to the process before this one.
         return _carried(before, quiet_s, evidence, limits, now, ready=bool(passes))
     if passes and not overdue:
-        # Bridges the time until the first report, and no more: silence is never healthy.
+        # Only until the first report is due: silence is never healthy.
         return Verdict(VerdictState.WATCHED, f"{passes}; no report of it here yet", ready=True)
     runs_silently = placement.state is PlacementState.RUNNING and silent_s > limits.report_stale_s
     has_reported = any((evidence.refusal, passes, evidence.report, before))
@@ -295,7 +295,8 @@ def _silent(placement: Placement, evidence: Evidence, limits: Limits, now: Monot
 def _not_started(
     placement: Placement, evidence: Evidence, limits: Limits, now: Monotonic
 ) -> Verdict:
-    """The scheduler's reason, if it has one. An agent that no node takes does not start."""
+    """The verdict for an agent that has not started, with the scheduler's reason if there is one. An agent without a
+    node is not `starting`."""
     if placement.state is PlacementState.PENDING:
         said = placement.reason or "the scheduler has not found a node for it yet"
         no_node = placement.queued and placement.reason and evidence.was_watched
@@ -315,7 +316,8 @@ def _carried(
     *,
     ready: bool,
 ) -> Verdict:
-    """The verdict of before this control plane started. Suspicions and repairs end in time here, too."""
+    """The verdict from before this control plane started. Suspicions and repairs end after their maximum time here,
+    too."""
     why = f"{before.value} before this control plane started; its agent has not reported here yet"
     since, lasted_s = evidence.suspect_since, quiet_s
     most_s = limits.repairing_max_s if before is VerdictState.REPAIRING else limits.suspect_max_s
@@ -328,7 +330,7 @@ def _carried(
 
 
 def _passes(placement: Placement, evidence: Evidence) -> str:
-    """Who but the agent itself says that it is up, in words; "" = nobody."""
+    """Which source other than the agent reports that it is up, in words; "" = none."""
     health = evidence.health
     if health is not None and health.epoch == placement.epoch and health.status == "passing":
         return "the agent passes its check in Consul"
@@ -338,7 +340,7 @@ def _passes(placement: Placement, evidence: Evidence) -> str:
 
 
 def _unheard(passes: str, evidence: Evidence, now: Monotonic) -> Verdict:
-    """An agent runs, and nothing is heard of it."""
+    """The verdict if an agent runs, but its reports are refused or do not arrive."""
     if evidence.refusal:
         refused = f"the agent's reports are refused: {evidence.refusal}"
         return Verdict(VerdictState.UNWATCHED, refused, unheard=Unheard.REFUSED)
@@ -364,7 +366,7 @@ def _is_in_grace(evidence: Evidence, limits: Limits, now: Monotonic) -> bool:
     measured_s = limits.startup_grace_s if evidence.grace_s is None else evidence.grace_s
     longer_s = max(measured_s, limits.startup_grace_s)
     if placed_at is None or placed_at < evidence.waiting_since:
-        # A queue, a restart in place, or a restart of ours: none of them is a start as measured.
+        # A queue, a restart in place or a restart of the control plane is not a start as measured.
         return waited <= longer_s
     return now - placed_at <= measured_s and waited <= STARTS_IN_A_ROW * longer_s
 
@@ -380,7 +382,7 @@ _REPORTED_AS: Final = {
 
 
 def reported_age_s(state: VerdictState, report: Report | None, now: Monotonic) -> float:
-    """How long the agent has been reporting this state, seconds; 0 when it does not say."""
+    """How long the agent has been reporting this state, in seconds; 0 = it does not report it."""
     if report is None or _REPORTED_AS.get(state) is not report.state or not report.state_age_s:
         return 0.0
     return report.state_age_s + (now - report.received_at)

@@ -1,8 +1,8 @@
-"""Signed webhooks by the Standard Webhooks scheme, and which of them were seen before.
+"""Verifies webhooks that are signed by the Standard Webhooks scheme, and detects replays.
 
 https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md
-The package of that name reads its own clock, signs a number that it has parsed instead of the text that
-came, and raises whatever a hostile header makes it raise; hence these lines, held to its test vector.
+The package of that name reads its own clock, signs a parsed number instead of the received text, and raises
+arbitrary errors for hostile headers. This module replaces it, and is tested with its test vector.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from typing import Final
 
 PREFIX: Final = "whsec_"
 TOLERANCE_S: Final = 300
-"""How far the sender's clock may be from ours, both ways."""
+"""Maximum difference between the sender's clock and ours, in seconds, in both directions."""
 MAX_ID: Final = 256
 MAX_SIGNATURES: Final = 16
-"""In one header: more is no rotation, it is work for us."""
+"""Maximum number of signatures in one header: key rotation needs fewer, and each one costs time."""
 MAX_KEPT: Final = 65_536
-"""Ids in a window; the oldest falls out, and then the record's own guard (`core.event_order`) stands alone."""
+"""Maximum number of ids in a window; the oldest is dropped, and then only `core.event_order` detects its replay."""
 _SECONDS: Final = re.compile(r"[1-9][0-9]{0,11}", re.ASCII)
 
 
 class SignatureError(Exception):
-    """The call is not signed as it must be; the text says what is wrong, and nothing secret."""
+    """The call is not signed correctly. The message says what is wrong, and contains no secrets."""
 
 
 @dataclass(frozen=True, slots=True)
 class SignatureHeaders:
-    """Who said it was sent when. The id is the sender's: the same for each try to deliver one event."""
+    """Id and signing time of a call. The sender chooses the id: it is the same for each delivery attempt of an
+    event."""
 
     id: str
     at: int
@@ -44,7 +45,7 @@ class SignatureHeaders:
 
 
 def secret_of(text: str) -> bytes:
-    """The bytes of ``whsec_<base64>``. Raises ValueError for anything but 24 to 64 bytes of it."""
+    """The bytes of ``whsec_<base64>``. Raises ValueError unless it contains 24 to 64 bytes."""
     if not text.startswith(PREFIX):
         raise ValueError(f"a secret begins with {PREFIX}")
     try:
@@ -57,7 +58,7 @@ def secret_of(text: str) -> bytes:
 
 
 def sign(secret: bytes, signed: SignatureHeaders, body: bytes) -> str:
-    """One signature, as it stands in the header."""
+    """One signature, as in the header."""
     return "v1," + base64.b64encode(_mac(secret, signed, body)).decode()
 
 
@@ -69,13 +70,13 @@ def _mac(secret: bytes, signed: SignatureHeaders, body: bytes) -> bytes:
 
 @lru_cache(maxsize=64)
 def _keyed(secret: bytes) -> hmac.HMAC:
-    """To be copied. `hmac.digest` sets the key up each time, and lets go of the interpreter for it: beside a
-    thread that writes the loop waits some 0.1 ms to have it back."""
+    """A keyed HMAC, to be copied. `hmac.digest` sets up the key each time and releases the interpreter lock: while
+    another thread writes, the event loop waits about 0.1 ms to get it back."""
     return hmac.new(secret, digestmod="sha256")
 
 
 def check_form(headers: tuple[str, str, str], now: float) -> None:
-    """Whether these headers can be those of a signed call, before its body is read. now: unix seconds.
+    """Check the headers of a call before its body is read: their form and time. now: unix seconds.
 
     Raises SignatureError."""
     signed, given = _form(headers)
@@ -87,10 +88,10 @@ def check_form(headers: tuple[str, str, str], now: float) -> None:
 def verify(
     secrets: Sequence[bytes], headers: tuple[str, str, str], body: bytes, now: float
 ) -> SignatureHeaders:
-    """Check ``(webhook-id, webhook-timestamp, webhook-signature)`` of these bytes. now: unix seconds.
+    """Verify ``(webhook-id, webhook-timestamp, webhook-signature)`` for this body. now: unix seconds.
 
-    Raises SignatureError. The signature is checked before the time, and over every secret, so that the
-    answer does not tell a guesser which part was right.
+    Raises SignatureError. The signature is checked before the time, and with every secret, so that the answer does
+    not reveal which part was right.
     """
     signed, given = _form(headers)
     good = False
@@ -135,7 +136,7 @@ def _bytes_of(signature: str) -> bytes:
 
 
 class Seen(StrEnum):
-    """What a window knows of an id."""
+    """State of an id in a window."""
 
     NEW = "new"
     DONE = "done"
@@ -148,18 +149,18 @@ class Seen(StrEnum):
 
 @dataclass(slots=True)
 class ReplayWindow:
-    """The ids of the last minutes. A call claims its id, and settles it when it is durable."""
+    """The ids of the last minutes. A call claims its id, and settles it when the event is durable."""
 
     most: int = MAX_KEPT
     _kept: OrderedDict[bytes, _Entry] = field(default_factory=OrderedDict)
 
     def claim(self, signed: SignatureHeaders, body: bytes, now: float) -> Seen:
-        """What is known of this id; a NEW one is BUSY from here on, until `settle`."""
+        """Claim an id and return its previous state; a NEW one is BUSY until `settle`."""
         self._forget(now)
         key, digest = _digest(signed.id.encode()), _digest(body)
         entry = self._kept.get(key)
         if entry is None:
-            # Nothing signed now is accepted after its time stamp is too old, however late it comes.
+            # After this time the timestamp is too old, so that a replay is refused in any case.
             self._kept[key] = _Entry(digest, until=signed.at + TOLERANCE_S)
             while len(self._kept) > self.most:
                 self._kept.popitem(last=False)
@@ -169,7 +170,7 @@ class ReplayWindow:
         return Seen.DONE if entry.done else Seen.BUSY
 
     def settle(self, signed: SignatureHeaders, *, done: bool) -> None:
-        """The claimed event was applied; or it was not, and may be sent again."""
+        """Settle a claim. `done`: the event was applied; otherwise it may be sent again."""
         key = _digest(signed.id.encode())
         entry = self._kept.get(key)
         if entry is None:
@@ -183,7 +184,7 @@ class ReplayWindow:
         return len(self._kept)
 
     def _forget(self, now: float) -> None:
-        # In the order of arrival, so that one from the future keeps a few behind it a little longer.
+        # In the order of arrival: an entry with a future timestamp keeps those behind it a little longer.
         while self._kept and next(iter(self._kept.values())).until < now:
             self._kept.popitem(last=False)
 
