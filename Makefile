@@ -96,7 +96,7 @@ lint-code:
 
 # One run with several workers: while some wait for servers, others compute. More workers than cores, as tests mostly wait.
 WORKERS      ?= 5
-LONG_WORKERS ?= 4
+LONG_WORKERS ?= 3
 pytest = $(BIN)/pytest --numprocesses=$(1) --dist=loadgroup --no-loadscope-reorder -m $(2)
 
 test-fast: $(VENV)/.dev

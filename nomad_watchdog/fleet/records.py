@@ -229,9 +229,8 @@ class RecordCache(Mapping[Slug, DeviceRecord]):
             }
             writes = {slug: record for slug, record in wanted.items() if record is not None}
             for slug in todo:
-                if slug not in writes:
-                    outcome[slug] = await self._unchanged(slug, stored[slug])
-            todo = [slug for slug in todo if slug in writes or slug not in outcome]
+                if slug not in writes and await self._is_stored(slug, stored[slug]):
+                    outcome[slug] = _unchanged(stored[slug])
             results = await self.commit(list(writes.values())) if writes else ()
             failpoints.reached("K2")
             done = [record for record in results if record is not None]
@@ -260,14 +259,13 @@ class RecordCache(Mapping[Slug, DeviceRecord]):
         self.committed.emit("conflict", lost)
         return stored
 
-    async def _unchanged(self, slug: Slug, stored: DeviceRecord | None) -> Registered | None:
-        # If the cache is behind, "nothing to do" would acknowledge what is not stored (S4).
+    async def _is_stored(self, slug: Slug, known: DeviceRecord | None) -> bool:
+        """Whether the registry has this record now. If the cache is behind, "nothing to do" would acknowledge what is
+        not stored (S4)."""
         fresh = await self.registry.get(slug)
-        if fresh == stored:
-            return None if fresh is None else Registered(fresh, changed=False)
-        if fresh is not None:
+        if fresh is not None and fresh != known:
             self.learn([fresh])
-        raise ConflictError("the record has just been changed by another writer; try again")
+        return fresh == known
 
     async def read_floor(self) -> EpochFloor:
         """The floor that every first epoch must be above, as the registry has it now."""
@@ -370,3 +368,7 @@ class RecordCache(Mapping[Slug, DeviceRecord]):
         self._forget(gone)
         self.loaded = True
         return news or bool(gone) or self.setback is not None
+
+
+def _unchanged(record: DeviceRecord | None) -> Registered | None:
+    return None if record is None else Registered(record, changed=False)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from contextlib import suppress
 
+from nomad_watchdog.ids import DeviceId, slug_of
 from tests.e2e import audit
 from tests.faults import proxy
 from tests.faults.matrix import row
@@ -126,6 +128,7 @@ async def lost_starts(world: World) -> None:
 async def lost_stops(world: World) -> None:
     names = await watched(world, 4)
     rule = world.nomad.when("DELETE", "/v1/job/", proxy.lost_answer(), times=3)
+    _freeze(world, names[:2])
     await world.wishes(*names[:2], present=False)
     await _must_have_hit(rule)
     await world.settle()
@@ -170,6 +173,7 @@ async def commits_twice(world: World) -> None:
 async def stops_twice(world: World) -> None:
     names = await watched(world, 4)
     rule = world.nomad.when("DELETE", "/v1/job/", proxy.repeated(2))
+    _freeze(world, names[:3])
     await world.wishes(*names[:3], present=False)
     await _must_have_hit(rule, 3)
     await world.settle()
@@ -207,6 +211,15 @@ async def frozen(world: World) -> None:
         world.undisturbed(before, "L3", leaving=1)
         world.program.running.send(signal.SIGCONT)
     await world.settle()
+
+
+def _freeze(world: World, names: list[str]) -> None:
+    """Have the agents of these devices ended by their scheduler only: one that runs ends by itself as soon as a report
+    is refused, and if that is before its stop there is none."""
+    slugs = {str(slug_of(DeviceId(name))) for name in names}
+    for one in world.agents():
+        if one.slug in slugs:
+            os.kill(one.pid, signal.SIGSTOP)
 
 
 async def _must_have_hit(rule: proxy.Rule, least: int = 1) -> None:

@@ -15,7 +15,7 @@ from tests.faults.rows_crash import watched
 from tests.faults.rows_servers import known_to_run, lost
 from tests.faults.rows_verdicts import all_are, events, metric
 from tests.faults.site import JOBS, BrokenRowError, until
-from tests.faults.world import World
+from tests.faults.world import UP_S, World
 
 MIGRATES = "sticky = true\n      migrate = true"
 """As the template was until the disks of agents were not migrated any more. Agents that were started with it are
@@ -71,7 +71,7 @@ async def node_purged(world: World) -> None:
     await asyncio.to_thread(shutil.rmtree, nomad.data_dir / "data-1" / "client")
     await until(lambda: lost(world), 60.0, "the node is lost")
     await nomad.request("POST", f"/v1/node/{old}/purge")
-    await all_are(world, names, "watched", "does not know the agent", timeout_s=60.0)
+    await all_are(world, names, "watched", "does not know the agent", timeout_s=UP_S)
     await _are_pending(world, len(names))
     world.undisturbed(before, "L3")
     await events(world, "agent.unlisted", names)
