@@ -249,7 +249,7 @@ class AgentClassSettings(Block):
         _once(self.driver, self.workload, self.variables)
         return self
 
-    def telling(self) -> dict[str, object]:
+    def alert_wire(self) -> dict[str, object]:
         """The escalation, log and state keys of the agent's document; empty if none is set."""
         return escalation.wire(self.escalate, self.loki, self.state)
 

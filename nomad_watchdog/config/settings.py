@@ -124,7 +124,7 @@ class Settings(Block):
         return FilePath(self.data_dir) / "events.db"
 
     @property
-    def told_path(self) -> FilePath:
+    def published_events_path(self) -> FilePath:
         return FilePath(self.data_dir) / "events-told.db"
 
     @property
@@ -132,7 +132,7 @@ class Settings(Block):
         return FilePath(self.data_dir) / "audit.db"
 
     @property
-    def audit_told_path(self) -> FilePath:
+    def published_audit_path(self) -> FilePath:
         return FilePath(self.data_dir) / "audit-told.db"
 
     @property
@@ -225,8 +225,8 @@ class Settings(Block):
         # Only if set, so that a class without them keeps its hash and its agents.
         repairs = kind.repairs_wire()
         gateway = {"gateway": kind.gateway.wire()} if kind.gateway else {}
-        telling = kind.telling()
-        behaviour |= repairs | gateway | telling
+        alerts = kind.alert_wire()
+        behaviour |= repairs | gateway | alerts
         digest = hashlib.sha256(to_text(behaviour).encode()).hexdigest()[:12]
         spec = AgentSpec(
             agent_class=name,
@@ -254,8 +254,8 @@ class Settings(Block):
                     }
                     | repairs
                     | gateway
-                    | telling
-                    | self._reached(prefix=bool(telling))
+                    | alerts
+                    | self._reached(prefix=bool(alerts))
                 )
             ),
         )
@@ -295,13 +295,13 @@ class Settings(Block):
         if api.ca_cert:
             trust["ca_cert"] = certificates("api.ca_cert", api.ca_cert)
         if self.agent_consul.startswith("https://"):
-            told: dict[str, object] = {
+            tls: dict[str, object] = {
                 "ca_cert": self._authorities_of_consul(),
                 "client_cert": consul.agent_client_cert,
                 "client_key": consul.agent_client_key,
                 "server_name": consul.tls_server_name,
             }
-            given = {name: value for name, value in told.items() if value}
+            given = {name: value for name, value in tls.items() if value}
             trust["consul_tls"] = given | ({"verify": False} if consul.tls_skip_verify else {})
         return trust
 

@@ -91,10 +91,12 @@ def state(event: EventLike) -> str:
     return f"{event.kind} {event.data.get(key)}" if key else event.kind
 
 
-def untold(own: Sequence[E], told: Mapping[Subject, tuple[str, float]], horizon: float) -> list[E]:
+def unpublished(
+    own: Sequence[E], published: Mapping[Subject, tuple[str, float]], horizon: float
+) -> list[E]:
     """Our own shared events, oldest first, that the previous publisher has not published.
 
-    `told`: the last published state of each subject, and the wall time of its event. For a subject that is not in it,
+    `published`: the last published state of each subject, and the wall time of its event. For a subject that is not in it,
     only events after `horizon` are returned. Replicas judge at different times and their clocks differ, so the
     published event is identified among our own by its state, and by the nearest time if there are several. The events
     after it are returned."""
@@ -105,15 +107,15 @@ def untold(own: Sequence[E], told: Mapping[Subject, tuple[str, float]], horizon:
             by_subject.setdefault(about, []).append(event)
     wanted: set[int] = set()
     for about, events in by_subject.items():
-        wanted.update(map(id, _after(events, told.get(about), horizon)))
+        wanted.update(map(id, _after(events, published.get(about), horizon)))
     return [event for event in own if id(event) in wanted]
 
 
 def _after(events: list[E], last: tuple[str, float] | None, horizon: float) -> Iterable[E]:
     if last is None:
         return [event for event in events if event.at > horizon]
-    said, at = last
-    same = [number for number, event in enumerate(events) if state(event) == said]
+    last_state, at = last
+    same = [number for number, event in enumerate(events) if state(event) == last_state]
     if same:
         nearest = min(same, key=lambda number: (abs(events[number].at - at), -number))
         return events[nearest + 1 :]

@@ -26,22 +26,22 @@ BY_TOKEN: Final = "token:"  # noqa: S105  # no secret: the start of a source
 
 def register(  # by name
     stored: DeviceRecord | None,
-    wish: Device,
+    desired: Device,
     now: WallTime,
     source: str | None = None,
     *,
     token: str = "",
     generation: int = 0,
 ) -> DeviceRecord | None:
-    """The record with `wish` as its desired state; None if the stored record already has it.
+    """The record with `desired` as its desired state; None if the stored record already has it.
 
     `source`: the inventory that requests this, None = the API, which does not change the source of an unchanged
     device. `token`: the device token that registers an absent device; "" = another caller. `generation`: the highest
     generation of any deleted record."""
     if stored is None:
         return DeviceRecord(
-            slug=slug_of(wish.id),
-            device=wish,
+            slug=slug_of(desired.id),
+            device=desired,
             presence=Presence.PRESENT,
             generation=generation + 1,
             epoch=NEVER,
@@ -49,7 +49,7 @@ def register(  # by name
             changed_at=now,
             source=source or (token and BY_TOKEN + token),
         )
-    same = stored.device == wish and source in (None, stored.source)
+    same = stored.device == desired and source in (None, stored.source)
     if stored.presence is Presence.PRESENT and same:
         return None
     by_token = token and BY_TOKEN + token
@@ -58,7 +58,7 @@ def register(  # by name
         by_token = stored.source if stored.source.startswith(BY_TOKEN) else ""
     return replace(
         stored,
-        device=wish,
+        device=desired,
         presence=Presence.PRESENT,
         generation=stored.generation + 1,
         changed_at=now,

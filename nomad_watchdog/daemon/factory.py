@@ -182,7 +182,7 @@ async def open_merged_log(settings: Settings, origin: str) -> AsyncIterator[Merg
     if settings.registry_kind == "sqlite":
         yield None
         return
-    store = _store(settings, settings.told_path, settings.audit_told_path, origin)
+    store = _store(settings, settings.published_events_path, settings.published_audit_path, origin)
     found = await store.open()
     merged = MergedLog(EventLog(origin, store, is_copied=True))
     merged.resume(found.events, found.verdicts, found.origins)

@@ -57,7 +57,7 @@ def exposed(settings: Settings, config: FilePath | None = None) -> Iterator[tupl
             f"{text_files.shown(str(config))} {why}",
             f"chown it, and chmod go-w {config}",
         )
-    stores = (settings.registry_path, settings.events_path, settings.told_path)
+    stores = (settings.registry_path, settings.events_path, settings.published_events_path)
     for path_, mode in ((FilePath(settings.data_dir), "700"), *((one, "600") for one in stores)):
         if why := private_files.open_to(path_):
             yield "data_dir", f"{text_files.shown(str(path_))} {why}", f"chmod {mode} {path_}"

@@ -102,7 +102,7 @@ class MergedLog:
         oldest = next(iter(ring), None)
         horizon = oldest.at if oldest is not None else float("-inf")
         shared = [event for event in own if event_merge.is_shared(event)]
-        wanted = {event.seq for event in event_merge.untold(shared, self.last, horizon)}
+        wanted = {event.seq for event in event_merge.unpublished(shared, self.last, horizon)}
         return [
             event
             for event in own

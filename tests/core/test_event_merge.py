@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.event_merge import is_shared, state, subject, untold
+from nomad_watchdog.core.event_merge import is_shared, state, subject, unpublished
 from nomad_watchdog.ids import Slug
 
 D = Slug("d")
@@ -46,20 +46,20 @@ def test_two_who_saw_the_same_tell_each_change_once(
     told = min(told, len(changes))
     ours = [Said(one.kind, one.at + lag) for one, lag in zip(changes, lags, strict=False)]
     last = {subject(one): (state(one), one.at) for one in changes[:told]}
-    assert untold(ours, last, float("-inf")) == ours[told:]  # type: ignore[arg-type]
+    assert unpublished(ours, last, float("-inf")) == ours[told:]  # type: ignore[arg-type]
 
 
 def test_what_was_told_otherwise_is_not_told_from_before() -> None:
     """Of a device whose last told state we never saw only what came later is told."""
     ours = [Said("verdict.watched", 10.0), Said("verdict.suspect", 30.0)]
     last = {(Slug("d"), "verdict"): ("verdict.offline", 20.0)}
-    assert untold(ours, last, 0.0) == ours[1:]
+    assert unpublished(ours, last, 0.0) == ours[1:]
 
 
 def test_of_what_is_not_known_only_the_recent_is_told() -> None:
     """A subject that the log does not reach back to is told from the log's first event on."""
     ours = [Said("flapping", 10.0), Said("steady", 30.0)]
-    assert untold(ours, {}, 20.0) == ours[1:]
+    assert unpublished(ours, {}, 20.0) == ours[1:]
 
 
 @pytest.mark.parametrize(

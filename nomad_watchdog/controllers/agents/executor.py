@@ -81,8 +81,8 @@ class ActionExecutor:
     queue: WorkQueue[Slug, Action]
     done: Callable[[Action, ActionOutcome, float], None]
     leases: Leases = field(default_factory=SoleOwner)
-    told: Callable[[AgentSpec], AgentSpec] = lambda spec: spec
-    """The spec with what its agents are told at the moment of their start."""
+    adapt: Callable[[AgentSpec], AgentSpec] = lambda spec: spec
+    """Called at each start; returns the spec with what holds only at that moment, such as the replicas' addresses."""
     ended: Signal[[Action, ActionOutcome, float]] = field(default_factory=Signal)
     """An action has ended: how, and how long it took, seconds."""
     expectations: dict[Slug, Expectation] = field(default_factory=dict)
@@ -263,8 +263,8 @@ class ActionExecutor:
             )
         self.fleet.recorder.dispatched(record.slug, record.epoch)
         failpoints.reached("K6")
-        told = self.told(spec)
-        index = await self._ask(record.slug, self.scheduler.ensure(record, record.epoch, told))
+        adapted = self.adapt(spec)
+        index = await self._ask(record.slug, self.scheduler.ensure(record, record.epoch, adapted))
         failpoints.reached("K7")
         self.queue.delay(record.slug, budget.started(self.fleet.limits, now))
         self.expectations[record.slug] = Expectation(

@@ -147,7 +147,7 @@ class _Zygote:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         others = {k: v for k, v in environment.items() if not k.startswith("WATCHDOG_")}
         output = os.open(
-            directory / "nursery.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600
+            directory / "zygote.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600
         )
         try:
             self._process = subprocess.Popen(
@@ -215,7 +215,7 @@ class _Zygote:
             self.broken = True
             raise ZygoteError(f"the zygote does not answer: {error}") from error
         self.broken = True
-        raise ZygoteError("the zygote has ended; see nursery.log")
+        raise ZygoteError("the zygote has ended; see zygote.log")
 
     def close(self) -> None:
         """Close the socket, which ends the zygote. One that hangs is killed."""
