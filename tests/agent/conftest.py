@@ -12,6 +12,6 @@ from tests.agent.world import World, a_world
 
 @pytest_asyncio.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
-    """A device and a peer that listen; agents are stopped at the end."""
+    """A device and a listening peer; agents are stopped at the end."""
     async with a_world(tmp_path) as it:
         yield it

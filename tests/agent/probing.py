@@ -1,4 +1,4 @@
-"""Runs one probe of the agent, in a thread, against what stands on this test's loop."""
+"""Runs one probe of the agent in a thread, against a server on this test's loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Answer = Callable[[bytes], bytes | None]
 def run(
     spec: dict[str, Any], address: str = "127.0.0.1", warnings: list[str] | None = None
 ) -> tuple[bool | None, str]:
-    """(outcome, reason) of one run of a checked probe, on a loop of its own; what it warns of goes to `warnings`."""
+    """(outcome, reason) of one run of a checked probe, on a loop of its own; its warning is appended to `warnings`."""
     loop = Loop()
     answers: list[tuple[bool | None, str]] = []
 
@@ -28,7 +28,7 @@ def run(
         finish()
 
     def finish() -> None:
-        # what was killed is reaped from the loop
+        # killed programs are reaped from the loop
         if command._running:
             loop.later(0.01, finish)
         else:
@@ -47,7 +47,7 @@ def run(
 async def asked(
     address: str = "127.0.0.1", warnings: list[str] | None = None, **spec: Any
 ) -> tuple[bool | None, str]:
-    """(outcome, reason) of one run of this probe; gives up after ten seconds unless it says otherwise."""
+    """(outcome, reason) of one run of this probe; the timeout is ten seconds unless set."""
     return await asyncio.to_thread(
         run, config_probes.check({"timeout_s": 10.0, **spec}, "probe"), address, warnings
     )
@@ -68,7 +68,7 @@ class _Udp(asyncio.DatagramProtocol):
 
 @contextlib.asynccontextmanager
 async def udp(answer: Answer) -> AsyncIterator[int]:
-    """The port of a UDP server that answers so."""
+    """The port of a UDP server that gives these answers."""
     transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
         lambda: _Udp(answer), local_addr=("127.0.0.1", 0)
     )
@@ -82,7 +82,7 @@ async def udp(answer: Answer) -> AsyncIterator[int]:
 async def tcp(
     speak: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]], tls: Any = None
 ) -> AsyncIterator[int]:
-    """The port of a TCP server that speaks so."""
+    """The port of a TCP server with this behaviour."""
     from tests.agent.world import Listener
 
     listener = Listener(speak)

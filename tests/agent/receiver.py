@@ -1,4 +1,4 @@
-"""A receiver of webhooks that tells deliveries from attempts, and can be made to stall or to refuse."""
+"""A webhook receiver that distinguishes deliveries from attempts, and can stall or reject them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from tests.agent.world import Listener, silent
 
 
 class Receiver(Listener):
-    """Records what is sent; `status` answers it, None = never answers."""
+    """Records requests; `status` is the answer, None = never answers."""
 
     def __init__(self) -> None:
         super().__init__(self._answer)
         self.status: int | None = 200
         self.headers = ""
         self.holds = asyncio.Event()
-        """Set: answers; cleared: a request that is recorded waits for its answer."""
+        """Set: answers; cleared: a recorded request waits for its answer."""
         self.holds.set()
         self.attempts: list[dict[str, Any]] = []
-        """Each with `path`, `headers` (names in lower case), `body` and what was answered as `status`."""
+        """Each has `path`, `headers` (names in lower case), `body` and the answered `status`."""
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
@@ -50,9 +50,9 @@ class Receiver(Listener):
 
     @property
     def delivered(self) -> list[dict[str, Any]]:
-        """The bodies that were answered with 2xx."""
+        """The bodies of the requests that were answered with 2xx."""
         return [one["body"] for one in self.attempts if one["status"] in (200, 204)]
 
     def told(self, status: str) -> list[dict[str, Any]]:
-        """The delivered alerts of this status."""
+        """The delivered alerts with this status."""
         return [one for one in self.delivered if one["status"] == status]

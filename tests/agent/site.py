@@ -1,4 +1,4 @@
-"""A site of network namespaces: the agent's host, and a device behind a pair of interfaces of its own each."""
+"""A site of network namespaces: the agent's host, and devices, each behind a pair of interfaces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.agent.world import Agent, Listener, Peer, document
 
 
 def ip(*words: str) -> str:
-    """Run `ip`; its output. Needs root."""
+    """Run `ip` and return its output. Needs root."""
     done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=10, check=False)
     assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr}"
     return done.stdout
@@ -38,7 +38,7 @@ class SitePeer(Peer):
 
 
 class Hook(Listener):
-    """In the place of whoever is told: keeps the bodies of the calls."""
+    """A receiver of escalations that keeps the bodies of the calls."""
 
     def __init__(self, host: Host) -> None:
         super().__init__(self._take)
@@ -47,7 +47,7 @@ class Hook(Listener):
 
     @property
     def raised(self) -> list[dict[str, Any]]:
-        """The different ones: what is said again under its key is the same."""
+        """The distinct firing alerts: a repetition has the same key."""
         return list({c["key"]: c for c in self.calls if c["status"] == "firing"}.values())
 
     async def _open(self) -> asyncio.Server:
@@ -87,11 +87,11 @@ class Device:
         self.server = await asyncio.start_server(speak, sock=self.host.listener(7000))
 
     def cut(self) -> None:
-        """The site's end of the cable goes down: what a cycle of the interface repairs."""
+        """Set the site's end of the cable down: a cycle of the interface repairs this."""
         ip("-n", self.site.namespace, "link", "set", self.link, "down")
 
     def die(self) -> None:
-        """The device's own end goes down: nothing that the site does helps."""
+        """Set the device's own end down: the site cannot repair this."""
         ip("-n", self.host.namespace, "link", "set", "eth0", "down")
 
     def live(self) -> None:
@@ -99,7 +99,7 @@ class Device:
 
     @property
     def is_up(self) -> bool:
-        """Whether the site's end is up, as an operator has set it."""
+        """Whether the site's end is administratively up."""
         (link,) = json.loads(ip("-n", self.site.namespace, "-j", "link", "show", self.link))
         return "UP" in link["flags"]
 
@@ -123,12 +123,12 @@ class SiteAgent(Agent):
         return int(head.split()[1]), body.decode()
 
     def kept(self) -> dict[str, Any]:
-        """The state file's part about repairs."""
+        """The state file's section about repairs."""
         state: dict[str, Any] = json.loads((self.folder / "state.json").read_text())["state"]
         return state["repairs"]
 
     async def outcomes(self) -> list[str]:
-        """Of the attempts, oldest first."""
+        """The outcomes of the attempts, oldest first."""
         return [one["outcome"] for one in (await self.status())["repairs"]["attempts"]]
 
 
@@ -145,7 +145,7 @@ class Site:
         self.agents: list[SiteAgent] = []
 
     async def device(self) -> Device:
-        """One more device, which answers."""
+        """Add a device that answers."""
         device = Device(self.host, len(self.devices) + 1, self.run)
         self.devices.append(device)
         device.build()
@@ -191,7 +191,7 @@ class Site:
 
 @contextlib.asynccontextmanager
 async def a_site(folder: Path) -> AsyncIterator[Site]:
-    """A site whose API and hook listen; all of it is gone at the end."""
+    """A site with a listening API and hook; all of it is removed at the end."""
     site = Site(folder)
     ip("netns", "add", site.host.namespace)
     try:

@@ -24,7 +24,7 @@ _SUM = "import asyncio, hypothesis, watchdog_agent.main\nfrom nomad_watchdog.sch
 
 
 def test_same_sources_same_bytes(tmp_path: Path) -> None:
-    """Two builds give the same bytes and the sum of them, whatever the files' times are."""
+    """Two builds give the same bytes and their checksum, whatever the files' times are."""
     one, two = tmp_path / "a.pyz", tmp_path / "b.pyz"
     assert build_agent(one) == build_agent(two) == hashlib.sha256(one.read_bytes()).hexdigest()
     assert one.read_bytes() == two.read_bytes()
@@ -33,7 +33,7 @@ def test_same_sources_same_bytes(tmp_path: Path) -> None:
 
 
 def test_the_sum_is_the_same_in_every_process(tmp_path: Path) -> None:
-    """The checksum depends neither on the modules that a process has loaded nor on its hash seed: replicas, and a
+    """The checksum depends neither on the modules that a process has loaded nor on its hash seed: all replicas, and a
     restarted one, name the same file."""
     other = subprocess.run(
         [sys.executable, "-c", _SUM],
@@ -47,7 +47,7 @@ def test_the_sum_is_the_same_in_every_process(tmp_path: Path) -> None:
 
 
 def test_files_of_earlier_versions_are_kept_some_versions_long(tmp_path: Path) -> None:
-    """A restarted control plane still has the file that agents of the last versions name, and drops older ones."""
+    """A restarted control plane still has the file that agents of recent versions name, and drops older ones."""
     sha256 = publish(tmp_path)
     shelf = published(tmp_path, sha256).parent
     for number in range(6):
@@ -65,13 +65,13 @@ def test_files_of_earlier_versions_are_kept_some_versions_long(tmp_path: Path) -
 
 @pytest.mark.parametrize("text", ["", "x", "a" * 63, "A" * 64, "a" * 64 + "\n", "../" + "a" * 61])
 def test_what_is_not_a_checksum_is_not_one(text: str) -> None:
-    """Nothing but 64 hexadecimal digits can become a path."""
+    """Only 64 hexadecimal digits can become a path."""
     assert not is_checksum(text)
 
 
 def test_changed_installed_files_are_noticed(tmp_path: Path) -> None:
-    """A changed, an added and a removed file are noticed, whatever size and time they have; the same content is
-    not a change."""
+    """A changed, an added and a removed file are detected, whatever size and time they have; the same content is not a
+    change."""
     file = tmp_path / "one.py"
     file.write_text("a = 1\n")
     installed = Installed(tmp_path)
@@ -86,7 +86,7 @@ def test_changed_installed_files_are_noticed(tmp_path: Path) -> None:
 
 
 def test_an_equal_file_is_left_alone(tmp_path: Path) -> None:
-    """A file that holds the agent already is not written again; another one is replaced whole."""
+    """A file that already contains the agent is not written again; a different one is replaced completely."""
     path = tmp_path / "a.pyz"
     build_agent(path)
     before = path.stat().st_ino
@@ -109,7 +109,7 @@ def test_it_holds_the_agent_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_another_python_runs_it_from_source(tmp_path: Path) -> None:
-    """Where the compiled code is another version's, the same file starts from its sources."""
+    """If the compiled code is for another version, the same file starts from its sources."""
     path, other = tmp_path / "a.pyz", tmp_path / "b.pyz"
     build_agent(path)
     with zipfile.ZipFile(path) as ours, zipfile.ZipFile(other, "w") as theirs:
@@ -128,7 +128,8 @@ def test_another_python_runs_it_from_source(tmp_path: Path) -> None:
 
 
 def test_command_and_run(tmp_path: Path) -> None:
-    """`python -m nomad_watchdog.schedulers.agent_zipapp` builds it, and run without a configuration it ends with 64."""
+    """`python -m nomad_watchdog.schedulers.agent_zipapp` builds it, and run without a configuration it exits with
+    64."""
     path = tmp_path / "a.pyz"
     done = subprocess.run(
         [sys.executable, "-m", "nomad_watchdog.schedulers.agent_zipapp", str(path)],

@@ -1,4 +1,4 @@
-"""What outlives an agent, and what it reports of reports that do not arrive."""
+"""What outlives an agent, and how it reports that its reports do not arrive."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.agent.world import OK, Listener, World, probe, says, silent, tcp, unt
 
 @pytest_asyncio.fixture
 async def receiver() -> AsyncIterator[Receiver]:
-    """A receiver of escalations that listens."""
+    """A listening receiver of escalations."""
     it = Receiver()
     await it.start()
     yield it
@@ -42,8 +42,8 @@ OFFLINE = {"state": "offline", "age_s": 500.0, "reason": "http: dead; icmp: no e
 async def test_a_new_agent_of_a_dead_device_takes_the_outage_over_and_confirms_it(
     world: World,
 ) -> None:
-    """V1: a new agent whose device does not answer becomes ready with its first round, is never ok, and after the
-    first answer reports what the control plane knows, with its age; then it confirms that by itself."""
+    """V1: a new agent whose device does not answer becomes ready with its first round, is never ok, and after the first
+    answer reports the condition and age from the control plane; then it confirms it by itself."""
     await world.device.stop()
     world.peer.body = answer(**OFFLINE)
     agent = await world.started()
@@ -66,8 +66,8 @@ async def test_a_new_agent_of_a_dead_device_takes_the_outage_over_and_confirms_i
 
 
 async def test_a_condition_is_refuted_by_a_confirmation_or_a_success(world: World) -> None:
-    """The host answers although the service does not: degraded. The service answers: ok, and a condition that
-    comes after that changes nothing."""
+    """If the host answers without the service, the device is degraded. When the service answers it is ok, and a
+    condition received later changes nothing."""
     await world.device.stop()
     world.peer.body = answer(**OFFLINE)
     agent = await world.started(confirm=[tcp(world.peer.port)])
@@ -82,8 +82,8 @@ async def test_a_condition_is_refuted_by_a_confirmation_or_a_success(world: Worl
 
 
 async def test_another_cause_of_a_state_that_lasts_is_reported_at_once(world: World) -> None:
-    """A service that refused answers 503 now, on a host that was there all the time: the new cause is reported and
-    logged at once, although the next report by the clock is far away."""
+    """If a service that refused connections now answers 503, on a host that was up all the time, the new cause is
+    reported and logged at once, although the next scheduled report is far away."""
     agent = await world.started(confirm=[tcp(world.peer.port)], beat_s=600.0)
     await world.peer.saw("ok", state="ok")
     await world.device.stop()
@@ -102,7 +102,7 @@ async def test_another_cause_of_a_state_that_lasts_is_reported_at_once(world: Wo
 async def test_an_outage_that_ends_in_part_is_never_reported_with_its_old_reason(
     world: World,
 ) -> None:
-    """The host and the service come back together, the service with 503: one report of degraded, with the 503."""
+    """If the host comes back with a service that answers 503, there is one report of degraded, with the 503."""
     host = Listener(silent, world.dead_port)
     world.others.append(host)
     await world.started(beat_s=600.0)
@@ -124,7 +124,7 @@ async def test_an_outage_that_ends_in_part_is_never_reported_with_its_old_reason
 
 
 async def test_a_device_that_comes_back_whole_is_not_degraded(world: World) -> None:
-    """Both its service and what confirms come back; the probe that is under way then belongs to the outage."""
+    """If both the service and the confirmation come back, the probe in flight at that time counts for the outage."""
     host = Listener(silent, world.dead_port)
     world.others.append(host)
     hangs = Listener(silent, world.device.port)
@@ -164,7 +164,7 @@ async def test_a_degraded_condition_is_taken_over(world: World) -> None:
     ],
 )
 async def test_a_condition_that_makes_no_sense_is_ignored(world: World, condition: Any) -> None:
-    """The agent goes on with what it found itself."""
+    """The agent relies on what it found itself."""
     await world.device.stop()
     world.peer.body = json.dumps({"condition": condition}).encode()
     await world.started()
@@ -176,7 +176,7 @@ async def test_a_condition_that_makes_no_sense_is_ignored(world: World, conditio
 async def test_a_condition_with_a_strange_part_is_taken_without_it(
     world: World, strange: dict[str, Any]
 ) -> None:
-    """A wrong age counts as none, a wrong reason or number of misses is replaced."""
+    """A wrong age is ignored, a wrong reason or number of misses is replaced."""
     await world.device.stop()
     world.peer.body = answer(**{**OFFLINE, **strange})
     await world.started()
@@ -187,7 +187,7 @@ async def test_a_condition_with_a_strange_part_is_taken_without_it(
 
 
 async def test_an_age_beyond_all_bounds_is_bounded(world: World) -> None:
-    """1e300 seconds are ten years."""
+    """An age of 1e14 seconds is limited to ten years."""
     await world.device.stop()
     world.peer.body = answer(**{**OFFLINE, "age_s": 10.0**14})
     await world.started()
@@ -196,7 +196,7 @@ async def test_an_age_beyond_all_bounds_is_bounded(world: World) -> None:
 
 
 async def test_the_age_of_a_state_goes_on_over_a_restart(world: World) -> None:
-    """A state file carries since when the device is offline; a restart adds the time that it took."""
+    """The state file records how long the device has been offline; a restart adds the time it took."""
     await world.device.stop()
     world.peer.body = answer(**OFFLINE)
     agent = await world.started()
@@ -213,8 +213,8 @@ async def test_the_age_of_a_state_goes_on_over_a_restart(world: World) -> None:
 
 
 def test_v6_a_report_that_waited_says_when_its_state_began(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The age of a state in a report that is sent again includes the time that the report has waited: else
-    each restart of the control plane moves the beginning of the state."""
+    """The age of a state in a report that is sent again includes the time that the report has waited; otherwise each
+    restart of the control plane would move the start of the state."""
     now, bodies = [100.0], []
 
     def ask(_loop: object, _url: object, data: bytes, *_rest: object) -> object:
@@ -239,7 +239,7 @@ def test_v6_a_report_that_waited_says_when_its_state_began(monkeypatch: pytest.M
     assert [(body["sequence"], body["state_age_s"]) for body in bodies] == [(1, 5.0), (1, 15.0)]
 
 
-# -- V2: an agent that is not heard says so
+# -- V2: an agent reports that its reports are not accepted
 
 
 REFUSED = b'{"error": {"code": "unauthorized", "message": "the credential does not fit"}}'
@@ -250,8 +250,8 @@ REFUSED = b'{"error": {"code": "unauthorized", "message": "the credential does n
 async def test_refused_reports_are_told_in_status_log_and_health_check(
     world: World, status: int
 ) -> None:
-    """V2: the check's output (its status stays 200), /status, the metrics and the log say that reports are refused
-    and why, the log once; when they are accepted again, all of them say that."""
+    """V2: the health check's output (its status stays 200), /status, the metrics and the log state that reports are
+    rejected and why, the log once; when they are accepted again, all of them state that."""
     world.peer.status, world.peer.body = status, REFUSED
     agent = await world.started(beat_s=0.1)
     await until(lambda: world.peer.refused >= 5, "five refusals", 30.0)
@@ -274,7 +274,8 @@ async def test_refused_reports_are_told_in_status_log_and_health_check(
 async def test_a_missing_answer_is_told_after_three_and_another_reason_in_its_place(
     world: World,
 ) -> None:
-    """One lost answer changes nothing; three do, with the address; a refusal after that is told at once."""
+    """One lost answer changes nothing; three are reported, with the address; a rejection after that is reported at
+    once."""
     await world.peer.stop()
     agent = await world.started(beat_s=0.1)
     url = f"http://127.0.0.1:{world.peer.port}"
@@ -294,7 +295,8 @@ async def test_a_missing_answer_is_told_after_three_and_another_reason_in_its_pl
 
 
 async def test_v3_a_dead_web_service_on_a_live_host_is_degraded(world: World) -> None:
-    """README's own class: an http probe, confirmed by icmp. The service dies, its host answers: degraded."""
+    """README's own class: an http probe, confirmed by icmp. If the service dies and its host answers, the device is
+    degraded."""
     await world.started(confirm=[{"kind": "icmp", "timeout_s": 0.5}])
     await world.peer.saw("ok", state="ok", ready=True)
     await world.device.stop()
@@ -309,7 +311,7 @@ async def test_v3_a_dead_web_service_on_a_live_host_is_degraded(world: World) ->
 
 
 async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Answers after a while."""
+    """Answers after a delay."""
     await reader.readuntil(b"\r\n\r\n")
     await asyncio.sleep(0.1)  # the time that the probe measures
     writer.write(OK)
@@ -319,7 +321,8 @@ async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 async def test_an_answer_that_takes_too_long_is_degraded_and_no_miss(
     world: World, name: str
 ) -> None:
-    """As often in a row as makes suspect, and it ends so; `max_time` is the old name of `warn_time`."""
+    """Slow answers make the device degraded after as many consecutive runs as make it suspect, and end the same way;
+    `max_time` is the old name of `warn_time`."""
     world.device.speak = slow
     limited = probe(world.device.port, timeout_s=5.0, interval_s=0.2, **{name: 0.05})
     agent = await world.started(probes=[limited])
@@ -336,7 +339,7 @@ async def test_an_answer_that_takes_too_long_is_degraded_and_no_miss(
 
 
 def test_a_slow_time_begins_and_ends_with_as_many_runs_as_make_suspect() -> None:
-    """Two slow ones of three are no warning; a fast one in between does not end one."""
+    """Two slow runs of three cause no warning; a single fast one does not end it."""
     it = Thresholds({"misses": 3, "warn_time_s": 1.0})
     took = [2.0, 2.0, 0.1, 2.0, 2.0, 2.0, 0.1, 0.1, 2.0, 0.1, 0.1, 0.1, 2.0]
     shown = [bool(it.record(True, one, 3)) for one in took]
@@ -345,8 +348,8 @@ def test_a_slow_time_begins_and_ends_with_as_many_runs_as_make_suspect() -> None
 
 
 def test_loss_is_warned_of_from_twenty_runs_on_and_an_outage_is_none() -> None:
-    """A tenth is lost: a warning above 5 %, with the share; it ends at half of that. A run of misses that makes
-    suspect is left out."""
+    """If a tenth of the probes is lost, a threshold of 5 % causes a warning with the share; it ends at half the
+    threshold. A run of misses that makes the device suspect is excluded."""
     it = Thresholds({"misses": 3, "warn_loss": 0.05})
     lost = [number % 10 == 0 for number in range(1, 61)]
     shown = [it.record(not one, 0.1, 3) for one in lost]
@@ -364,7 +367,8 @@ def test_loss_is_warned_of_from_twenty_runs_on_and_an_outage_is_none() -> None:
 async def test_a_degraded_device_is_escalated_only_if_the_class_says_so(
     world: World, receiver: Receiver
 ) -> None:
-    """With `degraded` in escalate: one alert while it is degraded, its end when the device is ok. Without: none."""
+    """With `degraded` in escalate, one alert is sent while the device is degraded, and its end when the device is ok.
+    Without it, none is sent."""
     hook = [{"kind": "webhook", "url": f"http://127.0.0.1:{receiver.port}"}]
     told = await world.started(
         confirm=[tcp(world.peer.port)], escalate={"sinks": hook, "degraded": True}
@@ -390,8 +394,8 @@ async def test_a_degraded_device_is_escalated_only_if_the_class_says_so(
 async def test_a_degraded_device_is_repaired_by_the_steps_that_are_for_that(
     world: World, receiver: Receiver
 ) -> None:
-    """The service dies and its host answers: the step for degraded is taken, others are not, and when it did not
-    help, that is escalated."""
+    """If the service dies and its host answers, only the step for degraded is taken, and when it does not help, that is
+    escalated."""
     done = world.folder / "done"
     step = {"kind": "command", "verify_s": 0.3, "cooldown_s": 0.0}
     agent = await world.started(

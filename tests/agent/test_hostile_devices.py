@@ -1,4 +1,4 @@
-"""Devices that answer badly: the agent stays small and says in words what was wrong."""
+"""Devices that answer incorrectly: the agent stays small and states what was wrong."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests.agent.receiver import Receiver
 from tests.agent.world import AGENT, Listener, Speaker, World, probe, says, silent, until
 
 MAX_KB = 24_000
-"""Bare Python has 9 to 10 MB; 50 MB of a device's answer would be seen."""
+"""Bare Python uses 9 to 10 MB; 50 MB of a device's answer would be noticed."""
 
 
 async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """One byte of an endless head every 20 ms."""
+    """Sends one byte of an endless head every 20 ms."""
     writer.write(b"HTTP/1.1 200 OK\r\nX: ")
     while True:
         writer.write(b"x")
@@ -31,7 +31,7 @@ async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 
 
 async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """50 MB of head."""
+    """Sends 50 MB of head."""
     writer.write(b"HTTP/1.1 200 OK\r\nX: ")
     for _ in range(50):
         writer.write(b"y" * 1_000_000)
@@ -39,7 +39,7 @@ async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Nothing but an end."""
+    """Closes without sending anything."""
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,7 @@ async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
     ids=["binary", "ssh", "no-status", "cut", "trickle", "flood", "hang-up", "redirect", "length"],
 )
 async def test_reason_in_words(world: World, speak: Speaker, reason: str) -> None:
-    """A device that does not answer as it should is suspected with a reason that names why, by an agent that
-    stays small."""
+    """A device that answers incorrectly is suspect with a reason that states why, and the agent stays small."""
     world.device.speak = speak
     agent = await world.started()
     report = await world.peer.saw("suspect", state="suspect")
@@ -72,7 +71,7 @@ async def test_reason_in_words(world: World, speak: Speaker, reason: str) -> Non
 
 
 async def test_a_device_that_redirects_for_ever_is_asked_once_a_probe(world: World) -> None:
-    """A device whose every answer is a redirect to itself gets one request for each probe, and no more."""
+    """A device that redirects every request to itself gets one request per probe, and no more."""
     paths: list[str] = []
 
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -94,8 +93,8 @@ async def test_a_device_that_redirects_for_ever_is_asked_once_a_probe(world: Wor
 
 @pytest.mark.parametrize("expected", [{}, {"expect_body": "needle"}])
 async def test_ten_gigabytes_are_not_taken(world: World, expected: dict[str, str]) -> None:
-    """Of a device that sends 10 GB the agent takes a few hundred KB of each answer and hangs up, whether it
-    looks at the body or not."""
+    """Of a device that sends 10 GB the agent reads a few hundred KB of each answer and hangs up, whether or not it
+    checks the body."""
     sent: list[int] = []
 
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -114,7 +113,7 @@ async def test_ten_gigabytes_are_not_taken(world: World, expected: dict[str, str
     world.device.speak = speak
     agent = await world.started(probes=[probe(world.device.port, **expected)])
     await until(lambda: len(sent) > 20, "twenty answers", 60.0)
-    # what the kernel and asyncio have buffered of it is not the agent's
+    # data buffered by the kernel and asyncio was not read by the agent
     assert max(sent[:-1]) < 16_000_000
     assert agent.kilobytes("VmHWM") < MAX_KB
     if expected:
@@ -123,7 +122,7 @@ async def test_ten_gigabytes_are_not_taken(world: World, expected: dict[str, str
 
 
 async def test_large_body_costs_no_memory(world: World) -> None:
-    """A good status before 50 MB of body is an answer, and the body is not taken."""
+    """A good status before 50 MB of body is a success, and the body is not read."""
 
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -140,7 +139,7 @@ async def test_large_body_costs_no_memory(world: World) -> None:
 
 
 async def test_many_bad_answers_cost_no_memory(world: World) -> None:
-    """After a hundred floods the agent's peak is still that of a small process."""
+    """After a hundred floods the agent's peak memory is still that of a small process."""
     count = 0
 
     async def counted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -155,7 +154,7 @@ async def test_many_bad_answers_cost_no_memory(world: World) -> None:
 
 
 async def test_keep_alive_device_that_ignores_close(world: World) -> None:
-    """A device that answers in chunks and keeps the connection open has answered."""
+    """A chunked answer on a connection that stays open is a success."""
 
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -168,7 +167,7 @@ async def test_keep_alive_device_that_ignores_close(world: World) -> None:
 
 
 async def test_visitors_that_stay_do_not_wedge_the_health_check(world: World) -> None:
-    """With 60 visitors that connect and say nothing, /healthz answers and SIGTERM works in time."""
+    """With 60 connections that send nothing, /healthz answers and SIGTERM works in time."""
     agent = await world.started()
     await agent.is_in("ok", was_ready=True)
     host, _, port = (await world.peer.saw("a report", ready=True))["listen"].rpartition(":")
@@ -189,7 +188,7 @@ async def test_visitors_that_stay_do_not_wedge_the_health_check(world: World) ->
 
 
 async def test_api_that_answers_garbage_harms_nobody(world: World) -> None:
-    """An API that floods the agent neither ends it nor makes it large."""
+    """An API that floods the agent neither ends it nor increases its memory."""
     bad = Listener(flood)
     await bad.start()
     try:
@@ -203,8 +202,8 @@ async def test_api_that_answers_garbage_harms_nobody(world: World) -> None:
 
 @pytest.mark.parametrize("way", ["500", "flood", "garbage", "silence"])
 async def test_a_consul_that_is_ill_harms_nobody(world: World, way: str) -> None:
-    """A Consul that answers 500, floods, says something else or nothing, where the agent registers, keeps its
-    state and would elect: the agent watches and reports, is not ready, says why in a few lines, tells of its
+    """If Consul answers 500, floods, sends something else or nothing, an agent that registers there, keeps its state
+    there and would elect watches and reports, is not ready (except after a 200), logs why in a few lines, escalates its
     dead device by itself, and stays small."""
     ways: dict[str, Speaker] = {
         "500": says(b"HTTP/1.1 500 X\r\nContent-Length: 12\r\n\r\nNo leader!\r\n"),
@@ -227,7 +226,7 @@ async def test_a_consul_that_is_ill_harms_nobody(world: World, way: str) -> None
     )
     try:
         await agent.start()
-        # an answer of 200 is a registration, whatever it says beside that
+        # an answer of 200 is a registration, whatever its body is
         await world.peer.saw("a report", state="ok", ready=way == "garbage")
         await world.device.stop()
         (alert,) = await until(lambda: receiver.told("firing"), "an alert", 60.0)
@@ -247,8 +246,7 @@ async def test_a_consul_that_is_ill_harms_nobody(world: World, way: str) -> None
 
 @pytest.mark.parametrize("speak", [flood, trickle], ids=["flood", "trickle"])
 async def test_receivers_that_are_ill_harm_nobody(world: World, speak: Speaker) -> None:
-    """A receiver of alerts and a Loki that flood or trickle are said to have taken nothing; the agent goes on,
-    and stays small."""
+    """A receiver of alerts and a Loki that flood or trickle count as failed; the agent continues, and stays small."""
     bad = Listener(speak)
     await bad.start()
     url = f"http://127.0.0.1:{bad.port}"
@@ -274,8 +272,8 @@ async def test_receivers_that_are_ill_harm_nobody(world: World, speak: Speaker) 
 
 
 async def test_a_full_disk_is_said_and_no_step_is_taken_on_it(world: World, tmp_path: Path) -> None:
-    """With its folder on a full disk an agent watches, reports and says what is wrong; a repair, which must be
-    kept before it is taken, is not taken; when there is space again, it is."""
+    """With its folder on a full disk an agent watches, reports and states what is wrong; a repair, which must be saved
+    first, is not taken until there is space again."""
     disk, done = tmp_path / "disk", tmp_path / "done"
     disk.mkdir()
     fill = f"head -c 1M /dev/zero > {disk}/rubbish || true"
@@ -286,7 +284,7 @@ async def test_a_full_disk_is_said_and_no_step_is_taken_on_it(world: World, tmp_
     listen = f"127.0.0.1:{free_port()}"
     agent.extra = {"WATCHDOG_STATE_DIR": str(disk), "WATCHDOG_LISTEN": listen}
     agent.folder.mkdir()
-    # the agent's own note of where it listens is on the disk that is full
+    # the agent's own file with its listen address is on the full disk
     starting = asyncio.create_task(agent.start())
     await until(lambda: world.peer.last, "a report")
     (agent.folder / "agent.json").write_text(json.dumps({"listen": listen}))
@@ -300,7 +298,7 @@ async def test_a_full_disk_is_said_and_no_step_is_taken_on_it(world: World, tmp_
     assert said["state can't be saved"] == "no space left on device"
     assert said["address can't be written"] == "no space left on device"
     assert agent.kilobytes("VmHWM") < MAX_KB
-    # as the agent sees it: the disk is mounted for it alone
+    # as the agent sees it: the disk is mounted only in its namespace
     Path(f"/proc/{agent.pid}/root{disk}/rubbish").unlink()
     await until(done.exists, "the repair", 60.0)
 
@@ -323,9 +321,9 @@ YEARS_S = 10 * 365 * 86400.0
 async def test_a_clock_that_jumps_accuses_nobody_and_repeats_nothing(
     world: World, tmp_path: Path
 ) -> None:
-    """While the wall clock jumps ten years forward, back, and before 1980, the device stays `ok`, probes and
-    reports keep their pace; a dead device is told of under one key and repaired within its budget, over a restart with
-    another clock too."""
+    """While the wall clock jumps ten years forward, back, and before 1980, the device stays `ok`, and probes and
+    reports keep their intervals; a dead device is alerted under one key and repaired within its budget, also over a
+    restart with another clock."""
     offsets, count = tmp_path / "offsets", tmp_path / "count"
     offsets.write_text("0")
 
@@ -361,7 +359,7 @@ async def test_a_clock_that_jumps_accuses_nobody_and_repeats_nothing(
         await agent.is_in("offline", state="offline")
         await asyncio.sleep(2.0)  # time in which the step could be taken again
         assert count.read_text() == "x\n"
-        # a kill between delivery and note makes it come twice, under one key
+        # after a kill between delivery and saving, it is sent twice, under one key
         assert len({one["key"] for one in receiver.told("firing")}) == 1
         assert agent.kilobytes("VmHWM") < MAX_KB
         assert await agent.signal(signal.SIGTERM) == 143
@@ -370,8 +368,8 @@ async def test_a_clock_that_jumps_accuses_nobody_and_repeats_nothing(
 
 
 async def test_a_tls_server_that_floods_costs_no_memory(world: World) -> None:
-    """Bytes without end in the place of a handshake, and after one, end a probe over TLS in words; with the TLS
-    library loaded too the agent stays below 30 MB."""
+    """Endless bytes instead of a handshake, or after one, end a probe over TLS with a reason; even with the TLS library
+    loaded the agent stays below 30 MB."""
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
@@ -400,6 +398,6 @@ async def test_a_tls_server_that_floods_costs_no_memory(world: World) -> None:
         assert all("TLS" in one for one in reasons[:2]), reasons
         assert ("8 KiB" in reasons[2], reasons[3]) == (True, "its answer is not MQTT")
         assert agent.kilobytes("VmHWM") < 30_000
-        await agent.stop()  # it would connect on: a handshake under way outlives its listener
+        await agent.stop()  # it would keep connecting: a handshake outlives its listener
     finally:
         await inside.stop()

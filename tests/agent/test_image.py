@@ -21,7 +21,7 @@ NAME = "agntup/watchdog-agent"
 
 @pytest.fixture
 def image(tmp_path: Path, repository: Path) -> Iterator[Image]:
-    """The image that agent/Dockerfile makes."""
+    """The image built from agent/Dockerfile."""
     buildah = Buildah(tmp_path)
     a_root(tmp_path / "base")
     a_base(buildah, tmp_path / "base")
@@ -34,8 +34,8 @@ def image(tmp_path: Path, repository: Path) -> Iterator[Image]:
 async def test_the_image_serves_with_a_read_only_root_and_without_root(
     image: Image, world: World, tmp_path: Path
 ) -> None:
-    """Started as its configuration says, by nobody on a root that can't be written, it is healthy, reports,
-    and ends on SIGTERM."""
+    """Started with the image's settings, as user nobody with a read-only root, the agent is healthy, reports, and ends
+    on SIGTERM."""
     assert (image.config["User"], image.config["ExposedPorts"]) == ("65534:65534", {"8080/tcp": {}})
     assert image.env["WATCHDOG_LISTEN"] == "0.0.0.0:8080"
     listen = f"127.0.0.1:{free_port()}"

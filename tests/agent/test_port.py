@@ -1,4 +1,4 @@
-"""The agent's own port: crowds of visitors, and requests that a web page makes a browser send."""
+"""The agent's own port: many connections, and requests that a web page can make a browser send."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from tests.agent.world import Agent, World, until
 from tests.attacks.table import Attack
 
 CROWD = 300
-"""More than may be open at once."""
+"""More than the maximum of open connections."""
 SAID = {
     "silent": b"",
     "a request that never ends": b"GET /status HTTP/1.1\r\nX-",
     "a full buffer": b"GET /" + b"x" * 4000,
 }
 MAX_GROWTH_KB = 4_000
-"""256 requests of 4 KiB that are not complete, and what Python adds to them."""
+"""256 incomplete requests of 4 KiB, plus Python's overhead."""
 
 
 class Crowd:
-    """Connections that send something, never read, and stay."""
+    """Connections that send something, never read, and stay open."""
 
     def __init__(self, port: int, said: bytes, count: int = CROWD) -> None:
         self._port, self._said, self._count = port, said, count
@@ -66,8 +66,8 @@ async def port_of(agent: Agent) -> int:
 async def test_h12_health_checks_are_answered_beside_a_crowd(
     world: World, attack: Attack, kind: str
 ) -> None:
-    """Beside 300 connections that stay, each of 50 health checks is answered, the memory of the agent stays what
-    it was, and it goes on reporting."""
+    """Beside 300 connections that stay open, each of 50 health checks is answered, the agent's memory stays the same,
+    and it keeps reporting."""
     agent = await world.started()
     await agent.is_in("ok", was_ready=True)
     port = await port_of(agent)
@@ -88,7 +88,7 @@ async def test_h12_health_checks_are_answered_beside_a_crowd(
 
 
 async def test_without_descriptors_old_connections_make_room(world: World) -> None:
-    """An agent that may have few descriptors closes its oldest visitors, and answers the new one."""
+    """With a low limit of descriptors the agent closes its oldest connections, and answers the new one."""
     agent = await world.started()
     await agent.is_in("ok", was_ready=True)
     port = await port_of(agent)
@@ -100,7 +100,7 @@ async def test_without_descriptors_old_connections_make_room(world: World) -> No
 
 
 async def answer(port: int, request: str) -> int:
-    """The status that a request gets."""
+    """The status of the answer to a request."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(request.encode())
@@ -110,8 +110,8 @@ async def answer(port: int, request: str) -> int:
 
 
 async def test_what_a_web_page_can_make_a_browser_ask_is_refused(world: World) -> None:
-    """A Host that is a name of somebody else's is 421 but for health checks, and a POST with an Origin 403; by
-    address and by a name of this host everything is answered."""
+    """A foreign Host name gets 421 except for health checks, and a POST with an Origin 403; requests by address or by a
+    name of this host are answered."""
     agent = await world.started()
     port = await port_of(agent)
     own = os.uname().nodename

@@ -1,4 +1,4 @@
-"""The agent's process with its newer probes: gateways, plugins, statistics, and devices that mean it ill."""
+"""The agent's process with its newer probes: gateways, plugins, statistics, and hostile devices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.agent.world import AGENT, Listener, World, probe, silent, tcp, until
 MAX_WITH_PLUGINS_KB = 32_000
 """Finding entry points loads importlib.metadata, and with it email, zipfile and more."""
 MAX_KB = 20_000
-"""What an agent without TLS may ever have had resident; bare Python has 9 to 10 MB."""
+"""Maximum resident memory of an agent without TLS; bare Python uses 9 to 10 MB."""
 
 
 def gateway_of(listener: Listener) -> dict[str, Any]:
@@ -27,8 +27,8 @@ def gateway_of(listener: Listener) -> dict[str, Any]:
 
 
 async def test_a_dead_gateway_is_the_reason_and_nothing_is_offline(world: World) -> None:
-    """Behind a dead gateway the agent is unable to ask, with the gateway's name as reason and in the report;
-    when the gateway answers again and the device does not, it is offline; when the device does, ok."""
+    """Behind a dead gateway the agent is unable, with the gateway's name as reason and in the report; when the gateway
+    answers again the device is offline, or ok if it answers too."""
     gateway = Listener(silent)
     gateway.host = "127.0.0.2"
     await gateway.start()
@@ -57,7 +57,7 @@ async def test_a_dead_gateway_is_the_reason_and_nothing_is_offline(world: World)
 
 
 async def test_an_offline_device_stays_offline_when_its_gateway_dies(world: World) -> None:
-    """What was confirmed while the gateway answered is not taken back when the gateway dies later."""
+    """An offline state confirmed while the gateway answered is kept when the gateway dies later."""
     gateway = Listener(silent)
     gateway.host = "127.0.0.2"
     await gateway.start()
@@ -75,7 +75,7 @@ async def test_an_offline_device_stays_offline_when_its_gateway_dies(world: Worl
 
 
 async def until_misses(agent: Any, misses: int) -> dict[str, Any]:
-    """The status once so many probes in a row were missed."""
+    """The status after this number of consecutive misses."""
     seen: dict[str, Any] = {}
 
     async def check() -> bool:
@@ -87,8 +87,8 @@ async def until_misses(agent: Any, misses: int) -> dict[str, Any]:
 
 
 async def test_the_label_of_a_device_names_its_gateway(world: World) -> None:
-    """The label `gateway` goes before the class's address; a name that is no address of digits does
-    not, and a gateway that is watched itself has none before it."""
+    """The label `gateway` overrides the class's address; a name that is not a numeric address is ignored, and a gateway
+    that is watched itself has no gateway."""
     agent = await world.started(
         labels={"gateway": "127.0.0.9"}, gateway={"address": "127.0.0.8", "kind": "tcp", "port": 9}
     )
@@ -100,7 +100,7 @@ async def test_the_label_of_a_device_names_its_gateway(world: World) -> None:
 
 
 async def test_statistics_are_shown(world: World) -> None:
-    """Loss and latency of the last results stand in /status and in /metrics."""
+    """Loss and latency of the last results are in /status and in /metrics."""
     agent = await world.started()
     await until(lambda: world.peer.last, "a report")
     await world.device.stop()
@@ -116,7 +116,7 @@ async def test_statistics_are_shown(world: World) -> None:
 
 
 async def test_a_suspected_device_is_asked_more_often(world: World) -> None:
-    """While suspect the device is asked four times as often, and after its recovery as before."""
+    """While suspect the device is probed four times as often, and after its recovery as before."""
     times: list[float] = []
 
     async def note(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -133,7 +133,7 @@ async def test_a_suspected_device_is_asked_more_often(world: World) -> None:
     def gaps() -> list[float]:
         return [later - earlier for earlier, later in pairwise(times)]
 
-    # a busy machine stretches single gaps: with more probes one comes as it is
+    # a busy machine stretches single gaps: with more probes one has the expected length
     await until(lambda: len(times) >= 6 and min(gaps()) < 1.0, "a gap of half a second", 60.0)
 
 
@@ -188,8 +188,8 @@ def install(folder: Path) -> None:
 
 
 async def test_plugins_good_and_broken(world: World, tmp_path: Path) -> None:
-    """A plugin's word counts; one that raises, leaves, is silent or missing is a failed probe with a reason,
-    and the agent goes on."""
+    """A plugin's result counts; one that raises, exits, is silent or missing gives a reason and no success, and the
+    agent continues."""
     (tmp_path / "site").mkdir()
     install(tmp_path / "site")
     names = ("well", "breaks", "breaks_later", "leaves", "silent", "talks", "gone", "other")
@@ -224,8 +224,8 @@ async def test_plugins_good_and_broken(world: World, tmp_path: Path) -> None:
 
 
 async def test_a_light_agent_finds_plugins_that_are_installed(world: World, tmp_path: Path) -> None:
-    """With -I -S an agent has not looked at the installed packages; one with a plugin does, and finds it in the
-    virtual environment whose Python it runs on."""
+    """With -I -S an agent does not read the installed packages; one with a plugin does, and finds it in the virtual
+    environment of its Python."""
     made = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")
     )
@@ -244,7 +244,7 @@ async def test_a_light_agent_finds_plugins_that_are_installed(world: World, tmp_
 
 
 async def test_a_signal_ends_the_command_at_hand(world: World, tmp_path: Path) -> None:
-    """SIGTERM while a probe's command hangs: the agent ends in time, and its command with it."""
+    """If SIGTERM arrives while a probe's command hangs, the agent ends in time, and its command with it."""
     argv = ["sh", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 600"]
     agent = await world.started(
         probes=[{"kind": "command", "command": argv, "interval_s": 300.0, "timeout_s": 200.0}]
@@ -263,7 +263,7 @@ async def test_a_signal_ends_the_command_at_hand(world: World, tmp_path: Path) -
 
 
 async def test_what_is_not_configured_is_not_loaded(world: World) -> None:
-    """An agent with plain probes has none of the modules of the other kinds in memory, nor ssl."""
+    """An agent with plain probes has loaded none of the modules of the other kinds, nor ssl."""
     script = f"""
 import os, sys
 sys.path.insert(0, {str(AGENT)!r})
@@ -288,8 +288,8 @@ main.main()
 
 
 async def test_hostile_peers_cost_no_memory(world: World, tmp_path: Path) -> None:
-    """After dozens of bad answers of every kind at once the agent's peak is below 20 MB, it answers, and it
-    says what is wrong with each."""
+    """After dozens of bad answers of every kind at once the agent's peak is below 20 MB, it answers, and it states what
+    is wrong with each."""
     count = 0
 
     async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,4 +1,4 @@
-"""One real agent process: what it tells when its device, its API or its own luck changes."""
+"""One real agent process: its reports and pages as its device, its API and its own process change."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ async def smoke(world: World, argv: list[str] | None = None) -> None:
 
 
 async def test_ready_first_report_and_pages(world: World) -> None:
-    """A started agent is ready, reports it, serves its four pages, and says goodbye."""
+    """A started agent becomes ready, reports it, serves its four pages, and sends a last report."""
     await smoke(world)
 
 
 async def test_single_file_agent(world: World, tmp_path: Path) -> None:
-    """The single-file agent does the same with an isolated Python that imports no site."""
+    """The single-file agent does the same with an isolated Python that does not import site."""
     path = tmp_path / "agent.pyz"
     build_agent(path)
     await smoke(world, [sys.executable, "-I", "-S", str(path)])
 
 
 async def test_ready_agent_is_small(world: World, tmp_path: Path) -> None:
-    """A single-file agent that is ready and reporting has at most 16 MB, and no IDNA tables."""
+    """A single-file agent that is ready and reporting uses at most 16 MB, and loads no IDNA tables."""
     build_agent(tmp_path / "agent.pyz")
     agent = await world.started(argv=[sys.executable, "-I", "-S", str(tmp_path / "agent.pyz")])
     await world.peer.saw("ready", ready=True)
@@ -53,7 +53,7 @@ async def test_ready_agent_is_small(world: World, tmp_path: Path) -> None:
 
 
 async def test_device_goes_and_comes_back(world: World) -> None:
-    """A device that goes is suspect, then offline with a confirmation, then ok when it is back."""
+    """A device that stops answering is suspect, then offline with a confirmation, then ok when it is back."""
     await world.started()
     await world.peer.saw("ok", state="ok", ready=True)
     await world.device.stop()
@@ -69,7 +69,7 @@ async def test_device_goes_and_comes_back(world: World) -> None:
 
 
 async def test_an_answering_confirmation_prevents_offline(world: World) -> None:
-    """While the second path answers, missed probes make a device degraded and never offline (S6)."""
+    """While the confirmation answers, missed probes make a device degraded and never offline (S6)."""
     world.device.speak = says(OK)
     agent = await world.started(confirm=[tcp(world.peer.port)])
     await agent.is_in("ok", state="ok", was_ready=True)
@@ -97,7 +97,7 @@ async def test_never_answering_device_is_never_offline(world: World) -> None:
 
 
 async def test_two_probes_of_one_port_do_not_hide_each_other(world: World) -> None:
-    """A failing probe is noticed beside a working one of the same kind and port."""
+    """A failing probe is detected beside a working one of the same kind and port."""
     good = probe(world.device.port, path="/")
     bad = probe(world.device.port, path="/bad", expect_status=204)
     agent = await world.started(probes=[good, bad], confirm=[tcp(world.device.port)])
@@ -105,7 +105,7 @@ async def test_two_probes_of_one_port_do_not_hide_each_other(world: World) -> No
 
 
 async def test_probes_are_listed_in_the_order_of_the_configuration(world: World) -> None:
-    """Whichever probe ends first, /status lists them as they are configured."""
+    """Whichever probe ends first, /status lists them in the order of the configuration."""
     world.device.speak = silent
     slow = probe(world.device.port, path="/slow")
     quick = [probe(world.peer.port, path="/quick"), tcp(world.peer.port, interval_s=0.1, misses=3)]
@@ -122,7 +122,7 @@ async def test_probes_are_listed_in_the_order_of_the_configuration(world: World)
 
 
 async def test_retires_on_410(world: World) -> None:
-    """An agent that is told 410 exits with 0."""
+    """An agent that receives 410 exits with 0."""
     world.peer.status = 410
     agent = await world.started()
     assert agent.process is not None
@@ -130,7 +130,7 @@ async def test_retires_on_410(world: World) -> None:
 
 
 async def test_409_is_said_again(world: World) -> None:
-    """A report answered with 409 is repeated after Retry-After until it is accepted."""
+    """A report answered with 409 is sent again after Retry-After until it is accepted."""
     world.peer.status, world.peer.headers = 409, "Retry-After: 1\r\n"
     await world.started()
     await until(lambda: world.peer.refused >= 1, "a refused report")
@@ -142,7 +142,7 @@ async def test_409_is_said_again(world: World) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_signal_with_everything_wedged(world: World, number: signal.Signals) -> None:
-    """With a device and an API that accept and never answer it still exits 128+n within 3 s."""
+    """With a device and an API that accept and never answer, the agent still exits with 128+n within 3 s."""
     world.device.speak = silent
     world.peer.status = None
     agent = await world.started(
@@ -154,8 +154,8 @@ async def test_signal_with_everything_wedged(world: World, number: signal.Signal
 
 
 async def test_api_away_then_back(world: World) -> None:
-    """With the API down it keeps probing, drops what its buffer can't hold, and tells the last state
-    when the API is back (L3)."""
+    """With the API down the agent keeps probing, drops what its buffer can't hold, and reports the last state when the
+    API is back (L3)."""
     await world.peer.stop()
     flip = 0
 
@@ -190,8 +190,8 @@ async def test_api_away_then_back(world: World) -> None:
 
 
 async def test_what_was_confirmed_while_nobody_was_heard_is_confirmed_anew(world: World) -> None:
-    """An agent that lost its API together with its device claims nothing against the device when it is heard
-    again: what it has kept says «not confirmed», then it doubts, and only another confirmation counts (S6)."""
+    """An agent that lost its API together with its device claims nothing against the device when it reconnects: its
+    buffered reports state "not confirmed", then it is in doubt, and only another confirmation counts (S6)."""
     agent = await world.started()
     await world.peer.saw("ok", state="ok", ready=True)
     await world.peer.stop()
@@ -208,7 +208,7 @@ async def test_what_was_confirmed_while_nobody_was_heard_is_confirmed_anew(world
 
 
 async def unanswered(agent: Agent, **wanted: Any) -> None:
-    """Wait until the agent is in this state and has had no answer once."""
+    """Wait until the agent is in this state and one of its reports has failed."""
 
     async def check() -> bool:
         now = await agent.status()
@@ -218,8 +218,8 @@ async def unanswered(agent: Agent, **wanted: Any) -> None:
 
 
 async def test_a_confirmation_asked_for_while_nobody_was_heard_does_not_count(world: World) -> None:
-    """One round fails while the API is away, and the second is under way when it is back: neither counts, and
-    two more are asked for before anything is claimed (S6)."""
+    """If one round fails while the API is down, and the second is in flight when it is back, neither counts, and two
+    more are required before a claim (S6)."""
     asked = 0
     answered = asyncio.Event()
 
@@ -252,8 +252,8 @@ async def test_a_confirmation_asked_for_while_nobody_was_heard_does_not_count(wo
 
 
 async def test_what_was_confirmed_alone_is_no_claim_of_the_next_run(world: World) -> None:
-    """Killed after it confirmed something that nobody heard, an agent that is answered from its start on
-    begins with «suspect» (S6)."""
+    """Killed after it confirmed an outage without an answer from the API, an agent whose reports are answered from its
+    start on begins with "suspect" (S6)."""
     agent = await world.started()
     await world.peer.saw("ok", state="ok", ready=True)
     world.peer.status = None
@@ -271,8 +271,8 @@ async def test_what_was_confirmed_alone_is_no_claim_of_the_next_run(world: World
 
 
 async def test_a_run_that_nobody_hears_does_not_claim_what_it_found_kept(world: World) -> None:
-    """An agent that believes «offline» from an earlier run, and has no answer at first, says «not confirmed»
-    when it is heard, then doubts, and only another confirmation counts (S6)."""
+    """An agent that restores "offline" from an earlier run, and gets no answer at first, reports "not confirmed" when
+    it reconnects, then is in doubt, and only another confirmation counts (S6)."""
     agent = await world.started()
     await world.peer.saw("ok", state="ok", ready=True)
     await world.device.stop()
@@ -292,7 +292,7 @@ async def test_a_run_that_nobody_hears_does_not_claim_what_it_found_kept(world: 
 
 
 async def test_an_agent_learns_where_the_other_replicas_are(world: World) -> None:
-    """An answer names a second API; when the first one ends, reports go there."""
+    """An answer names a second API; when the first one stops, reports go there."""
     second = Peer()
     await second.start()
     try:
@@ -321,14 +321,14 @@ async def test_an_agent_learns_where_the_other_replicas_are(world: World) -> Non
     ],
 )
 async def test_an_answer_that_makes_no_sense_moves_no_agent(world: World, body: bytes) -> None:
-    """Whatever else the answer holds, the agent goes on reporting where it did."""
+    """Whatever else the answer contains, the agent keeps reporting to the same address."""
     world.peer.body = body
     await world.started(beat_s=0.1)
     await until(lambda: len(world.peer.reports) >= 4, "four reports")
 
 
 async def test_state_survives_a_kill(world: World) -> None:
-    """After kill -9 a new run knows that the device had answered, and does not take it for back."""
+    """After kill -9 a new run knows that the device had answered, and does not assume that it is back."""
     agent = await world.started()
     await agent.is_in("ok", was_ready=True)
     await world.device.stop()
@@ -359,7 +359,7 @@ async def test_state_survives_a_kill(world: World) -> None:
     ],
 )
 async def test_corrupt_state_starts_clean(world: World, text: bytes) -> None:
-    """A state file that can't be used is said so in the log, and the agent starts as new."""
+    """An unusable state file is reported in the log, and the agent starts as new."""
     agent = world.agent()
     agent.folder.mkdir()
     (agent.folder / "state.json").write_bytes(text)
@@ -369,7 +369,7 @@ async def test_corrupt_state_starts_clean(world: World, text: bytes) -> None:
 
 
 async def test_state_of_another_device_is_not_used(world: World) -> None:
-    """A state folder that another device left does not lend it a past."""
+    """A state folder that another device left is not used as history."""
     agent = await world.started()
     await agent.is_in("ok", was_ready=True)
     assert await agent.signal(signal.SIGTERM) == 143
@@ -384,14 +384,14 @@ async def test_state_of_another_device_is_not_used(world: World) -> None:
     "device_id", ["a/../../b", '"}{$(reboot)', "ping 日本 🚰", "x" * 128, "%s%n'"]
 )
 async def test_hostile_ids_come_back_as_they_were(world: World, device_id: str) -> None:
-    """Whatever a device is called arrives unchanged in its reports and its status."""
+    """Any device ID arrives unchanged in its reports and its status."""
     agent = await world.started(device_id=device_id)
     assert (await world.peer.saw("a report", ready=True))["device_id"] == device_id
     assert (await agent.status())["device_id"] == device_id
 
 
 async def test_a_reader_that_stopped_reading_stderr_does_not_stop_it(world: World) -> None:
-    """With its stderr full and nobody reading, the agent goes on and exits when told."""
+    """If its stderr is full and is not read, the agent continues and exits on a signal."""
     agent = world.agent(argv=["/bin/sh", "-c", f"exec {sys.executable} -c '{_FULL}'"])
     await agent.start()
     await world.peer.saw("a report", ready=True)

@@ -1,4 +1,4 @@
-"""The agent as a wheel of its own."""
+"""The agent as a separate wheel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.agent.world import World
 
 
 def built(folder: Path, repository: Path) -> Path:
-    """The wheel of agent/."""
+    """The wheel built from agent/."""
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--disable-pip-version-check", "--no-deps",
          "-w", folder, repository / "agent"],
@@ -28,7 +28,7 @@ def built(folder: Path, repository: Path) -> Path:
 async def test_the_wheel_installs_alone_and_its_command_is_an_agent(
     world: World, tmp_path: Path, repository: Path
 ) -> None:
-    """Installed with no index into an empty environment, `watchdog-agent` probes, reports and ends as ever."""
+    """Installed without an index into an empty environment, `watchdog-agent` probes, reports and ends as usual."""
     wheel = built(tmp_path, repository)
     place = tmp_path / "venv"
     venv.create(place, with_pip=False)
@@ -48,7 +48,7 @@ async def test_the_wheel_installs_alone_and_its_command_is_an_agent(
 def test_the_wheel_has_the_projects_version_and_its_sources(
     tmp_path: Path, repository: Path
 ) -> None:
-    """The wheel needs no other package, has the version of the project, and each source of the agent."""
+    """The wheel requires no other package, has the version of the project, and contains each source of the agent."""
     with zipfile.ZipFile(built(tmp_path, repository)) as wheel:
         names = set(wheel.namelist())
         (metadata,) = (n for n in names if n.endswith("/METADATA"))

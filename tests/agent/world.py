@@ -1,4 +1,4 @@
-"""What stands around an agent in these tests: a device, a peer in the API's place, and the process."""
+"""The surroundings of an agent in these tests: a device, a peer in place of the API, and the process."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def says(data: bytes) -> Speaker:
 
 
 class Listener(dev.DeviceListener):
-    """One on a port of 127.0.0.1, a free one if none is given."""
+    """A listener on a port of 127.0.0.1, by default a free one."""
 
     def __init__(self, speak: Speaker, port: int = 0) -> None:
         super().__init__(speak, "127.0.0.1", port or free_port())
 
 
 class Peer(Listener):
-    """In the API's place: records reports and answers as `status` says; None = never answers."""
+    """A replacement of the API: records reports and answers with `status`; None = never answers."""
 
     def __init__(self) -> None:
         super().__init__(self._answer)
@@ -109,7 +109,7 @@ class Peer(Listener):
 
 
 def document(device_id: str = "pump-7", **changes: Any) -> dict[str, Any]:
-    """A configuration that reacts fast; `port` of the only probe must be given in `probes`."""
+    """A configuration with short intervals; the `port` of the only probe must be given in `probes`."""
     return {
         "v": 1,
         "device_id": device_id,
@@ -128,7 +128,7 @@ def document(device_id: str = "pump-7", **changes: Any) -> dict[str, Any]:
 
 
 def probe(port: int, **changes: Any) -> dict[str, Any]:
-    """An HTTP probe ten times a second that gives up after half a second."""
+    """An HTTP probe ten times per second with a timeout of half a second."""
     return {
         "kind": "http",
         "port": port,
@@ -161,7 +161,7 @@ class Agent:
         return [json.loads(line) for line in text.splitlines()]
 
     async def start(self) -> None:
-        """Start it and wait until it serves."""
+        """Start the agent and wait until it serves requests."""
         self.folder.mkdir(exist_ok=True)
         (self.folder / "config.json").write_text(json.dumps(self.config))
         (self.folder / "agent.json").unlink(missing_ok=True)
@@ -215,14 +215,14 @@ class Agent:
         return seen
 
     def kilobytes(self, field: str) -> int:
-        """A field of /proc/<pid>/status, as VmRSS or VmHWM."""
+        """A field of /proc/<pid>/status, such as VmRSS or VmHWM."""
         for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
             if line.startswith(f"{field}:"):
                 return int(line.split()[1])
         raise AssertionError(field)
 
     async def signal(self, number: signal.Signals, within_s: float = 30.0) -> int:
-        """Signal it; its exit code, which must be there within_s."""
+        """Send a signal; return the exit code, which must arrive within within_s."""
         assert self.process is not None
         self.process.send(number)
         return await self.process.wait(within_s)
@@ -233,7 +233,7 @@ class Agent:
 
 
 class World:
-    """A device, a peer, and agents that are all stopped at the end."""
+    """A device, a peer, and agents; all agents are stopped at the end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -245,7 +245,7 @@ class World:
         """More servers that are stopped at the end."""
 
     def agent(self, *, argv: list[str] | None = None, **changes: Any) -> Agent:
-        """An agent, not started, that probes the device, confirms on a dead port, reports to the peer."""
+        """An agent, not started, that probes the device, confirms on a dead port, and reports to the peer."""
         config = document(
             **{
                 "probes": [probe(self.device.port)],
@@ -266,7 +266,7 @@ class World:
 
 @contextlib.asynccontextmanager
 async def a_world(folder: Path) -> AsyncIterator[World]:
-    """A world whose device and peer listen."""
+    """A world with a listening device and peer."""
     world = World(folder)
     await world.device.start()
     await world.peer.start()

@@ -1,4 +1,4 @@
-"""The set of class specs in force, as the registry keeps it."""
+"""The registry's set of class specs in force."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def in_force(specs: dict[str, AgentSpec], number: int = 1) -> InForce:
 
 @given(st.dictionaries(WORDS, SPECS, max_size=4))
 async def test_what_is_written_is_read(specs: dict[str, AgentSpec]) -> None:
-    """All of a spec comes back, its settings too, and what was read is not decoded again while it is the same."""
+    """A spec is read back completely, including its settings, and is not decoded again while unchanged."""
     store = await registry()
     wanted = in_force(specs)
     assert await ClassSetStore(store).write(wanted, None)
@@ -59,13 +59,13 @@ async def parts(store: FakeRegistry) -> tuple[str, ...]:
 
 
 def large(seed: int) -> dict[str, AgentSpec]:
-    text = random.Random(seed).randbytes(100_000).hex()  # does not get smaller
+    text = random.Random(seed).randbytes(100_000).hex()  # does not compress
     return {"a": AgentSpec("a", "1", f"h{seed}", text=text)}
 
 
 async def test_a_large_set_has_documents_of_its_own() -> None:
-    """They are written before what names them, and emptied when they are superseded; who reads in between is told
-    to read again."""
+    """The parts are written before the document that names them, and emptied when superseded; a reader in between is
+    asked to read again."""
     store = await registry()
     writer = ClassSetStore(store)
     assert await writer.write(in_force(large(1)), None)
@@ -85,7 +85,7 @@ async def test_a_large_set_has_documents_of_its_own() -> None:
 
 
 async def test_of_two_writers_one_wins() -> None:
-    """Who was slower writes nothing."""
+    """The slower writer writes nothing."""
     store = await registry()
     assert await ClassSetStore(store).write(in_force({}), None)
     assert not await ClassSetStore(store).write(in_force(large(1), 2), None)
@@ -93,7 +93,7 @@ async def test_of_two_writers_one_wins() -> None:
 
 
 async def test_a_decision_on_an_older_set_is_not_written() -> None:
-    """Another task has read a newer set between the decision and the write: the newer one stays in force."""
+    """If another task reads a newer set between the decision and the write, the newer one stays in force."""
     store = await registry()
     ours, other = ClassSetStore(store), ClassSetStore(store)
     before = await ours.read()
@@ -105,7 +105,7 @@ async def test_a_decision_on_an_older_set_is_not_written() -> None:
 
 @pytest.mark.parametrize("body", ["not base64!", "aGVsbG8=", "YQ"])
 async def test_a_damaged_set_is_reported_as_damaged(body: str) -> None:
-    """Whatever its body is: no base64, not compressed, or cut off."""
+    """This holds for a body that is not base64, not compressed, or truncated."""
     store = await registry()
     assert await ClassSetStore(store).write(in_force({}), None)
     stored = await store.document("classes")
@@ -122,7 +122,7 @@ async def test_a_damaged_set_is_reported_as_damaged(body: str) -> None:
 
 @given(SPECS)
 def test_equal_behaviour_has_an_equal_digest(spec: AgentSpec) -> None:
-    """Paths of files and what is each replica's own make no difference; behaviour and variants do."""
+    """File paths and replica-specific settings make no difference; behaviour and variants do."""
     moved = replace(spec, template="/elsewhere", agent_config={})
     assert class_set.digest({"a": spec}) == class_set.digest({"a": moved})
     assert class_set.differences({"a": spec}, {"a": moved}) == []

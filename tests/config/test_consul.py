@@ -1,4 +1,4 @@
-"""What agents are told of a Consul that speaks https."""
+"""Agents' settings for a Consul that serves https."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def told(folder: Path, consul: str) -> tuple[dict[str, Any], str]:
 def test_over_https_agents_get_the_authority_and_the_places_of_their_certificate(
     tmp_path: Path,
 ) -> None:
-    """The authority as text, certificate and key as paths on the agent's host; no agent is rolled for it."""
+    """Agents get the CA as text, and certificate and key as paths on their host; no agent is replaced for it."""
     (tmp_path / "ca.pem").write_text(PEM)
     plain, before = told(tmp_path, 'address = "http://10.0.0.1:8500"')
     assert "consul_tls" not in plain
@@ -46,7 +46,7 @@ def test_over_https_agents_get_the_authority_and_the_places_of_their_certificate
 
 
 def test_agents_beside_a_plain_consul_of_their_own_are_told_nothing(tmp_path: Path) -> None:
-    """The control plane speaks https, the agents ask the Consul of their host over http."""
+    """The control plane uses https, while the agents use the Consul of their host over http."""
     document, _ = told(
         tmp_path, 'address = "https://10.0.0.1:8501"\nagent_address = "http://127.0.0.1:8500"'
     )
@@ -61,14 +61,14 @@ def test_agents_beside_a_plain_consul_of_their_own_are_told_nothing(tmp_path: Pa
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, setting: str, message: str) -> None:
-    """A key without its certificate, and a path that is none on another host."""
+    """A key without its certificate, and a relative path, are rejected."""
     with pytest.raises(UserError) as caught:
         told(tmp_path, setting)
     assert message in str(caught.value)
 
 
 def test_a_key_in_the_authorities_file_reaches_no_agent(tmp_path: Path) -> None:
-    """`consul.ca_cert` goes to every agent: what else is in the file must not (S10)."""
+    """`consul.ca_cert` goes to every agent: other contents of the file must not (S10)."""
     (tmp_path / "ca.pem").write_text(PEM + "-----BEGIN PRIVATE KEY-----\nsecret\n")
     with pytest.raises(UserError) as caught:
         told(tmp_path, f'address = "https://c:1"\nca_cert = "{tmp_path}/ca.pem"')

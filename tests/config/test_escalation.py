@@ -1,4 +1,4 @@
-"""The class settings of whom agents tell."""
+"""The class settings for escalation by agents."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_what_the_class_says_is_what_the_agent_takes(tmp_path: Path) -> None:
 
 
 def test_a_class_without_keeps_its_hash_and_its_document(tmp_path: Path) -> None:
-    """A class that escalates nowhere has none of the keys, and the hash that it had before there were any."""
+    """A class without escalation has none of the keys, and the hash that it had before they existed."""
     digest, made = spec_of(tmp_path, "")
     assert not {"escalate", "loki", "state", "prefix"} & made.keys()
     assert spec_of(tmp_path, '  state = "folder"')[0] == digest
@@ -69,7 +69,7 @@ def test_a_class_without_keeps_its_hash_and_its_document(tmp_path: Path) -> None
 
 
 def test_a_bell_without_a_consul_is_refused_before_an_agent_is_started(tmp_path: Path) -> None:
-    """A Consul event of agents that have no Consul, and no address for it, is a mistake of the file."""
+    """A Consul event for agents without Consul, and without an address for it, is an error in the file."""
     file = tmp_path / "w.hcl"
     file.write_text('backend = "local"\n' + FILE % 'escalate {\n sink "consul_event" {}\n }')
     with pytest.raises(UserError, match="agent_address is empty"):
@@ -91,7 +91,7 @@ def test_a_bell_without_a_consul_is_refused_before_an_agent_is_started(tmp_path:
 def test_wrong_settings_are_refused_with_what_is_allowed(
     tmp_path: Path, wrong: str, said: str
 ) -> None:
-    """A wrong block is refused, and the message names the place and what is allowed."""
+    """An invalid block is rejected, and the message names the place and what is allowed."""
     with pytest.raises(UserError, match=said):
         spec_of(tmp_path, wrong)
 
@@ -107,7 +107,7 @@ def test_wrong_settings_are_refused_with_what_is_allowed(
     ],
 )
 def test_receivers_at_ipv6_addresses(tmp_path: Path, url: str, host: str, port: int) -> None:
-    """An IPv6 address of a sink or of Loki, with a zone or without, is connected to as it was written."""
+    """An IPv6 address of a sink or of Loki, with or without a zone, is connected to as written."""
     blocks = f'escalate {{ sink "alertmanager" {{ url = "{url}" }} }}\n  loki {{ url = "{url}" }}'
     _, made = spec_of(tmp_path, blocks)
     taken = check(document(**made | {"device_id": "pump", "slug": "pump", "epoch": 1}))
@@ -127,7 +127,7 @@ def test_receivers_at_ipv6_addresses(tmp_path: Path, url: str, host: str, port: 
     ],
 )
 def test_receivers_at_no_address(tmp_path: Path, url: str, words: str) -> None:
-    """An address that no agent could connect to is rejected with what to write, at a sink and at Loki."""
+    """An address that no agent could connect to is rejected with what to write instead, for a sink and for Loki."""
     for block in (
         f'escalate {{ sink "webhook" {{ url = "{url}" }} }}',
         f'loki {{ url = "{url}" }}',

@@ -1,4 +1,4 @@
-"""The configuration file: every mistake at once, units, precedence, hostile text, the docs."""
+"""The configuration file: all errors at once, units, precedence, hostile text, the docs."""
 
 import math
 import re
@@ -62,7 +62,7 @@ def message(folder: Path, text: str) -> str:
 
 
 def test_all_mistakes_are_named_at_once_with_lines(tmp_path: Path) -> None:
-    """Each mistake of a file is reported in one run, with its line, its block path and what is allowed."""
+    """All errors of a file are reported in one run, each with its line, its block path and what is allowed."""
     found = message(tmp_path, MISTAKES)
     for line, words in [
         (2, "shard: no such setting; did you mean shards?"),
@@ -86,7 +86,7 @@ def test_all_mistakes_are_named_at_once_with_lines(tmp_path: Path) -> None:
 
 
 def test_unknown_backend_names_those_installed(tmp_path: Path) -> None:
-    """A backend that is not installed is refused with the names of those that are."""
+    """A backend that is not installed is rejected with the names of those that are."""
     assert "did you mean nomad? installed: kubernetes, local, nomad" in message(
         tmp_path, 'backend = "nomd"\n'
     )
@@ -109,7 +109,7 @@ def test_unknown_backend_names_those_installed(tmp_path: Path) -> None:
 def test_settings_that_do_not_fit_together_are_refused(
     tmp_path: Path, text: str, words: str
 ) -> None:
-    """An inequality between settings that does not hold is an error that says which."""
+    """Settings that violate an inequality cause an error that names it."""
     assert words in message(tmp_path, text + "\n")
 
 
@@ -118,7 +118,7 @@ def test_settings_that_do_not_fit_together_are_refused(
     ["x = ", "a {", "}", "= 1", "x = 'a'", "{" * 500, 'a = "\x00"\n= ', "backend = <<X\nlocal\nX"],
 )
 def test_what_is_not_plain_hcl_is_refused_with_its_place(tmp_path: Path, text: str) -> None:
-    """Text that is not HCL, or would need evaluating, gives a UserError and nothing unprintable."""
+    """Text that is not HCL, or would need evaluation, causes a UserError without unprintable characters."""
     found = message(tmp_path, text)
     assert "wrong.hcl" in found
     assert found.replace("\n", "").isprintable()
@@ -127,7 +127,7 @@ def test_what_is_not_plain_hcl_is_refused_with_its_place(tmp_path: Path, text: s
 @given(st.text(max_size=60))
 @settings(max_examples=60, deadline=None)
 def test_any_text_is_read_or_refused(text: str) -> None:
-    """Whatever stands in a file, reading it ends with a document or a UserError."""
+    """Any file gives a document or a UserError."""
     try:
         read(text, "file")
     except UserError as error:
@@ -138,7 +138,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     "value", ['"${var.x}"', "var.x", "1 + 2", 'file("/etc/passwd")', '"%{if x}a%{endif}"']
 )
 def test_nothing_is_evaluated(tmp_path: Path, value: str) -> None:
-    """A value that would need evaluating is refused; an escaped one is its own text."""
+    """A value that would need evaluation is rejected; an escaped one is its own text."""
     assert "data_dir" in message(tmp_path, f"data_dir = {value}\n")
     assert read('x = "$${y}"\n', "file").data == {"x": "${y}"}
 
@@ -155,13 +155,13 @@ def test_durations_become_seconds(text: str, seconds: float) -> None:
     "text", ["", "10", 10, "s", "-1s", "1e9s", "nan", "10 s", "１s", "9999d", None, True]
 )
 def test_durations_without_sense_are_refused(text: object) -> None:
-    """What is not a duration is refused, numbers without a unit too."""
+    """Invalid durations are rejected, including numbers without a unit."""
     with pytest.raises(ValueError):
         parse_duration(text)
 
 
 def test_sizes_become_bytes() -> None:
-    """A size with its unit becomes bytes; one without is refused."""
+    """A size with its unit becomes bytes; one without is rejected."""
     assert (parse_size("64Mi"), parse_size("1k"), parse_size("5B")) == (64 * 1024**2, 1000, 5)
     for wrong in ("64", 64, "Mi", "-1Mi", "1.5Mi", "٣Mi"):
         with pytest.raises(ValueError):
@@ -169,7 +169,7 @@ def test_sizes_become_bytes() -> None:
 
 
 def test_flags_go_over_environment_over_file_over_defaults(tmp_path: Path) -> None:
-    """The first of flag, our variable, the vendor's variable, file and default is in force."""
+    """The order of precedence is flag, our variable, the vendor's variable, file, default."""
     file = write(tmp_path, 'shards = 2\nnomad {\n address = "http://file:1"\n}\n')
     assert load(file, {}).nomad.address == "http://file:1"
     env = {"NOMAD_ADDR": "vendor:2", "NOMAD_WATCHDOG_SHARDS": "3"}
@@ -184,8 +184,8 @@ def test_flags_go_over_environment_over_file_over_defaults(tmp_path: Path) -> No
 
 
 def test_a_user_without_a_home_is_told_to_name_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container, where no passwd file knows the user: with data_dir all is well, without it that is
-    what is asked for."""
+    """For a user without a home directory, as in a container, data_dir is enough, and without it the error asks for
+    it."""
 
     def nobody() -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -197,13 +197,13 @@ def test_a_user_without_a_home_is_told_to_name_a_folder(monkeypatch: pytest.Monk
 
 
 def test_a_wrong_variable_is_named() -> None:
-    """A mistake in the environment names the variable, not the file."""
+    """An error in the environment names the variable, not the file."""
     with pytest.raises(UserError, match="environment NOMAD_WATCHDOG_RESYNC: resync"):
         load(None, {"NOMAD_WATCHDOG_RESYNC": "5"})
 
 
 def test_consul_ssl_variable_makes_the_address_https() -> None:
-    """CONSUL_HTTP_SSL counts for a CONSUL_HTTP_ADDR without a scheme."""
+    """CONSUL_HTTP_SSL applies to a CONSUL_HTTP_ADDR without a scheme."""
     env = {"CONSUL_HTTP_ADDR": "c:8501", "CONSUL_HTTP_SSL": "true"}
     assert load(None, env).consul.address == "https://c:8501"
 
@@ -244,7 +244,7 @@ def test_limits_are_finite_and_follow_settings() -> None:
 
 
 def test_docs_name_every_setting_and_no_other() -> None:
-    """docs/configuration.md has a row for each setting of the schema, and none more."""
+    """docs/configuration.md has a row for each setting of the schema, and no others."""
     wanted: set[str] = set()
     for name, field in Settings.model_fields.items():
         block = model_of(field.annotation)

@@ -1,4 +1,4 @@
-"""A pool's settings are checked at the door, and the message says where and what is allowed."""
+"""Validation of a pool's settings: messages name the place and what is allowed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_a_pool_is_read_with_its_defaults(tmp_path: Path) -> None:
-    """What is not said has the default of the docs."""
+    """Settings that are omitted have the defaults of the docs."""
     pool = load(write(tmp_path, GOOD)).agent_pool["encoder"]
 
     assert (pool.min, pool.max, pool.scaler, pool.dry_run) == (1, 9, "builtin", False)
@@ -57,7 +57,7 @@ def test_a_pool_is_read_with_its_defaults(tmp_path: Path) -> None:
 def test_what_is_wrong_is_named_with_its_place(
     tmp_path: Path, old: str, new: str, said: str
 ) -> None:
-    """Each mistake is refused with the file, and words that help."""
+    """Each error is reported with the file and helpful words."""
     assert old in GOOD
     with pytest.raises(UserError) as caught:
         load(write(tmp_path, GOOD.replace(old, new)))
@@ -67,7 +67,7 @@ def test_what_is_wrong_is_named_with_its_place(
 
 
 def test_a_pool_without_a_metric_says_how_to_have_one(tmp_path: Path) -> None:
-    """Only `scaler = "none"` does without."""
+    """Only `scaler = "none"` works without a metric."""
     text = 'agent_pool "a" {\n command = ["x"]\n max = 2\n'
     with pytest.raises(UserError, match="needs a metric; add  metric"):
         load(write(tmp_path, text + "}"))
@@ -76,7 +76,7 @@ def test_a_pool_without_a_metric_says_how_to_have_one(tmp_path: Path) -> None:
 
 
 def test_an_average_of_nobody_is_refused(tmp_path: Path) -> None:
-    """By CPU a pool can't come back from 0 workers."""
+    """By CPU a pool can't grow again from 0 workers."""
     text = (
         'agent_pool "a" {\n command = ["x"]\n min = 0\n max = 2\n metric "cpu" { target = 70 }\n}'
     )
@@ -85,7 +85,7 @@ def test_an_average_of_nobody_is_refused(tmp_path: Path) -> None:
 
 
 def test_nomad_autoscaler_reads_no_queue(tmp_path: Path) -> None:
-    """What the external scaler has no source for is said at the door."""
+    """A metric that the external scaler has no source for is rejected during validation."""
     text = 'backend = "nomad"\n' + GOOD.replace("max     = 9", 'max = 9\n scaler = "external"')
     with pytest.raises(UserError, match="can't read metric"):
         load(write(tmp_path, text))
@@ -93,7 +93,7 @@ def test_nomad_autoscaler_reads_no_queue(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scaler", ["external", "none"])
 def test_another_scaler_makes_no_dry_run(tmp_path: Path, scaler: str) -> None:
-    """Whoever set it would take what is scaled for what would be."""
+    """The user would mistake real scaling for a dry run."""
     text = (
         f'backend = "nomad"\nagent_pool "a" {{\n command = ["x"]\n max = 2\n scaler = "{scaler}"\n'
         ' dry_run = true\n metric "cpu" { target = 70 }\n}'
@@ -103,7 +103,7 @@ def test_another_scaler_makes_no_dry_run(tmp_path: Path, scaler: str) -> None:
 
 
 def test_the_example_of_the_docs_is_valid(tmp_path: Path, repository: Path) -> None:
-    """The HCL of docs/pools.md passes the check."""
+    """The HCL example of docs/pools.md passes the check."""
     text = (repository / "docs" / "pools.md").read_text()
     example = text.split("```hcl\n")[1].split("```")[0]
 
@@ -111,7 +111,7 @@ def test_the_example_of_the_docs_is_valid(tmp_path: Path, repository: Path) -> N
 
 
 def test_the_docs_name_every_event_of_a_pool(repository: Path) -> None:
-    """Each kind of event that the controller publishes stands in docs/pools.md."""
+    """Each kind of event that the controller publishes is listed in docs/pools.md."""
     source = (repository / "nomad_watchdog" / "pools" / "controller.py").read_text()
     kinds = {word for word in source.split('"') if word.startswith("pool.")}
     text = (repository / "docs" / "pools.md").read_text()

@@ -70,7 +70,7 @@ def written(folder: Path, text: str) -> Path:
 
 
 def test_every_kind_reaches_the_agent_as_it_takes_it(tmp_path: Path) -> None:
-    """What the control plane accepts of each kind, the agent's own check accepts too, with all settings."""
+    """Whatever the control plane accepts of each kind, the agent's own check accepts too, with all settings."""
     spec = load(written(tmp_path, ALL)).specs()["a"]
     told = dict(spec.agent_config)
     got = check({**told, "device_id": "d", "slug": "d-1", "epoch": 1, "address": "10.0.0.7"})
@@ -89,7 +89,7 @@ def test_every_kind_reaches_the_agent_as_it_takes_it(tmp_path: Path) -> None:
 
 
 def test_a_class_that_sets_nothing_new_keeps_its_hash(tmp_path: Path) -> None:
-    """The hash of a class of before is the same number as before: no agent is replaced by the upgrade."""
+    """The hash of an existing class stays the same: the upgrade replaces no agent."""
     text = """
 agent_class "a" {
   version = "1"
@@ -138,7 +138,7 @@ agent_class "a" {
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(tmp_path: Path, block: str, words: str) -> None:
-    """A setting that a kind does not know, or one that it needs, is named with what is allowed."""
+    """A setting that a kind does not know, or a missing required one, is reported with what is allowed."""
     with pytest.raises(UserError) as caught:
         load(written(tmp_path, f'agent_class "a" {{\n {block}\n}}\n'))
     assert words in str(caught.value)

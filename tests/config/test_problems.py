@@ -1,4 +1,4 @@
-"""What a wrong configuration is told: plain words, the right line, and what was probably meant."""
+"""Messages about a wrong configuration: plain words, the right line, and the probable intention."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LIBRARYS_WORDS = re.compile(
 
 
 def told(folder: Path, text: str, **env: str) -> str:
-    """What is said of a file, in which nothing but plain words may stand."""
+    """The messages about a file, which may contain nothing but plain words."""
     file = folder / "w.hcl"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as caught:
@@ -105,7 +105,8 @@ def test_a_block_that_is_not_closed_is_named_where_it_opens(
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_told_what_is_expected(tmp_path: Path, text: str, words: str) -> None:
-    """The words are ours, for every type of a setting, also for a number of 5,000 digits (C10, H6)."""
+    """The message is written for users, for every type of a setting, and also for a number of 5,000 digits (C10,
+    H6)."""
     assert words in told(tmp_path, f'agent_class "a" {{\n {text}\n}}\n')
 
 
@@ -127,12 +128,12 @@ def test_a_wrong_value_is_told_what_is_expected(tmp_path: Path, text: str, words
 def test_what_is_wrong_elsewhere_is_told_in_the_same_words(
     tmp_path: Path, text: str, words: str
 ) -> None:
-    """Names of blocks, addresses, backends and numbers of any form (C9, C10)."""
+    """This covers names of blocks, addresses, backends and numbers of any form (C9, C10)."""
     assert words in told(tmp_path, text + "\n")
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
-    """Errors of the file and misspelt variables come in one message, each on its line."""
+    """Errors of the file and misspelt variables are reported in one message, each with its line."""
     found = told(
         tmp_path,
         f'shard = 2\nagent_class "a" {{\n  {PROBE}\n  cpu = "x"\n}}\n',
@@ -157,7 +158,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     ],
 )
 def test_a_misspelt_variable_is_reported(variable: str, meant: str) -> None:
-    """A variable that begins as ours do and that nothing reads is an error, not a surprise later."""
+    """A variable with our prefix that is not used is an error, not a later surprise."""
     with pytest.raises(UserError, match=re.escape(meant)) as caught:
         load(None, {"HOME": "/nowhere", variable: "s3cret"})
     assert str(caught.value).startswith(f"environment {variable}: ")
@@ -178,12 +179,12 @@ def test_a_misspelt_variable_is_reported(variable: str, meant: str) -> None:
     ],
 )
 def test_what_others_set_is_left_alone(variable: str) -> None:
-    """Kubernetes sets variables for a Service that is called as we are; the CLI has some of its own."""
+    """Kubernetes sets variables for a Service with our name; the CLI has some of its own."""
     assert load(None, {"HOME": "/nowhere", variable: "tcp://10.0.0.1:80"}).shards == 1
 
 
 def models(model: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[type[BaseModel]]:
-    """All blocks below a block."""
+    """All blocks nested in a block, and itself."""
     if model in seen:
         return
     seen.add(model)
@@ -201,7 +202,7 @@ def models(model: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[type[
 
 
 def patterns(note: Any) -> Iterator[str]:
-    """All patterns below an annotation."""
+    """All patterns in an annotation."""
     if isinstance(note, FieldInfo):
         for one in (*note.metadata, note.annotation):
             yield from patterns(one)
@@ -213,7 +214,7 @@ def patterns(note: Any) -> Iterator[str]:
 
 
 def test_every_pattern_of_a_setting_has_words() -> None:
-    """A new setting with a pattern needs a sentence that says what it asks for."""
+    """A new setting with a pattern needs a sentence that explains it."""
     blocks = list(models(Settings, set()))
     found = {
         p for block in blocks for field in block.model_fields.values() for p in patterns(field)
@@ -233,7 +234,7 @@ def test_every_pattern_of_a_setting_has_words() -> None:
     ],
 )
 def test_a_misspelt_name_is_one_error(text: str, named: str, tmp_path: Path) -> None:
-    """That the setting is missing which was misspelt is not a second error."""
+    """A misspelt setting is not reported as missing as well."""
     file = tmp_path / "w.hcl"
     file.write_text(text)
     with pytest.raises(UserError) as caught:

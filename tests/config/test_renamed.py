@@ -54,14 +54,14 @@ def test_old_names_set_the_new_settings(tmp_path: Path) -> None:
 def test_every_new_name_exists_and_every_old_one_does_not(
     old: tuple[str, str], new: tuple[str, str]
 ) -> None:
-    """The table of renamed settings leads from names that the schema lacks to names that it has."""
+    """The table of renamed settings maps names that the schema lacks to names that it has."""
     settings = Settings(data_dir="/nowhere")
     assert hasattr(getattr(settings, new[0]), new[1])
     assert not hasattr(getattr(settings, old[0], None), old[1])
 
 
 def test_an_old_variable_works_and_the_new_one_takes_precedence() -> None:
-    """Variables of the environment have old names too."""
+    """Environment variables have old names too."""
     old = {"NOMAD_WATCHDOG_BREAKER_MIN": "7"}
     settings = load(None, ENV | old)
     assert settings.mass_change.min == 7

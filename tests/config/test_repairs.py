@@ -1,4 +1,4 @@
-"""Repairs in the configuration file: what is refused, what reaches the agent, and whose hash changes."""
+"""Repairs in the configuration file: what is rejected, what reaches the agent, and whose hash changes."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def document(folder: Path, body: str) -> dict[str, Any]:
     ],
 )
 def test_wrong_repairs_are_refused(tmp_path: Path, body: str, words: str) -> None:
-    """What no agent could do is refused with what is allowed."""
+    """What no agent could do is rejected with what is allowed."""
     with pytest.raises(UserError, match=words.replace("+", r"\+")):
         spec(tmp_path, body)
 
 
 def test_every_kind_of_step_is_taken_by_the_agent(tmp_path: Path) -> None:
-    """A document that this side makes of each kind, with all its settings, passes the agent's own check."""
+    """A document that the control plane makes of each kind, with all its settings, passes the agent's own check."""
     body = """
       repair "interface" { interface = "eth0" }
       repair "http" {
@@ -103,7 +103,7 @@ def test_every_kind_of_step_is_taken_by_the_agent(tmp_path: Path) -> None:
 
 
 def test_what_is_not_set_is_not_sent(tmp_path: Path) -> None:
-    """A step as an older version knew it is sent in the same words, so that no agent is replaced for it."""
+    """A step that an older version supported is sent unchanged, so that no agent is replaced for it."""
     sent = document(tmp_path, 'repair "unit" { unit = "a" }')
     assert sent["repairs"] == [
         {

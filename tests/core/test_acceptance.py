@@ -26,9 +26,9 @@ steps = st.lists(
 @settings(max_examples=400, deadline=None)
 @given(steps)
 def test_s1_one_accepted_instance_at_a_time(history: list) -> None:
-    """Through any history, a report is accepted only at the registry's epoch from the bound
-    instance; a bound instance is only given up when the scheduler no longer lists it; an agent hears that
-    its device has left exactly when it has."""
+    """Through any history, a report is accepted only from the bound instance at the registry's epoch; an instance is
+    unbound only when the scheduler no longer lists it; an agent receives `departed` exactly when its device has
+    left."""
     rec = record("a", epoch=1)
     for kind, epoch, instance, live in history:
         if kind == "advance":
@@ -50,18 +50,18 @@ def test_s1_one_accepted_instance_at_a_time(history: list) -> None:
 
 
 def test_a_newer_epoch_is_not_refused_by_an_old_view() -> None:
-    """We may be behind: an agent with a newer epoch is told to ask again, never to stop."""
+    """This replica may be behind: an agent with a newer epoch is asked to retry, never to stop."""
     assert accept(record("a", epoch=1), Epoch(2), "i", ()).kind is AcceptanceKind.UNSURE
 
 
 def test_without_a_record_an_agent_is_neither_accepted_nor_told_to_stop() -> None:
-    """A store that lost its records must not stop the fleet through the agents' own reports (S7)."""
+    """A store that lost its records must not stop the fleet through answers to reports (S7)."""
     assert accept(None, Epoch(1), "i", ()).kind is AcceptanceKind.UNSURE
 
 
 def test_the_one_that_stays_waits_for_the_accepted_one_that_stops() -> None:
-    """Of two instances that a raced start made, the one that reported first and is being stopped keeps its
-    acceptance until the scheduler lists it no more; the other one is asked to wait, and is bound then."""
+    """Of two instances from a raced start, the one that reported first and is being stopped stays accepted until the
+    scheduler no longer lists it; the other is asked to wait, and is bound then."""
     rec = presence.bind(record("a", epoch=1), "surplus")
 
     meanwhile = accept(rec, Epoch(1), "oldest", {"surplus", "oldest"}, stopping={"surplus"})
@@ -72,7 +72,7 @@ def test_the_one_that_stays_waits_for_the_accepted_one_that_stops() -> None:
 
 
 def test_an_instance_that_is_stopping_itself_is_refused_beside_the_accepted_one() -> None:
-    """Only an instance that stays waits for the accepted one to end."""
+    """Only an instance that is not stopping waits for the accepted one to end."""
     rec = presence.bind(record("a", epoch=1), "i1")
 
     answer = accept(rec, Epoch(1), "i2", {"i1", "i2"}, stopping={"i1", "i2"})

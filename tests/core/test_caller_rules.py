@@ -1,4 +1,4 @@
-"""The pure parts of the door: roles, credentials, signatures, order of events, rates."""
+"""The pure parts of the API boundary: roles, credentials, signatures, event order, rates."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from nomad_watchdog.model import Departure, Device, DeviceRecord, Epoch, Presenc
 
 KEY, OLD = b"k" * 32, b"o" * 32
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
-"""Of the published test vector."""
+"""The secret of the published test vector."""
 BODY = b'{"test": 2432232314}'
 HEADERS = (
     "msg_p5jXN8AQM9LWM0D4loKWxJek",
@@ -67,7 +67,7 @@ def test_what_each_role_may_do(role: Role, rights: set[Right]) -> None:
 
 @given(CLAIMS)
 def test_a_credential_is_good_for_its_claim_under_any_of_the_keys(claim: TokenClaim) -> None:
-    """What a key issued is recognised by it, beside others too, and by no other key."""
+    """A credential is accepted with the key that issued it, also among other keys, and with no other key."""
     given_one = issue(KEY, claim)
     assert claim_of([KEY], given_one) == claim
     assert claim_of([OLD, KEY], given_one) == claim
@@ -77,7 +77,7 @@ def test_a_credential_is_good_for_its_claim_under_any_of_the_keys(claim: TokenCl
 
 @given(CLAIMS, CLAIMS)
 def test_a_credential_does_not_turn_into_another(one: TokenClaim, other: TokenClaim) -> None:
-    """The mac of one device or epoch does not fit the name of another."""
+    """The MAC of one device or epoch does not match the name of another."""
     mac = issue(KEY, one).rpartition(".")[2]
     forged = f"wda1.{other.slug}.{other.epoch}.{mac}"
     assert claim_of([KEY], forged) == (other if one == other else None)
@@ -85,7 +85,7 @@ def test_a_credential_does_not_turn_into_another(one: TokenClaim, other: TokenCl
 
 @given(CLAIMS, st.data())
 def test_no_change_of_a_credential_is_accepted(claim: TokenClaim, data: st.DataObject) -> None:
-    """A credential with one character changed, added or taken away is nobody's."""
+    """A credential with one character changed, added or removed is rejected."""
     good = issue(KEY, claim)
     at = data.draw(st.integers(0, len(good) - 1))
     other = data.draw(st.text(max_size=2))
@@ -95,21 +95,21 @@ def test_no_change_of_a_credential_is_accepted(claim: TokenClaim, data: st.DataO
 
 @given(st.text(max_size=300))
 def test_any_text_is_no_credential(text: str) -> None:
-    """Whatever is sent in a credential's place is refused without an exception."""
+    """Any text in place of a credential is rejected without an exception."""
     assert claim_of([KEY], text) is None
     assert claim_of([KEY], f"wda1.{text}") is None
     assert claim_of([KEY], f"wda1.a-abc.{text}.x") is None
 
 
 def test_the_published_vector_of_standard_webhooks() -> None:
-    """The signature of the scheme's own test vector is made and accepted."""
+    """The signature of the scheme's own test vector is reproduced and accepted."""
     signed = SignatureHeaders(HEADERS[0], int(HEADERS[1]))
     assert sign(secret_of(SECRET), signed, BODY) == HEADERS[2]
     assert verify([secret_of(SECRET)], HEADERS, BODY, SENT) == signed
 
 
 def test_one_good_signature_among_others_is_enough() -> None:
-    """With several secrets and several signatures, one pair that fits is accepted."""
+    """With several secrets and several signatures, one matching pair is accepted."""
     others = "v1a,xx v2,AAAA v1,!! v1, , v1,AAAA"
     many = (HEADERS[0], HEADERS[1], f"{others} {HEADERS[2]}")
     assert verify([b"x" * 32, secret_of(SECRET)], many, BODY, SENT).at == 1614265330
@@ -117,7 +117,7 @@ def test_one_good_signature_among_others_is_enough() -> None:
 
 @pytest.mark.parametrize("now", [SENT - TOLERANCE_S - 1, SENT + TOLERANCE_S + 1])
 def test_an_old_or_future_signature_is_refused(now: float) -> None:
-    """A second past the tolerance, before or after, is refused; on its edge it is accepted."""
+    """A signature one second beyond the tolerance, before or after, is rejected; at the limit it is accepted."""
     with pytest.raises(SignatureError, match="from our clock"):
         verify([secret_of(SECRET)], HEADERS, BODY, now)
     edge = now + 1 if now < SENT else now - 1
@@ -136,14 +136,14 @@ def test_no_change_of_a_signed_call_is_accepted(part: int, data: st.DataObject) 
     body = parts[3].encode("utf-8", "surrogatepass")
     signatures = {one.strip() for one in parts[2].split(" ")}
     if part == 2 and HEADERS[2] in signatures:
-        return  # something beside the good one
+        return  # a bad one beside the good one
     with pytest.raises(SignatureError):
         verify([secret_of(SECRET)], (parts[0], parts[1], parts[2]), body, SENT)
 
 
 @given(st.text(max_size=80), st.text(max_size=30), st.text(max_size=200), st.binary(max_size=50))
 def test_any_headers_are_refused_in_words(one: str, two: str, three: str, body: bytes) -> None:
-    """Hostile headers and bodies end in a SignatureError that does not repeat them."""
+    """Hostile headers and bodies raise a SignatureError that does not repeat them."""
     with pytest.raises(SignatureError) as caught:
         verify([secret_of(SECRET)], (one, two, three), body, SENT)
     assert str(caught.value).isprintable()
@@ -161,14 +161,14 @@ def test_any_headers_are_refused_in_words(one: str, two: str, three: str, body: 
     ],
 )
 def test_weak_or_wrong_secrets_are_refused(text: str) -> None:
-    """A secret without the prefix, of bad base64, too short or too long is refused."""
+    """A secret without the prefix, with bad base64, too short or too long is rejected."""
     with pytest.raises(ValueError):
         secret_of(text)
 
 
 def test_a_window_tells_new_busy_done_and_other() -> None:
-    """An id is new once, busy until it is settled, done after that; another body is told; a failed one
-    is new again."""
+    """An ID is new once, busy until it is settled, and done after that; another body is detected; after a failure the
+    ID is new again."""
     window, signed = ReplayWindow(), SignatureHeaders("m", 1000)
     assert window.claim(signed, b"a", 1000.0) is Seen.NEW
     assert window.claim(signed, b"a", 1000.0) is Seen.BUSY
@@ -181,8 +181,8 @@ def test_a_window_tells_new_busy_done_and_other() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 900)), max_size=60))
 def test_a_window_is_bounded_and_keeps_what_could_be_replayed(calls: list[tuple[int, int]]) -> None:
-    """It never holds more than its bound, and while it is not full no applied event passes twice as long
-    as its signature is accepted."""
+    """The window never exceeds its bound, and while it is not full, an applied event is not accepted again for twice as
+    long as its signature is valid."""
     small, large = ReplayWindow(most=5), ReplayWindow()
     applied: dict[int, int] = {}
     for number, later in sorted(calls, key=lambda call: call[1]):
@@ -204,7 +204,7 @@ DEVICE = Device(DeviceId("d"), "default", "10.0.0.1")
 def step(
     stored: DeviceRecord | None, connected: bool, event: event_order.SignedEvent | None, now: float
 ) -> DeviceRecord | None:
-    """As the ledger does it: the record afterwards."""
+    """The record after a change, as the ledger makes it."""
     if connected:
         wanted = presence.register(stored, DEVICE, WallTime(now))
     elif stored is not None:
@@ -218,8 +218,8 @@ def step(
 def test_s5_no_replay_of_an_event_changes_a_record(
     steps: list[tuple[bool, int]], data: st.DataObject
 ) -> None:
-    """After any history of signed and unsigned changes in order, none of the events that changed the
-    record can be sent again with an effect, by a process that remembers nothing."""
+    """After any history of signed and unsigned changes in order, resending an event that changed the record has no
+    effect, even on a process without memory."""
     stored: DeviceRecord | None = None
     now = 1000.0
     applied: list[tuple[bool, event_order.SignedEvent]] = []
@@ -231,7 +231,7 @@ def test_s5_no_replay_of_an_event_changes_a_record(
         try:
             after = step(stored, connected, event, now)
         except OutOfDateError:
-            # Signed in the second of an unsigned change, or a disconnect in that of another event.
+            # Signed in the second of an unsigned change, or a disconnect in the second of another event.
             assert event is not None
             assert stored is not None
             assert stored.event_at == 0 or (stored.event_at == event.at and not connected)
@@ -248,7 +248,7 @@ def test_s5_no_replay_of_an_event_changes_a_record(
 
 
 def test_events_are_ordered_by_their_senders_time() -> None:
-    """A later event is applied, an earlier one refused, each once."""
+    """A later event is applied, an earlier one rejected, each once."""
     first = step(None, True, event_order.SignedEvent("a", 98), 103.0)
     assert first is not None
     gone = step(first, False, event_order.SignedEvent("b", 100), 103.1)
@@ -263,8 +263,8 @@ def test_events_are_ordered_by_their_senders_time() -> None:
 
 
 def test_w1_an_event_older_than_one_that_changed_nothing_is_late() -> None:
-    """Connected at -10, connected at -2 (changes nothing), disconnected at -3: the device stays; and the
-    other way round, a late connect does not bring back a device that was reported gone twice."""
+    """After a connect at -10 and one at -2 that changes nothing, a disconnect at -3 does not remove the device;
+    conversely, a late connect does not bring back a device that was reported gone twice."""
     stored = step(None, True, event_order.SignedEvent("a", 90), 100.0)
     again = step(stored, True, event_order.SignedEvent("b", 98), 100.0)
     assert again is not None
@@ -278,8 +278,8 @@ def test_w1_an_event_older_than_one_that_changed_nothing_is_late() -> None:
 
 
 def test_w1_an_unsigned_request_that_changes_nothing_makes_older_events_late() -> None:
-    """A PUT that confirms a device counts as the last event of it where events are signed, and is written
-    once per second; where none were signed it costs no write."""
+    """Where events are signed, a PUT that confirms a device counts as its last event, and is written once per second;
+    where none were signed it causes no write."""
     stored = step(None, True, event_order.SignedEvent("a", 90), 100.0)
     confirmed = step(stored, True, None, 105.5)
     assert confirmed is not None
@@ -295,8 +295,8 @@ def test_w1_an_unsigned_request_that_changes_nothing_makes_older_events_late() -
 def test_events_of_one_second_leave_the_device_watched_in_any_order(
     order: list[str], watched: bool
 ) -> None:
-    """Whether the device was there before or not: with a connect among the events of one second it is
-    watched afterwards, whichever came first, and a replay of any of them has no effect."""
+    """If a connect is among the events of one second, the device is watched afterwards, whatever their order and
+    whether or not it was present before; a replay of any of them has no effect."""
     stored = step(None, True, event_order.SignedEvent("first", 10), 10.0)
     stored = stored if watched else step(stored, False, event_order.SignedEvent("gone", 20), 20.0)
     for name in order * 2:
@@ -312,8 +312,8 @@ def test_events_of_one_second_leave_the_device_watched_in_any_order(
 def test_the_newest_event_decides_in_whatever_order_they_arrive(
     arrivals: list[tuple[bool, int]],
 ) -> None:
-    """After any arrivals the device is in the state of the newest event; connected, when events of both
-    kinds share the newest second."""
+    """After arrivals in any order the device is in the state of the newest event; connected, if the newest second has
+    events of both kinds."""
     stored = step(None, True, event_order.SignedEvent("start", 1), 1.0)
     for number, (connected, at) in enumerate(arrivals):
         with suppress(OutOfDateError):
@@ -325,8 +325,8 @@ def test_the_newest_event_decides_in_whatever_order_they_arrive(
 
 
 def test_a_blink_reported_in_the_second_of_an_expiry_is_watched() -> None:
-    """A device that expired, or was disconnected unsigned, in the second in which a connect was signed is
-    watched; one that was removed is not."""
+    """If a device expired, or was disconnected unsigned, in the second in which a connect was signed, it is watched; if
+    it was removed, it is not."""
     first = step(None, True, None, 50.0)
     assert first is not None
     for left, back in ((Departure.EXPIRED, True), (Departure.REMOVED, False)):
@@ -343,8 +343,8 @@ def test_a_blink_reported_in_the_second_of_an_expiry_is_watched() -> None:
 
 
 def test_a_change_by_hand_is_dated_by_our_clock() -> None:
-    """After an operator's change, events that were signed before it are refused, later ones applied; a
-    sender whose clock is ahead does not get its own event back."""
+    """After an operator's change, events signed before it are rejected, later ones applied; a sender whose clock is
+    ahead cannot replay its own event."""
     first = step(None, True, event_order.SignedEvent("a", 100), 100.0)
     by_hand = step(first, False, None, 150.0)
     assert by_hand is not None
@@ -358,7 +358,7 @@ def test_a_change_by_hand_is_dated_by_our_clock() -> None:
 
 
 def test_a_restored_wish_is_guarded_as_it_was() -> None:
-    """When a backup's wish replaces an older one, a replay of the event behind it has no effect."""
+    """When a backup's desired state replaces an older one, replaying the event that caused it has no effect."""
     old = step(None, True, event_order.SignedEvent("a", 100), 100.0)
     saved = step(old, False, event_order.SignedEvent("b", 200), 200.0)
     assert saved is not None
@@ -375,7 +375,7 @@ def test_a_restored_wish_is_guarded_as_it_was() -> None:
 
 
 def test_a_device_that_flaps_within_a_second_is_told_to_wait() -> None:
-    """The seventeenth change within one second is refused for now, not for good."""
+    """The seventeenth change within one second is rejected temporarily, not permanently."""
     stored: DeviceRecord | None = None
     for number in range(event_order.MAX_AT_ONCE):
         device = replace(DEVICE, address=f"10.0.0.{number}")
@@ -388,8 +388,8 @@ def test_a_device_that_flaps_within_a_second_is_told_to_wait() -> None:
 
 
 def test_an_event_that_changes_nothing_writes_its_mark_and_no_more() -> None:
-    """An old event, and a replay, are not written at all; a newer one writes when it was signed, at most
-    sixteen times per second of its sender's clock."""
+    """An old event, and a replay, are not written at all; a newer one writes only its signing time, at most sixteen
+    times per second of its sender's clock."""
     stored = step(None, True, event_order.SignedEvent("a", 100), 100.0)
     for event in (event_order.SignedEvent("old", 1), event_order.SignedEvent("a", 100)):
         assert step(stored, True, event, 201.0) is stored
@@ -411,7 +411,7 @@ def test_an_event_that_changes_nothing_writes_its_mark_and_no_more() -> None:
 def test_a_client_never_gets_more_than_burst_and_rate(
     rate: float, burst: int, gaps: list[float]
 ) -> None:
-    """In any time a client passes at most burst + rate × time, and who waits as told passes."""
+    """In any period at most burst + rate × time requests of a client pass, and one that waits as requested passes."""
     buckets, now, passed = Buckets(rate, burst), 0.0, 0
     for number, gap in enumerate(gaps):
         now += gap
@@ -427,7 +427,7 @@ def test_a_client_never_gets_more_than_burst_and_rate(
 
 @given(st.lists(st.text(max_size=3), max_size=80))
 def test_the_table_of_clients_is_bounded(clients: list[str]) -> None:
-    """However many clients come, the table holds no more than its bound."""
+    """However many clients connect, the table never exceeds its bound."""
     buckets = Buckets(1.0, 1.0, most=8)
     for now, client in enumerate(clients):
         buckets.take(client, float(now))

@@ -1,4 +1,4 @@
-"""A server that refuses everybody is asked less; a device that fails alone delays nobody (S9)."""
+"""A server that rejects all requests gets fewer; a device that fails alone delays no other (S9)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def opened(now: float = 0.0, retry_after_s: float = 0.0, jitter: float = 1.0) ->
 
 @given(st.lists(st.floats(0, 1e6), max_size=50))
 def test_s9_a_device_that_fails_alone_opens_nothing(times: list[float]) -> None:
-    """Fewer different devices than TOGETHER, however often each fails, leave the allowance whole."""
+    """Failures of fewer different devices than TOGETHER, however many, leave the allowance unchanged."""
     circuit = CircuitBreaker()
     for now in sorted(times):
         for slug in CAMS[:-1]:
@@ -37,7 +37,7 @@ def test_s9_a_device_that_fails_alone_opens_nothing(times: list[float]) -> None:
 
 @given(st.floats(0, 1e6), st.floats(0, 1))
 def test_many_that_fail_together_stop_all_for_a_while(now: float, jitter: float) -> None:
-    """The one that completes TOGETHER opens it for half to all of FIRST_S; then one call may try."""
+    """The failure that completes TOGETHER opens the breaker for half to all of FIRST_S; then one call may try."""
     circuit = opened(now, jitter=jitter)
     wait_s = circuit.wait_s(now)
     assert FIRST_S / 2 - 1e-6 <= wait_s <= FIRST_S + 1e-6
@@ -46,7 +46,7 @@ def test_many_that_fail_together_stop_all_for_a_while(now: float, jitter: float)
 
 
 def test_one_answer_closes_it() -> None:
-    """After an answer everything may be begun, and the next storm begins with the shortest wait."""
+    """After an answer all calls are allowed, and the next storm begins with the shortest wait."""
     circuit = opened()
     circuit.answered()
     assert circuit.allowance(32, 0.0) == 32
@@ -57,7 +57,7 @@ def test_one_answer_closes_it() -> None:
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=40), st.floats(0, 1e9))
 def test_it_waits_longer_each_time_up_to_a_bound(jitters: list[float], asked_s: float) -> None:
-    """No wait is longer than LONGEST_S, or than what the server asked for, itself bounded."""
+    """No wait exceeds the larger of LONGEST_S and the server's request, which is itself bounded."""
     circuit, now = opened(retry_after_s=asked_s), 0.0
     for jitter in jitters:
         now += circuit.wait_s(now)
@@ -68,7 +68,7 @@ def test_it_waits_longer_each_time_up_to_a_bound(jitters: list[float], asked_s: 
 
 
 def test_calls_under_way_when_it_opened_do_not_prolong_it() -> None:
-    """A hundred late failures of the same storm leave the wait as it was."""
+    """A hundred late failures of the same storm do not change the wait."""
     circuit = opened()
     before = circuit.wait_s(0.1)
     for number in range(100):

@@ -1,4 +1,4 @@
-"""Which configuration of several replicas is in force: the rule, over any order of starts, reloads and crashes."""
+"""Which of several replicas' configurations is in force, over any order of starts, reloads and crashes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ STEPS = st.lists(
 
 @dataclass
 class World:
-    """Replicas that start (again), reload and crash, one after the other."""
+    """Replicas that start or restart, reload and crash, one after the other."""
 
     living: dict[str, str] = field(default_factory=dict)
     standing: ConfigStanding | None = None
     changes: int = 0
 
     def start(self, name: str, own: str) -> None:
-        """A start and a reload are the same to the rule."""
+        """The rule treats a start and a reload alike."""
         others = [digest for other, digest in self.living.items() if other != name]
         if wins(own, self.standing, others):
             self.standing = succeed(self.standing, own)
@@ -46,7 +46,7 @@ class World:
 
 
 def fleet(digest: str, count: int) -> World:
-    """Replicas that are all configured with one set, which is in force."""
+    """Replicas that are all configured with the same set, which is in force."""
     world = World()
     world.play([(name, digest) for name in NAMES[:count]])
     return world
@@ -54,7 +54,7 @@ def fleet(digest: str, count: int) -> World:
 
 @given(STEPS, st.sampled_from(NAMES), st.sampled_from(DIGESTS))
 def test_a_lone_replica_has_its_way(steps: list[tuple[str, str]], name: str, own: str) -> None:
-    """Whatever happened before, a replica that starts or reloads while no other lives has its own set in force."""
+    """Whatever happened before, a replica that starts or reloads while no other is alive puts its own set in force."""
     world = World()
     world.play(steps)
     for other in NAMES:
@@ -68,7 +68,7 @@ def test_a_lone_replica_has_its_way(steps: list[tuple[str, str]], name: str, own
 def test_replicas_that_agree_have_their_way(
     steps: list[tuple[str, str]], name: str, own: str
 ) -> None:
-    """Once all living replicas have started or reloaded with one set, it is in force, in whatever order."""
+    """Once all living replicas have started or reloaded with one set, in any order, it is in force."""
     world = World()
     world.play(steps)
     for other in [*world.living, name]:
@@ -80,7 +80,7 @@ def test_replicas_that_agree_have_their_way(
 def test_only_a_start_or_a_reload_changes_anything(
     steps: list[tuple[str, str]], crashes: list[tuple[str, str]]
 ) -> None:
-    """Crashes in any order and number leave in force what was in force."""
+    """Crashes in any order and number do not change the set in force."""
     world = World()
     world.play(steps)
     before = world.standing
@@ -93,8 +93,8 @@ def test_only_a_start_or_a_reload_changes_anything(
 def test_the_same_again_changes_nothing_while_another_agrees(
     steps: list[tuple[str, str]], name: str
 ) -> None:
-    """A replica that restarts as it was, while another one is configured with what is in force, changes nothing:
-    nothing flaps, however often it restarts."""
+    """A replica that restarts unchanged, while another is configured with the set in force, changes nothing, however
+    often it restarts."""
     world = World()
     world.play(steps)
     others = [digest for other, digest in world.living.items() if other != name]
@@ -110,8 +110,8 @@ def test_the_same_again_changes_nothing_while_another_agrees(
 def test_a_rolling_upgrade_changes_what_is_in_force_once(
     count: int, order: list[str], restarts: list[str]
 ) -> None:
-    """The first replica brings the new set into force, and it stays, also when replicas that are not upgraded yet
-    crash and start again in the middle."""
+    """The first replica puts the new set in force, and it stays, even if replicas that are not upgraded yet crash and
+    restart meanwhile."""
     world = fleet("c0", count)
     turns = [name for name in order if name in world.living]
     for turn, name in enumerate(turns):
@@ -126,8 +126,8 @@ def test_a_rolling_upgrade_changes_what_is_in_force_once(
 
 @given(st.integers(1, 4), st.permutations(NAMES))
 def test_a_rollback_counts_with_the_last_replica(count: int, order: list[str]) -> None:
-    """Back to a set that was in force before: the newer one stays until the last replica is back, and then the
-    older one is in force; one change."""
+    """When rolling back to an earlier set, the newer one stays in force until the last replica is rolled back, and then
+    the older one is in force; one change."""
     world = fleet("c0", count)
     for name in list(world.living):
         world.start(name, "c1")
@@ -141,8 +141,8 @@ def test_a_rollback_counts_with_the_last_replica(count: int, order: list[str]) -
 
 @given(STEPS)
 def test_what_is_remembered_is_bounded_and_makes_sense(steps: list[tuple[str, str]]) -> None:
-    """The number goes up by one with each change, the set in force is never among those before, and none is there
-    twice."""
+    """The number increases by one with each change, the superseded sets never include the one in force, and contain no
+    duplicates."""
     world = World()
     world.play(steps)
     if world.standing is None:
@@ -153,7 +153,7 @@ def test_what_is_remembered_is_bounded_and_makes_sense(steps: list[tuple[str, st
 
 
 def test_the_oldest_is_forgotten_first() -> None:
-    """Of more sets than are remembered the last ones are."""
+    """If there are more sets than are remembered, the latest are kept."""
     standing = None
     for number in range(MAX_SUPERSEDED + 5):
         standing = succeed(standing, f"c{number}")
@@ -162,7 +162,7 @@ def test_the_oldest_is_forgotten_first() -> None:
 
 
 def test_a_replica_that_does_not_say_is_no_witness() -> None:
-    """A replica of an older version counts as one that is configured otherwise."""
+    """A replica of an older version that does not publish its set counts as configured differently."""
     standing = succeed(succeed(None, "c0"), "c1")
     assert wins("c0", standing, [""])
     assert not wins("c0", standing, ["", "c1"])

@@ -1,4 +1,4 @@
-"""An outage outlives its agent: what changes the condition of a device, and what is read of it meanwhile."""
+"""An outage outlives its agent: what changes the condition of a device, and the verdict meanwhile."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DEAD = Condition(ConditionState.OFFLINE, BEGAN, "tcp:80 and icmp: no answer", 3)
 
 
 def has_decided(seen: Evidence) -> bool:
-    """Whether a fresh report of the accepted, ready agent says what is wrong, or that nothing is."""
+    """Whether a fresh report of the accepted, ready agent states a problem, or that there is none."""
     told = seen.report
     return (
         told is not None
@@ -53,8 +53,8 @@ def has_decided(seen: Evidence) -> bool:
 @settings(max_examples=300, deadline=None)
 @given(evidence, conditions)
 def test_only_an_accepted_agents_word_ends_a_condition(seen: Evidence, kept: Condition) -> None:
-    """Whatever becomes of agents, nodes and control planes, the condition and its beginning stay, and so does
-    the verdict, until a fresh report of the accepted, ready agent decides."""
+    """Whatever happens to agents, nodes and control planes, the condition, its start and the verdict stay until a fresh
+    report of the accepted, ready agent decides."""
     now, rec = Monotonic(200.0), record("a", epoch=1, instance="i")
     found = of_agent(rec, seen, LIMITS, now)
     after = device_condition.after(found, kept, WallTime(5.0), 1)
@@ -73,7 +73,7 @@ def test_only_an_accepted_agents_word_ends_a_condition(seen: Evidence, kept: Con
 @settings(max_examples=300, deadline=None)
 @given(evidence, st.none() | conditions)
 def test_s6_no_condition_comes_from_silence(seen: Evidence, kept: Condition | None) -> None:
-    """A new condition rests on the whole evidence of a report, never on the lack of one."""
+    """A new condition requires the whole evidence of a report, and never follows from a missing report."""
     now, rec = Monotonic(200.0), record("a", epoch=1, instance="i")
     after = device_condition.after(of_agent(rec, seen, LIMITS, now), kept, WallTime(5.0), 1)
 
@@ -87,7 +87,7 @@ def test_s6_no_condition_comes_from_silence(seen: Evidence, kept: Condition | No
 
 
 def test_the_reason_says_what_the_agent_is_about() -> None:
-    """While its agent is replaced, cut off, unsure or repairing, the reason of the condition says so."""
+    """While its agent is replaced, cut off, in doubt or repairing, the reason of the condition states it."""
     rec = record("a", epoch=1, instance="i")
     said = {}
     for name, told, run, known in (
@@ -116,7 +116,7 @@ def test_the_reason_says_what_the_agent_is_about() -> None:
 
 
 def test_a_departed_device_has_no_condition() -> None:
-    """It ends with the departure, in the verdict and in the record, and does not come back with the device."""
+    """The condition ends with the departure, in the verdict and in the record, and does not return with the device."""
     assert device_condition.after(Verdict(VerdictState.DEPARTED, ""), DEAD, BEGAN, 0) is None
     sick = replace(record("a", epoch=3), condition=DEAD)
     gone = presence.deregister(sick, WallTime(9.0), Departure.EXPIRED)
@@ -138,7 +138,8 @@ def test_an_epoch_and_a_binding_leave_the_condition() -> None:
 def test_a_restored_backup_undoes_no_newer_condition(
     old_generation: int, old_epoch: int, new_generation: int, new_epoch: int
 ) -> None:
-    """The condition comes with the newer wish, or else with the higher epoch; in doubt the stored one stands."""
+    """The condition comes with the newer desired state, or else with the higher epoch; in doubt the stored one
+    stays."""
     stored = replace(record("a"), generation=old_generation, epoch=Epoch(old_epoch), condition=None)
     saved = replace(record("a"), generation=new_generation, epoch=Epoch(new_epoch), condition=DEAD)
     result = presence.restore(stored, saved) or stored
@@ -166,11 +167,11 @@ def test_a_restored_backup_undoes_no_newer_condition(
 def test_a_reason_of_the_same_kind_differs_in_what_is_measured(
     one: str, other: str, same: bool
 ) -> None:
-    """Ages, times, shares and counts make no other kind; a status, a port and another cause do."""
+    """Different ages, times, shares and counts are the same kind; another status, port or cause is not."""
     assert (device_condition.kind_of(one) == device_condition.kind_of(other)) is same
 
 
 def test_renewals_wait_longer_up_to_a_bound() -> None:
-    """5 s after the first, then twice as long each time, at most 300 s."""
+    """The first wait is 5 s, and each further one twice as long, at most 300 s."""
     waits = [device_condition.renew_after_s(number) for number in (1, 2, 3, 7, 10_000)]
     assert waits == [5.0, 10.0, 20.0, 300.0, 300.0]

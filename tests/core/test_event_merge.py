@@ -1,4 +1,4 @@
-"""What an heir of the teller tells: found in its own events by what was told before."""
+"""Which events a successor publishes: its own, from what was published before."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ STATES = ("verdict.watched", "verdict.suspect", "verdict.offline")
 def test_two_who_saw_the_same_tell_each_change_once(
     steps: list[tuple[str, float]], told: int, lags: list[float]
 ) -> None:
-    """Two replicas see the same changes, each some tenths of a second earlier or later; however many of
-    them the first has told, what the second tells is the rest, in order."""
+    """Two replicas see the same changes, each some tenths of a second earlier or later; however many the first has
+    published, the second publishes the rest, in order."""
     changes: list[Said] = []
     at = 0.0
     for kind, pause in steps:
@@ -50,14 +50,14 @@ def test_two_who_saw_the_same_tell_each_change_once(
 
 
 def test_what_was_told_otherwise_is_not_told_from_before() -> None:
-    """Of a device whose last told state we never saw only what came later is told."""
+    """If a device's last published state was never seen here, only later events are published."""
     ours = [Said("verdict.watched", 10.0), Said("verdict.suspect", 30.0)]
     last = {(Slug("d"), "verdict"): ("verdict.offline", 20.0)}
     assert unpublished(ours, last, 0.0) == ours[1:]
 
 
 def test_of_what_is_not_known_only_the_recent_is_told() -> None:
-    """A subject that the log does not reach back to is told from the log's first event on."""
+    """For a subject without published events, only those since the start of the log are published."""
     ours = [Said("flapping", 10.0), Said("steady", 30.0)]
     assert unpublished(ours, {}, 20.0) == ours[1:]
 
@@ -89,23 +89,23 @@ def test_of_what_is_not_known_only_the_recent_is_told() -> None:
     ],
 )
 def test_what_counts_as_the_same_change(one: Said, other: Said, *, same: bool) -> None:
-    """A wish is told apart by its generation, a repair by its number, an incident's growth by its count."""
+    """A desired state is identified by its generation, a repair by its number, an incident's update by its count."""
     assert is_shared(one)
     assert subject(one) == subject(other)
     assert (state(one) == state(other)) is same
 
 
 def test_what_only_one_replica_knows_is_not_shared() -> None:
-    """An audit, a refusal and a hold are told whoever saw them; an incident's end without its group, which
-    a restart writes, is made sense of by its own replica only."""
+    """An audit, a refusal and a hold are published by whichever replica sees them; an incident's end without its group,
+    as written by a restart, can be read only by its own replica."""
     for kind in ("audit.pause", "refused", "breaker.held", "departures.held", "events.stored"):
         assert not is_shared(Said(kind, 1.0))
     assert subject(Said("incident.closed", 1.0)) is None
 
 
 def test_a_restored_registry_that_all_replicas_notice_is_one_change() -> None:
-    """The same restore, noticed at different moments, is told once; the next restore is another change. Nodes and
-    replicas are told apart by their names."""
+    """The same restore, noticed at different moments, is published once; the next restore is another change. Nodes and
+    replicas are distinguished by their names."""
     first, late = (Said("registry.restored", at, Slug(""), {"index": 70}) for at in (1.0, 4.0))
     again = Said("registry.restored", 9.0, Slug(""), {"index": 95})
     assert all(map(is_shared, (first, late, again)))

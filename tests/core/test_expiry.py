@@ -1,4 +1,4 @@
-"""Who is overdue, and how many may leave at once (S7)."""
+"""Which devices are overdue, and how many may leave at once (S7)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def leased(name: str, ttl_s: float | None, *, present: bool = True) -> DeviceRec
 def test_nobody_is_overdue_before_its_whole_ttl(
     world: dict[str, tuple[float, float]], now: float
 ) -> None:
-    """A device is overdue exactly when it has a ttl and the last sign is at least that old, and the
-    next one named is the first that is not yet."""
+    """A device is overdue exactly when it has a TTL and its last heartbeat is at least that old, and the next due time
+    is no later than that of the first that is not overdue yet."""
     records = [leased(name, ttl) for name, (ttl, _) in world.items()]
     heard = {r.slug: Monotonic(world[str(r.device.id)][1]) for r in records}
 
@@ -46,7 +46,7 @@ def test_nobody_is_overdue_before_its_whole_ttl(
 
 
 def test_who_was_never_heard_or_is_gone_is_not_overdue() -> None:
-    """A device without a first sign waits for one, and a tombstone expires no more."""
+    """A device without a first heartbeat is not overdue, and a tombstone does not expire."""
     records = [leased("new", 1.0), leased("gone", 1.0, present=False)]
     heard = {records[1].slug: Monotonic(0.0)}
 
@@ -58,7 +58,7 @@ def test_who_was_never_heard_or_is_gone_is_not_overdue() -> None:
 
 
 def test_the_ttl_is_the_devices_then_its_classs_then_the_default() -> None:
-    """Zero at any level says for ever, and hides what is below it."""
+    """Zero at any level disables expiry, and overrides the levels below it."""
     rules = PresenceRules(ttl_s=30.0, class_ttl_s={CLASS: 60.0})
 
     assert rules.ttl_of(leased("a", 5.0).device) == 5.0
@@ -81,8 +81,8 @@ def leave(
 def test_s7_who_leaves_is_within_the_limit_or_confirmed(
     wanted: set[Slug], confirmed: set[Slug], others: int, recent: int
 ) -> None:
-    """Everybody wanted goes or is held, and unconfirmed ones go only if all of them, with those that
-    went lately, are within the breaker's share."""
+    """Each requested departure goes or is held, and unconfirmed ones go only if all of them, including recent ones, are
+    within the breaker's share."""
     limits = Limits()
     present = len(wanted) + others
 
@@ -99,7 +99,7 @@ def test_s7_who_leaves_is_within_the_limit_or_confirmed(
 
 
 def test_s7_a_trickle_is_one_outage() -> None:
-    """One device at a time gets no further than the limit within the window."""
+    """Departures one at a time stop at the limit within the window."""
     limits = Limits()
     gone, present = 0, 100
     for n in range(50):

@@ -1,4 +1,4 @@
-"""Flapping begins, is said, and ends."""
+"""Flapping starts, is reported, and ends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def after(rules: PresenceRules, gaps: list[float]) -> tuple[FlapDamper | None, f
 def test_flapping_ends_within_two_half_lives_of_the_last_change(
     rules: PresenceRules, gaps: list[float]
 ) -> None:
-    """However many changes there were, the hold ends in bounded time and then nothing is kept for long."""
+    """However many changes there were, flapping ends in bounded time and its state is not kept for long."""
     flap, now = after(rules, gaps)
 
     assert flap is not None
@@ -37,7 +37,7 @@ def test_flapping_ends_within_two_half_lives_of_the_last_change(
 
 @given(rules_of)
 def test_so_many_changes_at_once_are_flapping_and_one_less_is_not(rules: PresenceRules) -> None:
-    """The setting means what it says."""
+    """`flap_changes` changes at once are flapping, and one less is not."""
     k = rules.flap_changes
     flap, now = after(rules, [0.0] * k)
     assert flap is not None
@@ -50,7 +50,7 @@ def test_so_many_changes_at_once_are_flapping_and_one_less_is_not(rules: Presenc
 
 @given(rules_of.filter(lambda rules: rules.flap_changes > 2), st.integers(1, 100))
 def test_slow_changes_never_flap(rules: PresenceRules, count: int) -> None:
-    """A change every half-life stays at a penalty of at most 2."""
+    """One change per half-life keeps the penalty at 2 or less."""
     flap, now = after(rules, [rules.flap_half_life_s] * count)
 
     assert flap is not None
@@ -58,5 +58,5 @@ def test_slow_changes_never_flap(rules: PresenceRules, count: int) -> None:
 
 
 def test_zero_changes_switch_it_off() -> None:
-    """Nothing is remembered when nothing is to be said."""
+    """With detection disabled nothing is remembered."""
     assert after(PresenceRules(flap_changes=0), [0.0] * 50)[0] is None

@@ -1,4 +1,4 @@
-"""Many devices with one cause are one incident; and what is not one, is none."""
+"""Many devices with one cause are one incident; without a common cause there is none."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def groups(host: str = "", site: str = "", kind: str = "default") -> tuple[Group
 
 
 class Fleet:
-    """Devices by name, and what was told of them."""
+    """Devices by name, and the events published about them."""
 
     def __init__(self, limits: IncidentLimits = LIMITS) -> None:
         self.correlator = Correlator(limits)
@@ -65,7 +65,7 @@ class Fleet:
 
 
 def test_a_thousand_devices_of_one_host_are_one_incident() -> None:
-    """A host of 1,000 in a fleet of 10,000 dies and comes back: one opened, one closed, of the host."""
+    """If a host with 1,000 of 10,000 devices dies and comes back, one incident of the host opens and closes."""
     fleet = Fleet()
     dead = fleet.add(1_000, "h0", site="s0")
     for number in range(1, 10):
@@ -85,7 +85,7 @@ def test_a_thousand_devices_of_one_host_are_one_incident() -> None:
 
 
 def test_a_host_of_many_sites_is_one_incident() -> None:
-    """A host whose 20 sites each lose all their devices is told once, not once a site."""
+    """If a host's 20 sites each lose all their devices, there is one incident, not one per site."""
     fleet = Fleet()
     dead = [name for site in range(20) for name in fleet.add(10, "h0", site=f"s{site}")]
     fleet.add(500, "h1", site="elsewhere")
@@ -97,7 +97,7 @@ def test_a_host_of_many_sites_is_one_incident() -> None:
 
 
 def test_a_bad_class_is_told_as_a_class() -> None:
-    """All devices of a class on ten hosts fail while the hosts' others do not: the class is named."""
+    """If all devices of a class on ten hosts fail while the hosts' others do not, the incident is that of the class."""
     fleet = Fleet()
     bad = [name for host in range(10) for name in fleet.add(10, f"h{host}", kind="camera")]
     for host in range(10):
@@ -112,7 +112,7 @@ def test_a_bad_class_is_told_as_a_class() -> None:
 
 
 def test_two_devices_or_slow_ones_are_no_incident() -> None:
-    """Two at once are single devices, and so are twenty that take an hour."""
+    """Two simultaneous failures are single devices, and so are twenty spread over an hour."""
     fleet = Fleet()
     names = fleet.add(20, "h0")
     fleet.turn(names[:2], bad=True, at=1.0)
@@ -125,8 +125,8 @@ def test_two_devices_or_slow_ones_are_no_incident() -> None:
 
 
 def test_a_device_that_turns_bad_again_counts_once() -> None:
-    """The count never exceeds the size of the group, however often its devices come and go, and a group that
-    grows is counted as it has grown."""
+    """The count never exceeds the size of the group, however often its devices come and go, and a growing group is
+    counted at its current size."""
     fleet = Fleet()
     names = fleet.add(4, "h")
     fleet.turn(names, bad=True, at=1.0)
@@ -141,7 +141,7 @@ def test_a_device_that_turns_bad_again_counts_once() -> None:
 
 
 def test_those_that_follow_join_and_are_told_by_doubling() -> None:
-    """Devices that turn bad later get the id at once, and a thousand of them make few updates."""
+    """Devices that become unhealthy later get the ID at once, and a thousand of them cause few updates."""
     fleet = Fleet()
     names = fleet.add(1_000, "h0")
     fleet.turn(names[:200], bad=True, at=1.0)
@@ -157,7 +157,8 @@ def test_those_that_follow_join_and_are_told_by_doubling() -> None:
 
 
 def test_an_incident_ends_though_a_few_stay_bad() -> None:
-    """It closes when fewer than half of what opened it are bad; the rest are single devices again."""
+    """An incident closes when fewer than half of the devices that opened it are unhealthy; the rest are single devices
+    again."""
     fleet = Fleet()
     names = fleet.add(100, "h0")
     fleet.turn(names, bad=True, at=1.0)
@@ -171,7 +172,7 @@ def test_an_incident_ends_though_a_few_stay_bad() -> None:
 
 
 def test_a_fleet_that_was_bad_before_we_looked_has_not_turned() -> None:
-    """After a restart of ours devices that are offline already are no news."""
+    """After a restart of the control plane, devices that are already offline cause no incident."""
     fleet = Fleet()
     fleet.where = {name: groups("h0") for name in NAMES}
     fleet.turn(list(NAMES), bad=True, at=1.0)
@@ -180,7 +181,7 @@ def test_a_fleet_that_was_bad_before_we_looked_has_not_turned() -> None:
 
 
 def test_a_change_costs_the_same_in_a_large_fleet() -> None:
-    """Ten times the devices of a group make a change at most five times as dear (it is constant)."""
+    """In a group ten times as large a change costs at most five times as much (the cost is constant)."""
     cost = {}
     for size in (2_000, 20_000):
         fleet = Fleet()
@@ -209,8 +210,8 @@ moves = st.lists(
 @settings(max_examples=300, deadline=None)
 @given(moves)
 def test_books_are_kept_through_any_history(history: list) -> None:
-    """Sizes, bad counts and ids agree with a plain recount, each incident opens and closes once, and
-    opens only with as many as the limits ask for."""
+    """Sizes, unhealthy counts and IDs match a plain recount, each incident opens and closes once, and opens only with
+    as many devices as the limits require."""
     it, now = Correlator(LIMITS), 0.0
     where: dict[Slug, tuple[Group, ...]] = {}
     bad: dict[Slug, bool] = {}
@@ -252,8 +253,8 @@ def test_books_are_kept_through_any_history(history: list) -> None:
 
 
 def test_a_device_that_leaves_while_bad_is_no_part_of_a_later_incident() -> None:
-    """Who recovers by losing its groups takes its turn along: nothing opens for devices that have left,
-    nor when they are forgotten."""
+    """If a device recovers by losing its groups, its failure no longer counts: no incident opens for devices that have
+    left, nor when they are forgotten."""
     correlator = Correlator(LIMITS)
     for name in NAMES[:4]:
         correlator.observe(name, groups("n1"), bad=False, now=Monotonic(0.0))
@@ -267,8 +268,8 @@ def test_a_device_that_leaves_while_bad_is_no_part_of_a_later_incident() -> None
 
 
 def test_agents_that_can_not_ask_are_an_incident_of_their_host() -> None:
-    """Ten agents of one host that can't ask are one incident of the host, though all their devices are behind
-    one gateway and of one class; that some were suspect before changes nothing."""
+    """Ten unable agents of one host are one incident of the host, although all their devices are behind one gateway and
+    of one class; it makes no difference that some were suspect before."""
     correlator = Correlator(LIMITS)
     where = ((GroupKind.GATEWAY, "g"), (GroupKind.HOST, "h"), (GroupKind.CLASS, "c"))
     for name in NAMES[:10]:
@@ -289,7 +290,7 @@ def test_agents_that_can_not_ask_are_an_incident_of_their_host() -> None:
 
 
 def test_where_no_host_is_known_other_groups_explain_it() -> None:
-    """Without a node the site is what devices have in common."""
+    """Without a node, the site is what the devices have in common."""
     correlator = Correlator(LIMITS)
     where = ((GroupKind.SITE, "s"),)
     for name in NAMES[:5]:

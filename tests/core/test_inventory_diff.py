@@ -1,4 +1,4 @@
-"""What follows from a list of devices: convergence, and nobody else's devices."""
+"""Changes that follow from a list of devices: they converge, and leave foreign devices alone."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ listed = st.sets(names, min_size=1).map(
 def test_one_round_is_enough_and_others_keep_their_devices(
     wanted: dict[Slug, Device], records: dict[Slug, DeviceRecord]
 ) -> None:
-    """After the changes are made nothing is left to do, and no device of the API or of another
-    configured file was changed or let go."""
+    """After the changes nothing is left to do, and no device of the API or of another configured file was changed or
+    removed."""
     before = dict(records)
     found = compare(wanted, records, MINE, {MINE, OTHER})
     after = dict(records)
@@ -72,7 +72,7 @@ def test_one_round_is_enough_and_others_keep_their_devices(
 def test_what_follows_does_not_depend_on_order(
     wanted: dict[Slug, Device], records: dict[Slug, DeviceRecord]
 ) -> None:
-    """The same list and records in another order ask for the same."""
+    """The same list and records in another order lead to the same changes."""
     one = compare(wanted, records, MINE, {MINE})
     two = compare(dict(reversed(wanted.items())), dict(reversed(records.items())), MINE, {MINE})
 
@@ -81,7 +81,7 @@ def test_what_follows_does_not_depend_on_order(
 
 
 def test_a_listed_device_that_expired_waits_for_its_heartbeat() -> None:
-    """The file does not bring back what its own ttl let go; it would come and go for ever."""
+    """The file does not bring back a device that expired by its own TTL; it would flap for ever."""
     made = presence.register(None, device("a"), NOW, MINE)
     assert made is not None
     gone = presence.deregister(made, NOW, Departure.EXPIRED)

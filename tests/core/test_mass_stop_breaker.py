@@ -1,4 +1,4 @@
-"""The breaker's memory (S7): whose word lets which stops go."""
+"""The breaker's memory (S7): which confirmation allows which stops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ B: Stop = (Slug("b-1"), Epoch(1), "ref-b")
 
 
 def test_an_operators_word_during_the_second_read_is_not_lost() -> None:
-    """Strays are confirmed by nobody's reading; an operator who spoke meanwhile has confirmed them."""
+    """A second read does not confirm strays; an operator's approval given meanwhile does."""
     breaker = MassStopBreaker()
     breaker.update(Plan((), held=frozenset({A, B}), hold_reason="two of two"))
     held = breaker.held
@@ -23,7 +23,7 @@ def test_an_operators_word_during_the_second_read_is_not_lost() -> None:
 
 
 def test_a_second_read_confirms_only_what_is_registered() -> None:
-    """What nobody has registered waits for an operator, and says what to type."""
+    """A stop of an unregistered device waits for an operator, and the command to type is stated."""
     breaker = MassStopBreaker()
     breaker.update(Plan((), held=frozenset({A, B}), hold_reason="two of two"))
     assert breaker.wants_second_read
@@ -34,7 +34,7 @@ def test_a_second_read_confirms_only_what_is_registered() -> None:
 
 
 def test_the_id_names_exactly_these_stops() -> None:
-    """Order does not matter, another epoch or placement does, and nothing has no id."""
+    """Order does not matter, another epoch or placement does, and an empty set has no ID."""
     assert hold_id(frozenset({A, B})) == hold_id(frozenset({B, A}))
     assert hold_id(frozenset({A})) != hold_id(frozenset({A, B}))
     assert hold_id(frozenset({A})) != hold_id(frozenset({(A[0], Epoch(2), A[2])}))
@@ -42,7 +42,7 @@ def test_the_id_names_exactly_these_stops() -> None:
 
 
 def test_a_stray_that_is_registered_meanwhile_is_read_once_more() -> None:
-    """Records were lost and are registered anew: no operator is needed for what a second read can say."""
+    """If lost records are registered again, a second read is enough, without an operator."""
     breaker = MassStopBreaker()
     plan = Plan((), held=frozenset({A, B}), hold_reason="two of two")
     breaker.update(plan)

@@ -1,4 +1,4 @@
-"""Where an agent lives is decided by the record and the moves that are asked for, and by nothing else."""
+"""An agent's scheduler is decided only by the record and the requested moves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHARDS = 4
 
 @st.composite
 def moves(draw: st.DrawFn) -> Migration:
-    """Any move between two of three schedulers. One that is done is not paused: ending it ends the pause."""
+    """Any move between two of three schedulers. A finished one is not paused: ending it ends the pause."""
     done = draw(st.booleans())
     source, goal = draw(st.permutations(BACKENDS))[:2]
     some = draw(st.frozensets(st.sampled_from(NAMES), min_size=1))
@@ -51,7 +51,7 @@ Fleet = tuple[BackendAssignment, dict[Slug, DeviceRecord], dict[Slug, tuple[Plac
 
 @st.composite
 def fleets(draw: st.DrawFn) -> Fleet:
-    """Homes, and records with placements where their epochs' homes are."""
+    """Backend assignments, and records with placements on the backends of their epochs."""
     some = tuple(draw(st.lists(moves(), max_size=3)))
     homes = BackendAssignment(draw(st.sampled_from(BACKENDS)), "a", some, frozenset(BACKENDS))
     records, placements = {}, {}
@@ -73,21 +73,21 @@ def shard(slug: Slug) -> Shard:
 
 @given(fleets())
 def test_an_epoch_has_one_home(fleet: Fleet) -> None:
-    """What is started or moved elsewhere than where the record says always gets a higher epoch."""
+    """A start or a move on another scheduler than the record's always gets a higher epoch."""
     homes, records, placements = fleet
     for action in planner.plan(records, placements, HASHES, Limits(), homes=homes).actions:
         one = records[action.slug]
         if action.kind is ActionKind.START and action.home != homes.of(one):
             assert action.epoch > one.epoch
         if action.kind is ActionKind.REPLACE:
-            assert action.epoch == one.epoch  # and the performer commits the next one
+            assert action.epoch == one.epoch  # and the executor commits the next one
             assert action.home not in ("", homes.at(action.placement))
 
 
 @given(fleets())
 def test_only_a_move_that_is_under_way_moves_anything(fleet: Fleet) -> None:
-    """An agent is moved only by the newest move that means its device, from where that leaves to where it
-    heads; never while that is paused, and never from a lost node."""
+    """An agent is moved only by the newest move that covers its device, from that move's source to its destination;
+    never while it is paused, and never from a lost node."""
     homes, records, placements = fleet
     for action in planner.plan(records, placements, HASHES, Limits(), homes=homes).actions:
         if action.kind is not ActionKind.REPLACE:
@@ -103,7 +103,7 @@ def test_only_a_move_that_is_under_way_moves_anything(fleet: Fleet) -> None:
 def test_no_more_move_at_a_time_than_may(
     fleet: Fleet, unready: int, moving: int, at_once: int
 ) -> None:
-    """Begun moves and those on their way stay within `at_once`, within the window, and in one shard."""
+    """Started moves and those in progress stay within `at_once`, within the window, and in one shard."""
     homes, records, placements = fleet
     limits = Limits(replace_at_once=5, replace_fraction=0.0)
 
@@ -125,7 +125,7 @@ def test_no_more_move_at_a_time_than_may(
 
 @given(fleets())
 def test_the_frontier_is_the_lowest_shard_that_can_go_on(fleet: Fleet) -> None:
-    """It has a device that would move, no lower shard has one, and without one there is none."""
+    """The frontier has a device to move, no lower shard has one, and without such a device there is no frontier."""
     homes, records, placements = fleet
     at = migration.frontier(homes, records, placements, lambda _record: True, shard)
     free = {
@@ -140,7 +140,7 @@ def test_the_frontier_is_the_lowest_shard_that_can_go_on(fleet: Fleet) -> None:
 
 @given(fleets())
 def test_every_scheduler_with_agents_is_looked_at(fleet: Fleet) -> None:
-    """Where a device lives or has an agent left is never dropped, nor where a new one would start."""
+    """The scheduler of a device, of a leftover agent or of a new device's start is always included."""
     homes, records, placements = fleet
     needed = migration.needed(homes, records, placements)
     for slug, one in records.items():
@@ -155,14 +155,14 @@ def test_every_scheduler_with_agents_is_looked_at(fleet: Fleet) -> None:
 
 @given(st.lists(moves(), max_size=4), st.frozensets(st.sampled_from(BACKENDS)))
 def test_what_is_kept_is_read_back(some: list[Migration], backends: frozenset[str]) -> None:
-    """The document of the registry loses nothing."""
+    """The registry document is decoded without loss."""
     kept = MigrationState("a", backends, tuple(some))
     assert FORMAT.decode(FORMAT.encode(kept)) == kept
 
 
 @given(moves())
 def test_a_move_that_is_done_is_not_read_as_paused(move: Migration) -> None:
-    """A document that says both, edited by a person, say, does not send new devices to the old scheduler."""
+    """A document with both flags, for example after manual editing, does not send new devices to the old scheduler."""
     edited = MigrationState("a", frozenset(BACKENDS), (replace(move, done=True, paused=True),))
     (read,) = FORMAT.decode(FORMAT.encode(edited)).moves
     assert (read.done, read.paused) == (True, False)
@@ -170,7 +170,7 @@ def test_a_move_that_is_done_is_not_read_as_paused(move: Migration) -> None:
 
 @given(moves(), moves())
 def test_one_move_at_a_time(first: Migration, second: Migration) -> None:
-    """While one is under way, paused too, another is refused; afterwards an undone one is forgotten."""
+    """While one is in progress, even paused, another is rejected; afterwards one that was undone is forgotten."""
     if first.done:
         after = migration.begin([first], second)
         assert after[-1] == second
@@ -181,7 +181,7 @@ def test_one_move_at_a_time(first: Migration, second: Migration) -> None:
 
 
 def test_a_finished_move_says_what_to_change_and_moves_nothing_back() -> None:
-    """With the old `backend` after a move of all, new devices go to the new one, the others stay there, and
+    """With the old `backend` after a move of all devices, new ones go to the new scheduler, the others stay there, and
     the hint names the setting."""
     done = Migration("m", "a", "b", WallTime(0.0), "", done=True)
     homes = BackendAssignment("a", "a", (done,), frozenset({"a", "b"}))
@@ -193,7 +193,7 @@ def test_a_finished_move_says_what_to_change_and_moves_nothing_back() -> None:
 
 
 def test_a_device_that_cannot_move_holds_up_no_other() -> None:
-    """A paused device, or one whose class is not configured, is passed over."""
+    """A paused device, or one whose class is not configured, is skipped."""
     move = Migration("m", "a", "b", WallTime(0.0), "")
     homes = BackendAssignment("a", "a", (move,), frozenset({"a", "b"}))
     ordered = sorted((record(name, epoch=1) for name in NAMES), key=lambda one: shard(one.slug))
@@ -206,7 +206,7 @@ def test_a_device_that_cannot_move_holds_up_no_other() -> None:
 
 
 def test_progress_counts_what_has_not_ended() -> None:
-    """A move is over only when every device is there and no agent is left where it leaves."""
+    """A move is over only when every device has arrived and no agent is left at the source."""
     move = Migration("m", "a", "b", WallTime(0.0), "")
     homes = BackendAssignment("a", "a", (move,), frozenset({"a", "b"}))
     gone = replace(record("x", epoch=2), home="b")
@@ -224,20 +224,20 @@ def test_progress_counts_what_has_not_ended() -> None:
 
 
 def test_a_device_of_an_unknown_scheduler_is_left_alone() -> None:
-    """Where nobody looks nothing may be taken for gone."""
+    """A device whose scheduler is not configured must not be taken for gone."""
     homes = BackendAssignment("a", "a", (), frozenset({"a"}))
     there = replace(record("x", epoch=2), home="z")
     assert list(homes.strangers({there.slug: there})) == [slug_of(there.device.id)]
 
 
 def test_an_epoch_that_may_be_on_its_way_is_repeated_where_it_belongs() -> None:
-    """A start in the north whose answer is out when its device leaves: back after the move is over, the device
-    starts there at that epoch. A new one in the south could come up beside the late one."""
+    """If a device left while a start in the north was unanswered, and returns after the move is over, it starts in the
+    north at that epoch. A new start in the south could run beside the late one."""
     move = Migration("m", "north", "south", WallTime(0.0), "", done=True)
     homes = BackendAssignment("north", "north", (move,), frozenset({"north", "south"}))
     back = record("x", epoch=5)
     (action,) = planner.decide(back, (), HASHES, homes)
     assert (action.kind, action.epoch, action.home) == (ActionKind.START, 5, "north")
-    # Of an agent that was seen to end no start is out, and the next one goes where the others are.
+    # If the agent was seen to end, no start is outstanding, and the next one goes to the new scheduler.
     (action,) = planner.decide(back, (placement("x", 5, PlacementState.DEAD),), HASHES, homes)
     assert (action.epoch, action.home) == (6, "south")

@@ -1,4 +1,4 @@
-"""What a pause covers, and that it leaves nothing behind."""
+"""What a pause covers, and that it leaves no trace."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def plan(world: World, resting: frozenset[str] = frozenset()) -> planner.Plan:
 
 @given(worlds(), st.sets(st.sampled_from(NAMES)))
 def test_nothing_is_planned_for_a_paused_device(world: World, names: set[str]) -> None:
-    """No action names a paused device, and each of the others gets what it would have got."""
+    """No action names a paused device, and every other device gets the same action as without the pause."""
     resting = frozenset(r.slug for r in world.records.values() if str(r.device.id) in names)
     limits = Limits(breaker_min=1000, replace_at_once=1000)
 
@@ -68,7 +68,7 @@ def test_nothing_is_planned_for_a_paused_device(world: World, names: set[str]) -
 
 @given(worlds(), some_pauses())
 def test_a_pause_leaves_no_change_behind(world: World, made: list[Pause]) -> None:
-    """When every pause is over, the plan is the one of a fleet that was never paused."""
+    """When every pause is over, the plan equals that of a fleet that was never paused."""
     ended = [replace(p, ends=WallTime(100.0) if p.ends is None else p.ends) for p in made]
     late = pauses.active(ended, WallTime(101.0))
     resting = frozenset(pauses.paused(world.records.values(), late))
@@ -80,7 +80,7 @@ def test_a_pause_leaves_no_change_behind(world: World, made: list[Pause]) -> Non
 def test_which_devices_are_paused_does_not_depend_on_order(
     made: list[Pause], now: WallTime, chance: object
 ) -> None:
-    """The same pauses in any order cover the same devices, and give the same one as the reason."""
+    """The same pauses in any order cover the same devices, with the same one as the reason."""
     records = [record(name) for name in NAMES]
     shuffled = list(made)
     chance.shuffle(shuffled)
@@ -97,14 +97,14 @@ def test_which_devices_are_paused_does_not_depend_on_order(
 def test_between_two_changes_the_same_pauses_are_in_force(
     made: list[Pause], now: WallTime, later: WallTime
 ) -> None:
-    """Until the next beginning or end there is nothing to look for."""
+    """Until the next start or end of a pause, nothing changes."""
     if now <= later < pauses.next_change(made, now):
         assert pauses.active(made, now) == pauses.active(made, later)
 
 
 @given(some_pauses(), moments)
 def test_s5_pausing_twice_is_pausing_once(made: list[Pause], now: WallTime) -> None:
-    """The same pause under another id takes the place of the first."""
+    """The same pause under another ID replaces the first."""
     for pause in made:
         if pause.is_over(now):
             continue
@@ -118,7 +118,7 @@ def test_s5_pausing_twice_is_pausing_once(made: list[Pause], now: WallTime) -> N
 def test_what_is_resumed_is_not_paused_by_it_any_more(
     made: list[Pause], target: Target, now: WallTime
 ) -> None:
-    """Pausing a target and resuming it gives what was there before, pauses of its own aside."""
+    """Pausing a target and resuming it restores the previous state, except for the target's own pauses."""
     mine = Pause("mine", target, now, None, "", "")
     back = pauses.resume(pauses.add(made, mine, now), target, now)
 
@@ -128,12 +128,12 @@ def test_what_is_resumed_is_not_paused_by_it_any_more(
 
 
 def test_an_empty_target_matches_nothing() -> None:
-    """A pause that names nothing pauses nobody."""
+    """A pause without a target pauses no device."""
     assert not Target().matches(record("a").device)
 
 
 def test_one_device_can_be_taken_out_of_a_list() -> None:
-    """The others stay paused, and the last one takes the pause with it."""
+    """The others stay paused, and removing the last one removes the pause."""
     pause = Pause("p", Target(frozenset({"a", "b"})), WallTime(0.0), None, "", "")
     (left,) = pauses.resume([pause], Target(frozenset({"a"})), WallTime(1.0))
 

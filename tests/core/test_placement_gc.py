@@ -1,4 +1,4 @@
-"""A dead placement stays listed until no late request for its epoch can come any more (S2)."""
+"""A dead placement stays listed until no late request for its epoch can arrive (S2)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OLD = placement("cam", 2, DEAD)
 
 
 def test_s2_a_dead_placement_rests_before_it_is_forgotten() -> None:
-    """An over placement is due REST_S after it was first seen dead, and not a second before."""
+    """A placement that is over is due REST_S after it was first seen dead, and not a second earlier."""
     yard = PlacementGc()
     seen = {OLD.slug: (OLD,)}
     assert yard.due({HERE.slug: HERE}, seen, Monotonic(10.0)) == []
@@ -29,7 +29,7 @@ def test_what_lives_or_is_current_is_never_due() -> None:
 
 
 def test_the_departed_and_the_unknown_are_due_in_small_numbers() -> None:
-    """Of a device that left, or that nobody registered, all dead ones are due, MOST at a time."""
+    """For a device that left, or is not registered, all dead placements are due, MOST at a time."""
     yard = PlacementGc()
     gone = record("gone", epoch=1, present=False)
     seen = {gone.slug: (placement("gone", 1, DEAD),)}
@@ -41,7 +41,7 @@ def test_the_departed_and_the_unknown_are_due_in_small_numbers() -> None:
 
 
 def test_one_that_came_back_rests_again() -> None:
-    """A placement that was seen alive in between starts its rest anew."""
+    """A placement that was seen alive in between starts its rest period again."""
     yard = PlacementGc()
     yard.due({HERE.slug: HERE}, {OLD.slug: (OLD,)}, Monotonic(0.0))
     yard.due({HERE.slug: HERE}, {OLD.slug: (placement("cam", 2),)}, Monotonic(REST_S / 2))

@@ -1,4 +1,4 @@
-"""The planner against every small world: L1, S1, S2, S3, S7, no needless work, order independence."""
+"""The planner on every small world: L1, S1, S2, S3, S7, no needless work, order independence."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def decide(world: World, limits: Limits = WIDE, **more: object) -> Plan:
 def test_l1_plans_converge_whatever_is_lost_on_the_way(
     known: dict, unknown: dict, chance: random.Random
 ) -> None:
-    """Whatever subset of each plan is carried out, one live placement per present device is left."""
+    """Whatever subset of each plan is executed, each present device ends with one live placement."""
     world = build(known, unknown)
     for turn in range(40):
         actions = list(decide(world).actions)
@@ -94,7 +94,7 @@ def test_l1_plans_converge_whatever_is_lost_on_the_way(
 def test_s2_every_start_carries_an_epoch_that_nobody_was_seen_at(
     known: dict, unknown: dict
 ) -> None:
-    """A start never takes an epoch below the registry's, nor one that a placement had."""
+    """A start never takes an epoch below the registry's, nor that of an existing placement."""
     world = build(known, unknown)
     for action in decide(world).actions:
         if action.kind is ActionKind.START:
@@ -118,7 +118,7 @@ def test_s3_nothing_starts_beside_a_process_that_may_live(known: dict, unknown: 
 @settings(max_examples=200, deadline=None)
 @given(devices, strays)
 def test_a_mistake_in_the_rules_starts_nothing_unsafe(known: dict, unknown: dict) -> None:
-    """With a rule that starts an agent of every device, at any epoch, what the plan has are safe starts alone; the
+    """Even with a rule that starts an agent for every device, at any epoch, the plan contains only safe starts; the
     others are in `refused`, and none is lost."""
     world = build(known, unknown)
     asked = set()
@@ -146,7 +146,7 @@ def test_a_mistake_in_the_rules_starts_nothing_unsafe(known: dict, unknown: dict
 def test_order_of_the_inputs_does_not_matter(
     known: dict, unknown: dict, chance: random.Random
 ) -> None:
-    """Shuffled registry, shuffled placements: the same plan."""
+    """Shuffling the registry and the placements gives the same plan."""
     world = build(known, unknown)
     first = decide(world)
     records = list(world.records.items())
@@ -164,7 +164,7 @@ def test_order_of_the_inputs_does_not_matter(
 def test_s7_no_pass_stops_more_than_the_breaker_allows(
     known: dict, unknown: dict, breaker_min: int
 ) -> None:
-    """Unconfirmed stops are all carried out or all held; with the limit at n, never more than n."""
+    """Unconfirmed stops are all executed or all held; with the limit at n, never more than n."""
     world = build(known, unknown)
     limits = Limits(breaker_min=breaker_min, breaker_fraction=0.0)
     made = decide(world, limits)
@@ -201,28 +201,28 @@ def test_a_settled_fleet_gets_no_action() -> None:
     "state", [PlacementState.PENDING, PlacementState.RESTARTING, PlacementState.LOST]
 )
 def test_what_the_scheduler_is_handling_is_left_to_it(state: PlacementState) -> None:
-    """Pending, restarting and lost placements at the right epoch are neither stopped nor doubled."""
+    """Pending, restarting and lost placements at the right epoch are neither stopped nor duplicated."""
     world = World([record("a", epoch=2)], [placement("a", 2, state)])
 
     assert decide(world).actions == ()
 
 
 def test_an_unknown_class_changes_nothing() -> None:
-    """Without a spec for the class nothing is started, and what runs is left alone."""
+    """Without a spec for the class nothing is started, and running agents are left alone."""
     world = World([record("a"), record("b", epoch=1)], [placement("b", 1, spec="whatever")])
 
     assert plan(world.records, world.placements, {}, WIDE).actions == ()
 
 
 def test_a_lost_answer_is_asked_for_again_at_the_same_epoch() -> None:
-    """An epoch that was committed but at which nobody was ever seen is used, not skipped."""
+    """An epoch that was committed but at which no agent was ever seen is used, not skipped."""
     (action,) = decide(World([record("a", epoch=4)], [])).actions
 
     assert (action.kind, action.epoch) == (ActionKind.START, 4)
 
 
 def test_a_registry_behind_the_scheduler_catches_up() -> None:
-    """After a restore, an agent with a newer epoch is retired and the next epoch lies above it."""
+    """After a restore, an agent with a newer epoch is retired and the next epoch is higher."""
     world = World([record("a", epoch=1, instance="x")], [placement("a", 7)])
     (stop,) = decide(world).actions
     world.apply(stop)
@@ -251,7 +251,7 @@ def test_a_roll_out_keeps_to_its_window(fleet: int, unready: int) -> None:
 
 
 def test_s7_a_record_that_cannot_be_read_stops_nobody() -> None:
-    """The agent of a device whose record is garbage is left alone, and a real stray is still retired."""
+    """The agent of a device with an unreadable record is left alone, and a real stray is still retired."""
     found = {name: (placement(name, 1),) for name in ("poisoned", "stray")}
     placements = {runs[0].slug: runs for runs in found.values()}
     poisoned, stray = (runs[0].slug for runs in found.values())
@@ -263,8 +263,8 @@ def test_s7_a_record_that_cannot_be_read_stops_nobody() -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 100), st.integers(0, 100))
 def test_agents_that_never_got_ready_make_way_for_the_next_version(fleet: int, bad: int) -> None:
-    """However much of the window a bad version fills, its stuck agents are all replaced by the next one, and
-    of those that are ready no more than the window has room for."""
+    """However much of the window a bad version fills, its stuck agents are all replaced by the next version, and ready
+    ones only as far as the window has room."""
     bad = min(bad, fleet)
     limits = Limits(replace_at_once=5, replace_fraction=0.1)
     world = World(
@@ -288,8 +288,8 @@ def test_agents_that_never_got_ready_make_way_for_the_next_version(fleet: int, b
 
 
 def test_of_two_placements_of_one_epoch_the_oldest_is_kept() -> None:
-    """Whichever of them is accepted: the backend and the other replicas, which may not know of it yet, choose
-    the oldest too."""
+    """This holds whichever is accepted: the backend and the other replicas, which may not know of the acceptance yet,
+    choose the oldest too."""
     oldest = replace(placement("a", 1), ref="z", created_at=WallTime(1.0))
     surplus = replace(placement("a", 1), ref="b", created_at=WallTime(2.0), instances=("first",))
     rec = record("a", epoch=1, instance="first")
@@ -300,8 +300,8 @@ def test_of_two_placements_of_one_epoch_the_oldest_is_kept() -> None:
 
 
 def test_a_placement_that_stops_does_not_cost_the_one_that_stays() -> None:
-    """Of two placements of one epoch the one that is not stopping is left alone, however old it is: otherwise
-    both would go, and the epoch with them."""
+    """If one of two placements of an epoch is stopping, the other is left alone, however old it is: otherwise both
+    would be gone, and the epoch with them."""
     stopping = replace(placement("a", 1, PlacementState.STOPPING), created_at=WallTime(1.0))
     stays = replace(placement("a", 1), ref="stays", created_at=WallTime(2.0))
     rec = record("a", epoch=1, instance=stopping.instances[0])

@@ -1,4 +1,4 @@
-"""A pool follows its metric inside its bounds, calmly, and never on a metric that is not there."""
+"""A pool follows its metric within its bounds, steadily, and never follows a missing metric."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ QUEUE = ScalingRules(
 def play(
     rules: ScalingRules, count: int, steps: list[tuple[float, float | None]]
 ) -> list[tuple[float, int, ScalingDecision]]:
-    """What an obedient pool does: (when, how many there were, what was decided)."""
+    """Simulate an obedient pool: (time, previous count, decision)."""
     memory, now, told = ScalingState(), 0.0, []
     for gap, value in steps:
         now += gap
@@ -79,7 +79,7 @@ def play(
 def test_whatever_is_seen_the_answer_is_within_bounds(
     rules: ScalingRules, count: int, value: float | None
 ) -> None:
-    """One look is enough to ask for a number within min and max, also from outside of them."""
+    """A single reading leads to a number within min and max, even from outside of them."""
     found = decide(rules, count, value, ScalingState(), Monotonic(0.0))
 
     assert rules.minimum <= found.count <= rules.maximum
@@ -90,7 +90,7 @@ def test_whatever_is_seen_the_answer_is_within_bounds(
 def test_no_history_leads_out_of_bounds_or_takes_too_large_a_step(
     rules: ScalingRules, count: int, steps: list[tuple[float, float | None]]
 ) -> None:
-    """A change inside the bounds is never larger than its step, after whatever came before."""
+    """Within the bounds no change is larger than its step, whatever happened before."""
     for _, before, found in play(rules, count, steps):
         assert rules.minimum <= found.count <= rules.maximum
         if found.why is ScalingReason.METRIC:
@@ -116,7 +116,7 @@ def test_two_changes_by_the_metric_are_a_cool_down_apart(
 def test_a_pool_shrinks_only_below_what_nothing_asked_for_lately(
     rules: ScalingRules, count: int, steps: list[tuple[float, float | None]]
 ) -> None:
-    """No worker goes that this look, or some look within settle_s, advised to keep."""
+    """No worker is removed that the current reading, or one within settle_s, advised to keep."""
     told = play(rules, count, steps)
     for number, (now, before, found) in enumerate(told):
         if found.why is ScalingReason.METRIC and found.verb is ScalingVerb.DOWN:
@@ -138,7 +138,7 @@ def test_a_pool_shrinks_only_below_what_nothing_asked_for_lately(
 def test_a_metric_that_is_missing_or_no_number_changes_nothing(
     inside: tuple[ScalingRules, int], value: float | None
 ) -> None:
-    """Inside the bounds nothing moves on None, NaN, infinity or a negative number."""
+    """Within the bounds the count does not change on None, NaN, infinity or a negative number."""
     rules, count = inside
     found = decide(rules, count, value, ScalingState(), Monotonic(0.0))
 
@@ -153,7 +153,7 @@ def test_a_metric_that_is_missing_or_no_number_changes_nothing(
 def test_what_is_kept_of_a_pool_is_bounded(
     rules: ScalingRules, count: int, steps: list[tuple[float, float | None]]
 ) -> None:
-    """However often it is looked at, at most one piece of advice for each number of workers stays (S9)."""
+    """However often the metric is read, at most one piece of advice per number of workers is kept (S9)."""
     for _, _, found in play(rules, count, steps):
         numbers = [number for _, number in found.memory.advised]
         assert numbers == sorted(set(numbers), reverse=True)
@@ -163,7 +163,7 @@ def test_what_is_kept_of_a_pool_is_bounded(
 def test_a_dry_run_decides_the_same_and_does_nothing(
     rules: ScalingRules, count: int, steps: list[tuple[float, float | None]]
 ) -> None:
-    """The first decision is word for word that of the real thing, and no look acts."""
+    """The first decision is identical to a real one, and no decision takes effect."""
     dry = play(replace(rules, dry_run=True), count, steps)
     (_, _, real), *_ = play(rules, count, steps)
 
@@ -175,7 +175,7 @@ def test_a_dry_run_decides_the_same_and_does_nothing(
 def test_more_of_the_metric_never_advises_fewer_workers(
     rules: ScalingRules, count: int, one: float, other: float
 ) -> None:
-    """The advice grows with the metric."""
+    """The advice never decreases as the metric grows."""
     low, high = sorted((one, other))
 
     assert advise(rules, count, low) <= advise(rules, count, high)
@@ -184,7 +184,7 @@ def test_more_of_the_metric_never_advises_fewer_workers(
 @given(st.integers(1, 40), st.floats(-0.999, 0.999), st.sampled_from(Measure))
 @example(3, 0.0, Measure.ALL)
 def test_within_tolerance_nothing_is_advised(count: int, off: float, measure: Measure) -> None:
-    """A metric off its target by less than the tolerance leaves the pool as it is."""
+    """A metric that differs from its target by less than the tolerance does not change the pool."""
     rules = replace(QUEUE, maximum=40, measure=measure, target=0.1, tolerance=0.2)
     whole = count if measure is Measure.ALL else 1
 
@@ -195,7 +195,7 @@ def test_within_tolerance_nothing_is_advised(count: int, off: float, measure: Me
 def test_a_metric_that_stays_ends_in_a_count_that_stays(
     rules: ScalingRules, count: int, load: float
 ) -> None:
-    """A queue of a depth that nothing changes is met by one number of workers, and then by no other."""
+    """A constant queue depth leads to one number of workers, which then stays."""
     rules = replace(rules, measure=Measure.ALL)
     steps: list[tuple[float, float | None]] = [(301.0, load)] * 120
     told = play(rules, count, steps)
@@ -206,8 +206,8 @@ def test_a_metric_that_stays_ends_in_a_count_that_stays(
 
 
 def test_a_deep_queue_grows_the_pool_in_steps_and_an_empty_one_shrinks_it_late() -> None:
-    """80 waiting at 10 a worker: 1, 5, then 8 workers, a cool-down apart; empty, it falls two at a time
-    once nothing has been asked for during settle_s."""
+    """With 80 waiting and a target of 10 per worker the pool grows from 1 to 5 and 8 workers, a cool-down apart; with
+    an empty queue it shrinks by two at a time once nothing was needed during settle_s."""
     steps: list[tuple[float, float | None]] = [(0, 80), (29, 80), (1, 80), (10, 0)]
     told = play(QUEUE, 1, [*steps, *[(10.0, 0.0)] * 40])
     counts = {now: found.count for now, _, found in told if found.acts}
@@ -218,7 +218,7 @@ def test_a_deep_queue_grows_the_pool_in_steps_and_an_empty_one_shrinks_it_late()
 
 
 def test_a_pool_without_a_worker_gets_the_first_one_for_anything_that_waits() -> None:
-    """From 0, one message is one worker, though it is far below the target of one."""
+    """From 0, a single message leads to one worker, although it is far below the target of one."""
     rules = replace(QUEUE, minimum=0)
 
     assert advise(rules, 0, 1.0) == 1
@@ -226,14 +226,14 @@ def test_a_pool_without_a_worker_gets_the_first_one_for_anything_that_waits() ->
 
 
 def test_who_takes_over_takes_no_worker_before_it_has_watched_for_a_while() -> None:
-    """With an empty memory, as after a fail-over, an idle pool keeps its size for settle_s."""
+    """With an empty memory, as after a failover, an idle pool keeps its size for settle_s."""
     told = play(QUEUE, 8, [(0.0, 0.0), (50.0, 0.0), (49.0, 0.0), (1.0, 0.0)])
 
     assert [found.count for _, _, found in told] == [8, 8, 8, 6]
 
 
 def test_a_change_by_hand_starts_the_cool_down() -> None:
-    """A pool that somebody scaled is left to show the effect before the metric counts again."""
+    """After a manual scaling the metric counts again only after the cool-down."""
     first = decide(QUEUE, 5, 50.0, ScalingState(), Monotonic(0.0))
     by_hand = decide(QUEUE, 2, 50.0, first.memory, Monotonic(100.0))
     later = decide(QUEUE, 2, 50.0, by_hand.memory, Monotonic(130.0))
@@ -243,7 +243,7 @@ def test_a_change_by_hand_starts_the_cool_down() -> None:
 
 
 def test_a_clock_that_runs_backwards_ends_no_cool_down() -> None:
-    """Time before the last change counts as no time."""
+    """A time before the last change counts as no time passed."""
     memory = changed(ScalingState(), 1, Monotonic(100.0))
 
     assert decide(QUEUE, 1, 90.0, memory, Monotonic(10.0)).why is ScalingReason.COOL_DOWN
@@ -261,6 +261,6 @@ def test_a_clock_that_runs_backwards_ends_no_cool_down() -> None:
     ],
 )
 def test_rules_that_make_no_sense_are_refused(change: dict[str, object], text: str) -> None:
-    """Bounds the wrong way round, no target, no step, and an average of nobody."""
+    """Reversed bounds, no target, no step, and an average over 0 workers are rejected."""
     with pytest.raises(ValueError, match=text):
         replace(QUEUE, **change)  # type: ignore[arg-type]

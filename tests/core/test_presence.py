@@ -1,4 +1,4 @@
-"""What a change of wish does to a record: S5, and epochs that survive delete and re-add."""
+"""How a new desired state changes a record: S5, and epochs that survive delete and re-add."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOW = WallTime(1.0)
 
 
 def test_s5_registering_twice_changes_once() -> None:
-    """The same wish a second time gives nothing to write."""
+    """Requesting the same state again gives nothing to write."""
     wish = Device(DeviceId("a"), "default", "127.0.0.1")
     first = presence.register(None, wish, NOW)
 
@@ -25,7 +25,7 @@ def test_s5_registering_twice_changes_once() -> None:
 
 
 def test_s5_deregistering_twice_changes_once() -> None:
-    """A tombstone stays as it is."""
+    """A tombstone is not changed."""
     gone = presence.deregister(record("a", epoch=3), NOW)
 
     assert gone is not None
@@ -45,8 +45,8 @@ def test_an_epoch_survives_delete_and_re_add() -> None:
 
 @given(st.lists(st.sampled_from([*Departure, "register", "beat"]), max_size=12))
 def test_the_last_wish_stands_and_silence_never_overrules_a_word(steps: list[str]) -> None:
-    """Whatever came before: a registration makes present, a departure absent, a heartbeat brings back
-    only who expired, and who was told to leave is not said to have been silent."""
+    """Whatever happened before: a registration makes a device present, a departure absent, a heartbeat brings back only
+    an expired device, and a removed device is not marked as expired."""
     stored = record("a")
     for step in steps:
         was = stored
@@ -69,7 +69,7 @@ def test_the_last_wish_stands_and_silence_never_overrules_a_word(steps: list[str
 
 @given(st.integers(0, 10), st.integers(0, 10))
 def test_s1_an_epoch_only_goes_up(old: int, new: int) -> None:
-    """advance refuses every epoch that is not higher, and forgets the accepted instance."""
+    """advance rejects every epoch that is not higher, and clears the accepted instance."""
     rec = record("a", epoch=old, instance="i")
     if new <= old:
         with pytest.raises(ValueError, match="must go up"):
@@ -81,7 +81,7 @@ def test_s1_an_epoch_only_goes_up(old: int, new: int) -> None:
 @settings(max_examples=500, deadline=None)
 @given(st.text(max_size=140))
 def test_s11_an_id_is_refused_or_becomes_a_safe_name(text: str) -> None:
-    """Every accepted id gives a slug of [a-z0-9-], at most 53 characters, the same each time."""
+    """Every accepted ID gives a slug of [a-z0-9-], at most 53 characters, always the same."""
     try:
         device_id = parse_device_id(text)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Whether a registry went back in time."""
+"""Detection of a registry that went back in time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WRITES = st.lists(st.sampled_from(NAMES), max_size=12)
 
 
 def written(store: Store, index: int, names: list[str]) -> int:
-    """Write these one after the other; the index of the last."""
+    """Write these one after the other; return the index of the last."""
     for name in names:
         index += 1
         store[slug_of(DeviceId(name))] = record(name, index=index)
@@ -25,7 +25,7 @@ def written(store: Store, index: int, names: list[str]) -> int:
 
 @given(WRITES, WRITES, WRITES)
 def test_one_history_is_never_a_setback(first: list[str], ours: list[str], more: list[str]) -> None:
-    """Later snapshots of one history take nothing back, whatever of our own writes is known already."""
+    """Later snapshots of one history are no rollback, whatever of our own writes is known already."""
     store: Store = {}
     seen_at = written(store, 0, first)
     known = dict(store)
@@ -41,13 +41,13 @@ def test_one_history_is_never_a_setback(first: list[str], ours: list[str], more:
 def test_a_restored_backup_is_a_setback_that_names_what_was_lost(
     kept: list[str], lost: list[str], later: list[str]
 ) -> None:
-    """Once what was known is gone, each such device counts as older or as missing; writes that came since do not
-    hide it, unless they wrote all of it anew, or leave only missing records and a higher index."""
+    """Once known records are lost, each such device counts as older or as missing; later writes do not hide it, unless
+    they replace all of them, or leave only missing records and a higher index."""
     backup: Store = {}
     saved_at = written(backup, 0, kept)
     known = dict(backup)
     reached = written(known, saved_at, lost)
-    # Consul goes on counting where it was; an untouched store has the index of its last record.
+    # Consul continues its index; an untouched store has the index of its last record.
     shown = dict(backup)
     index = written(shown, reached, later) if later else saved_at
 
@@ -65,7 +65,7 @@ def test_a_restored_backup_is_a_setback_that_names_what_was_lost(
 
 
 def test_the_text_counts_and_names_devices() -> None:
-    """One device, many devices and the pauses are put in words."""
+    """The text states one device, many devices and the pauses."""
     one = (record("cam 1"),)
     many = tuple(record(f"pump {number:02}") for number in range(25))
 

@@ -1,4 +1,4 @@
-"""What is told of repairs: each attempt once, in words that name it."""
+"""Events about repairs: one per attempt, with a text that names it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def attempt(number: int, outcome: str = "no help") -> RepairAttempt:
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=20), st.integers(1, 6))
 def test_every_attempt_that_ends_is_told_once(ends: list[int], shown: int) -> None:
-    """However reports fall between the steps, and of whichever the last few are shown: each is news in
-    exactly one of them, once it has ended."""
+    """However reports fall between the steps, and however few of the last attempts they contain, each attempt is
+    published exactly once, when it has ended."""
     seen: list[int] = []
     attempts: list[RepairAttempt] = []
     before = Repairs()
@@ -44,7 +44,7 @@ def test_every_attempt_that_ends_is_told_once(ends: list[int], shown: int) -> No
 
 
 def test_a_control_plane_that_has_just_begun_tells_nothing_old() -> None:
-    """Without an earlier report there is no news; with an empty one all that has ended is."""
+    """Without an earlier report nothing is published; after an empty one every ended attempt is."""
     told = Repairs(attempts=(attempt(1), attempt(2, "running")))
     assert news(None, told) == ()
     assert [one.number for one in news(Repairs(), told)] == [1]
@@ -52,7 +52,7 @@ def test_a_control_plane_that_has_just_begun_tells_nothing_old() -> None:
 
 
 def test_an_exhausted_ladder_names_what_was_tried() -> None:
-    """The reason of offline says what did not help, and says nothing while there is hope."""
+    """The reason of offline lists what did not help, and nothing while steps are left."""
     seen = Evidence(
         placement=placement("a", 1, PlacementState.RUNNING),
         report=report(

@@ -1,4 +1,4 @@
-"""Which addresses agents are given, and which agents depend on a replica that is gone."""
+"""Which addresses agents receive, and which agents depend on a replica that is gone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ fleets = st.lists(st.tuples(ways, st.booleans()), max_size=6)
 
 
 def world_of(fleet: list) -> tuple[World, frozenset[str]]:
-    """Devices with one placement each at the registry's epoch, and those that are not heard."""
+    """Devices with one placement each at the registry's epoch, and those whose reports are missing."""
     names = [f"device-{number}" for number in range(len(fleet))]
     records = [record(name, epoch=1, instance="seen") for name in names]
     found = [
@@ -49,7 +49,7 @@ def world_of(fleet: list) -> tuple[World, frozenset[str]]:
 def test_our_own_address_comes_first_and_the_order_does_not_depend_on_the_input(
     others: list[str], own: str
 ) -> None:
-    """Every replica gives the same others in the same order, each once, and never less secure ones."""
+    """Every replica lists the same other addresses in the same order, each once, and never less secure ones."""
     found = living(own, others)
     assert found[0] == own
     assert list(found[1:]) == sorted(set(found[1:]))
@@ -63,8 +63,8 @@ def test_our_own_address_comes_first_and_the_order_does_not_depend_on_the_input(
 def test_only_agents_that_depend_on_a_replica_that_is_gone_are_replaced_for_it(
     fleet: list, there: frozenset[str]
 ) -> None:
-    """Never on the word of an unknown, never what runs and is heard, never what may run on a lost node; and
-    whoever does depend on one is replaced whatever the window of a roll-out."""
+    """An agent is never replaced if the replicas are unknown, if its reports arrive, or if it may run on a lost node;
+    an agent that depends on a missing replica is replaced whatever the roll-out's window."""
     world, silent = world_of(fleet)
     made = plan(
         world.records, world.placements, HASHES, NARROW, reach=Reachability(there, silent)
@@ -94,7 +94,7 @@ def test_only_agents_that_depend_on_a_replica_that_is_gone_are_replaced_for_it(
 def test_without_the_list_of_replicas_the_plan_is_as_if_there_were_no_addresses(
     fleet: list,
 ) -> None:
-    """A replica that can't vouch for the list of replicas replaces no agent for its address."""
+    """A replica without a reliable list of replicas replaces no agent for its address."""
     world, silent = world_of(fleet)
     without = plan(world.records, world.placements, HASHES, NARROW)
     assert (
@@ -106,7 +106,7 @@ def test_without_the_list_of_replicas_the_plan_is_as_if_there_were_no_addresses(
 @settings(deadline=None)
 @given(fleets, st.frozensets(urls, min_size=1))
 def test_a_replacement_ends_the_dependence(fleet: list, there: frozenset[str]) -> None:
-    """Once each device has an agent that was started with the living addresses, nothing more is to be done."""
+    """Once each device has an agent that was started with the living addresses, no action is left."""
     world, silent = world_of(fleet)
     for turn in range(20):
         quiet = silent if turn == 0 else frozenset()
@@ -123,20 +123,20 @@ def test_a_replacement_ends_the_dependence(fleet: list, there: frozenset[str]) -
 
 
 def test_the_reason_names_the_address() -> None:
-    """An operator reads which replica an agent depends on."""
+    """The reason names the replica that an agent depends on."""
     waits = replace(placement("a", 1), state=PlacementState.STARTING, source=URLS[0] + FILE)
     assert URLS[0] in stranded(waits, Reachability(frozenset(URLS[1:])))
     assert stranded(waits, Reachability(frozenset(URLS))) == ""
 
 
 def test_a_longer_port_is_another_address() -> None:
-    """An address that merely begins like another one is not taken for it."""
+    """An address that merely starts like another one is a different address."""
     assert is_at(f"{URLS[0]}{FILE}", [URLS[0]])
     assert not is_at(f"{URLS[0]}1{FILE}", [URLS[0]])
 
 
 def test_a_spec_is_told_the_addresses_and_keeps_its_hash() -> None:
-    """Agents are not replaced because a replica comes or goes."""
+    """Agents are not replaced because a replica joins or leaves."""
     from tests.schedulers.conftest import agent_spec  # its fixtures are not needed
 
     spec = agent_spec()

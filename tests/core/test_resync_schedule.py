@@ -1,4 +1,4 @@
-"""When to look: everything asked for is looked at, in bounded time, and calm news never holds up urgent news."""
+"""When to resync: every change is read in bounded time, and calm changes never delay urgent ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def slugs(count: int, kind: str = "d") -> frozenset[Slug]:
 
 
 def looked(cost_s: float = 1.0, at: float = 100.0) -> ResyncSchedule:
-    """An agenda whose last full look ended at `at` and took cost_s."""
+    """A schedule whose last full read ended at `at` and took cost_s."""
     agenda = ResyncSchedule(RESYNC_S)
     look = agenda.take(Monotonic(at - cost_s))
     assert look is not None
@@ -41,14 +41,14 @@ def due(agenda: ResyncSchedule, now: float) -> float:
 
 
 def test_the_first_look_is_at_everything() -> None:
-    """Nothing is known at the start, so that a look at some devices can't be the first."""
+    """At the start nothing is known, so a read of some devices can't be the first."""
     agenda = ResyncSchedule(RESYNC_S)
     agenda.devices(slugs(1), Monotonic(0.0), calm=False)
     assert agenda.take(Monotonic(0.0)) == Read(None, "start")
 
 
 def test_few_devices_are_looked_at_at_once() -> None:
-    """Little news is read narrowly and at once where some of it is urgent."""
+    """A few changes are read narrowly and at once if some of them are urgent."""
     agenda = looked()
     agenda.devices(slugs(2), AT, calm=True)
     agenda.devices(slugs(1, "u"), AT, calm=False)
@@ -57,7 +57,7 @@ def test_few_devices_are_looked_at_at_once() -> None:
 
 
 def test_the_first_starts_of_a_storm_are_not_worth_a_look() -> None:
-    """Calm news rests a moment: few are looked at then, and of many nothing is until it is quiet."""
+    """Calm changes wait a moment: a few are read then, many are not read until it is quiet."""
     agenda = looked()
     agenda.devices(slugs(3), AT, calm=True)
     assert agenda.take(AT) is None
@@ -68,7 +68,7 @@ def test_the_first_starts_of_a_storm_are_not_worth_a_look() -> None:
 
 
 def test_urgent_news_does_not_wait_for_a_storm_of_calm_news() -> None:
-    """While thousands of starts are confirmed, an agent that ended is looked at at once, alone."""
+    """While thousands of starts are confirmed, an agent that ended is read at once, alone."""
     agenda = looked(cost_s=2.0)
     agenda.devices(slugs(5000), AT, calm=True)
     agenda.devices(slugs(1, "u"), AT, calm=False)
@@ -79,7 +79,7 @@ def test_urgent_news_does_not_wait_for_a_storm_of_calm_news() -> None:
 
 
 def test_a_storm_is_confirmed_when_it_is_over_or_lasts_long() -> None:
-    """A full look for calm news waits for a second of quiet, and not for ever."""
+    """A full read for calm changes waits for a second of quiet, but not for ever."""
     agenda = looked(cost_s=0.01)
     for tenth in range(1000):
         now = Monotonic(100.0 + tenth / 10)
@@ -93,7 +93,7 @@ def test_a_storm_is_confirmed_when_it_is_over_or_lasts_long() -> None:
 
 
 def test_much_urgent_news_is_worth_a_full_look_soon() -> None:
-    """More urgent devices than a narrow look takes wait at most five seconds, at a cheap scheduler less."""
+    """More urgent devices than a narrow read takes wait at most five seconds, and less with a fast scheduler."""
     for cost_s, wait_s in ((2.0, URGENT_S), (0.1, PRICE * 0.1)):
         agenda = looked(cost_s)
         agenda.devices(slugs(NARROW + 1), AT, calm=False)
@@ -102,7 +102,7 @@ def test_much_urgent_news_is_worth_a_full_look_soon() -> None:
 
 
 def test_a_gap_is_looked_into_soon_and_at_once_in_a_hurry() -> None:
-    """Missed events are worth a full look; a lease that was just taken does not wait at all."""
+    """Missed events cause a full read; after taking a lease there is no wait at all."""
     agenda = looked(cost_s=2.0)
     agenda.everything("hint")
     assert due(agenda, 100.0) == 100.0 + URGENT_S
@@ -111,14 +111,14 @@ def test_a_gap_is_looked_into_soon_and_at_once_in_a_hurry() -> None:
 
 
 def test_without_news_everything_is_looked_at_again() -> None:
-    """The timer makes a full look, and says that it was the timer."""
+    """The timer causes a full read, with the timer as its reason."""
     agenda = looked()
     assert agenda.take(Monotonic(100.0 + RESYNC_S - 1)) is None
     assert agenda.take(Monotonic(100.0 + RESYNC_S)) == Read(None, "timer")
 
 
 def test_what_could_not_be_read_is_still_to_be_looked_at() -> None:
-    """After a failure the devices of a narrow look are on the agenda again, and so is everything."""
+    """After a failure the devices of a narrow read are scheduled again, and so is a full read."""
     agenda = looked()
     agenda.devices(slugs(3), AT, calm=False)
     look = agenda.take(Monotonic(100.0))
@@ -142,8 +142,8 @@ def test_what_could_not_be_read_is_still_to_be_looked_at() -> None:
 def test_all_news_is_looked_at_in_bounded_time(
     news: list[tuple[float, frozenset[int], bool, float]],
 ) -> None:
-    """Whatever comes: each device is in a look begun after its news, urgent ones within 5 s of a full
-    look's end, calm ones within 30 s; and waiting as long as the agenda says never sleeps past one."""
+    """Whatever happens, each device is in a read that starts after its change: an urgent one within 5 s of a full
+    read's end, a calm one within 30 s; and waiting as long as the schedule states never misses one."""
     agenda = looked()
     now, owed = 100.0, dict[Slug, tuple[float, bool]]()
     full_at = 100.0
@@ -170,7 +170,7 @@ def test_all_news_is_looked_at_in_bounded_time(
         for name in list(owed):
             if look.only is None or name in look.only:
                 since, calm = owed.pop(name)
-                # a look that was under way when the news came is not counted against it
+                # a read in progress when the change arrived does not count against it
                 assert now - max(since, full_at) <= (CALM_S if calm else URGENT_S) + 5.0
         cost_s = todo[3] if todo is not None else 1.0
         began, now = now, now + cost_s

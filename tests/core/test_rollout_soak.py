@@ -1,4 +1,4 @@
-"""A version is judged by the agents of it that were ready: they last, or they end too soon."""
+"""A version is judged by its agents that became ready: whether they last or end too soon."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def slugs(*names: str) -> set[Slug]:
 
 lives = st.lists(
     st.tuples(st.floats(0.5, 100.0), st.booleans()), min_size=1, max_size=6
-)  # how long each life lasts, and whether it got ready
+)  # duration of each life, and whether the agent became ready
 
 
 @settings(max_examples=200, deadline=None)
@@ -32,8 +32,8 @@ lives = st.lists(
 def test_a_version_is_bad_exactly_when_enough_devices_lost_a_ready_agent_too_soon(
     fleet: dict[str, list[tuple[float, bool]]],
 ) -> None:
-    """Each device's agent lives and is restarted as drawn, and is looked at every second: the version is bad
-    when, and only when, three of them (all, of fewer) had one that was ready and ended within the soak."""
+    """Each device's agent lives and is restarted as drawn, and is checked every second: the version is bad exactly when
+    three devices (or all, if fewer) had an agent that was ready and ended within the soak."""
     soak = Soak(LIMITS)
     names = slugs(*fleet)
     ends = {
@@ -66,8 +66,8 @@ def test_a_version_is_bad_exactly_when_enough_devices_lost_a_ready_agent_too_soo
 
 
 def test_what_has_lasted_is_good_and_leaves_the_window() -> None:
-    """An agent takes room from its first ready until the soak is over; then its version is good, and what
-    ends later proves nothing."""
+    """An agent takes room in the window from its first ready until the soak is over; then its version is good, and a
+    later end proves nothing."""
     soak = Soak(LIMITS)
     soak.look([run("a"), run("b", ready=False)], slugs("a", "b"), Monotonic(0.0))
     assert soak.soaking() == 1
@@ -82,8 +82,7 @@ def test_what_has_lasted_is_good_and_leaves_the_window() -> None:
 
 
 def test_what_was_told_to_end_is_no_death() -> None:
-    """A device that leaves, and one that is to have another version, count for nothing; nor does an agent
-    whose node is lost."""
+    """A device that leaves or gets another version does not count; nor does an agent whose node is lost."""
     soak = Soak(LIMITS)
     everybody = slugs("gone", "lost")
     soak.look([run("gone"), run("lost")], everybody, Monotonic(0.0))
@@ -93,8 +92,8 @@ def test_what_was_told_to_end_is_no_death() -> None:
 
 
 def test_one_node_is_not_the_version() -> None:
-    """Agents that end on one node only, while others of the version run elsewhere, do not make it bad; on a
-    second node too they do; and where there is one node only it is the version's fault."""
+    """If agents end on one node only, while others of the version run elsewhere, the version is not bad; if they end on
+    a second node too, or there is only one node, it is."""
     names = [f"a{n}" for n in range(6)]
     soak, single = Soak(LIMITS), Soak(LIMITS)
     wanted = slugs(*names)

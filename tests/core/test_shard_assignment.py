@@ -1,4 +1,4 @@
-"""The spread of shards over replicas: even, complete, still, and hardly moved by who comes and goes."""
+"""The distribution of shards over replicas: even, complete, stable, and hardly changed by joins and leaves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPLICAS = st.lists(st.sampled_from([f"r{n}" for n in range(6)]), min_size=1, un
 
 @st.composite
 def worlds(draw: st.DrawFn) -> tuple[Holders, list[str]]:
-    """Any holders, some of whom have left, and the replicas that are there."""
+    """Any holders, some of whom have left, and the current replicas."""
     replicas = draw(REPLICAS)
     shards = draw(st.integers(1, 24))
     names = st.sampled_from([NOBODY, *replicas, "leaving"])
@@ -25,7 +25,7 @@ def worlds(draw: st.DrawFn) -> tuple[Holders, list[str]]:
 
 
 def settle(holders: Holders, replicas: list[str]) -> tuple[Holders, int]:
-    """Let the replicas take turns until nobody wants anything; how often a shard was moved."""
+    """Let the replicas act in turns until no moves are left; return the number of moves."""
     now, moved = dict(holders), 0
     for _ in range(4 * len(now) + 4):
         still = True
@@ -46,7 +46,7 @@ def settle(holders: Holders, replicas: list[str]) -> tuple[Holders, int]:
 
 @given(worlds())
 def test_taking_turns_ends_with_every_shard_held_evenly(world: tuple[Holders, list[str]]) -> None:
-    """Once who leaves has let go, every shard has one holder and loads differ by one at most."""
+    """Once leaving replicas have released their shards, every shard has one holder and loads differ by at most one."""
     holders, replicas = world
     let_go = {s: NOBODY if holder == "leaving" else holder for s, holder in holders.items()}
     now, _ = settle(let_go, replicas)
@@ -60,7 +60,7 @@ def test_taking_turns_ends_with_every_shard_held_evenly(world: tuple[Holders, li
 def test_nobody_takes_what_is_held_nor_gives_what_it_does_not_hold(
     world: tuple[Holders, list[str]], me: str
 ) -> None:
-    """Only free shards are taken and only own ones given; never both at once."""
+    """A replica takes only free shards and releases only its own; never both at once."""
     holders, replicas = world
     wanted = moves(holders, replicas, me)
     assert all(holders[shard] == NOBODY for shard in wanted.take)
@@ -72,7 +72,7 @@ def test_nobody_takes_what_is_held_nor_gives_what_it_does_not_hold(
 
 @given(st.integers(1, 24), REPLICAS)
 def test_one_that_joins_moves_no_more_than_its_share(shards: int, replicas: list[str]) -> None:
-    """A new replica gets its share and no other shard changes hands."""
+    """A new replica gets its share, and no other shard is moved."""
     before, _ = settle(dict.fromkeys(map(Shard, range(shards)), NOBODY), replicas)
     after, moved = settle(before, [*replicas, "new"])
     share = Counter(after.values())["new"]
@@ -82,7 +82,7 @@ def test_one_that_joins_moves_no_more_than_its_share(shards: int, replicas: list
 
 @given(REPLICAS)
 def test_with_one_shard_a_holder_stays(replicas: list[str]) -> None:
-    """Plain leader election: whoever comes, the holder keeps the only shard."""
+    """As in plain leader election, the holder keeps the only shard, whichever replicas join."""
     holders = {Shard(0): replicas[0]}
     for me in [*replicas, "r9"]:
         assert moves(holders, [*replicas, "r9"], me).take == ()
@@ -91,7 +91,7 @@ def test_with_one_shard_a_holder_stays(replicas: list[str]) -> None:
 
 @given(st.integers(1, 24), REPLICAS)
 def test_those_left_behind_take_only_what_was_let_go(shards: int, replicas: list[str]) -> None:
-    """When one of two or more leaves, the shards of the others stay where they are."""
+    """When one of two or more leaves, the shards of the others are not moved."""
     everyone = [*replicas, "leaver"]
     before, _ = settle(dict.fromkeys(map(Shard, range(shards)), NOBODY), everyone)
     let_go = {s: NOBODY if holder == "leaver" else holder for s, holder in before.items()}
@@ -102,7 +102,7 @@ def test_those_left_behind_take_only_what_was_let_go(shards: int, replicas: list
 
 @given(st.dictionaries(st.text(min_size=1), st.integers(0, 50), min_size=1), st.integers(1, 256))
 def test_fair_shares_are_all_of_it(loads: dict[str, int], shards: int) -> None:
-    """Shares sum up to all shards and differ by one at most."""
+    """Shares add up to all shards and differ by at most one."""
     shares = fair_shares(loads, shards)
     assert sum(shares.values()) == shards
     assert max(shares.values()) - min(shares.values()) <= 1

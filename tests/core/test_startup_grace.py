@@ -1,4 +1,4 @@
-"""The start-up grace: measured, bounded, and never hostage to a few."""
+"""The start-up grace: measured, bounded, and not determined by a few outliers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def fill(
 @settings(max_examples=200, deadline=None)
 @given(samples)
 def test_the_grace_stays_within_its_limits(given_samples: list) -> None:
-    """Whatever was measured, the grace is the setting until there are samples, and else within the limits."""
+    """Whatever was measured, the grace is the setting until there are samples, and within the limits after that."""
     found = StartTimes(LIMITS)
     count = 0
     for name, took, at in given_samples:
@@ -56,8 +56,8 @@ def test_the_grace_stays_within_its_limits(given_samples: list) -> None:
 
 @pytest.mark.parametrize("count", [100, 1_000, 20_000])
 def test_lognormal_starts_end_within_the_grace(count: int) -> None:
-    """Of starts with p50 6 s and p99 60 s fewer than one in a thousand outlast the grace, however few
-    were measured; and it is no more than ten times the p99."""
+    """With a p50 of 6 s and a p99 of 60 s, fewer than one start in a thousand takes longer than the grace, however few
+    were measured; and the grace is at most ten times the p99."""
     grace_s = filled(6.0, 60.0, count).grace("default").seconds
     spread = math.log(10.0) / 2.3263
     late = 0.5 * math.erfc(math.log(grace_s / 6.0) / spread / math.sqrt(2))
@@ -76,7 +76,7 @@ def test_two_kinds_of_start_are_both_covered() -> None:
 
 
 def test_a_slow_site_is_forgotten() -> None:
-    """A thousand starts of 300 s lengthen the grace, and no longer after a few days of quick ones."""
+    """A thousand starts of 300 s increase the grace, but no longer after a few days of quick ones."""
     found = filled(300.0, 400.0, 1_000)
     assert found.grace("default").seconds > 300.0
 
@@ -87,7 +87,7 @@ def test_a_slow_site_is_forgotten() -> None:
 
 
 def test_many_starts_push_old_ones_out_without_waiting() -> None:
-    """After a storm of quick starts the slow ones before it no longer decide, on the same day."""
+    """After a storm of quick starts earlier slow ones no longer count, on the same day."""
     found = filled(300.0, 400.0, 1_000)
 
     fill(found, 2.0, 6.0, 60_000, at=1.0)
@@ -96,7 +96,7 @@ def test_many_starts_push_old_ones_out_without_waiting() -> None:
 
 
 def test_a_class_borrows_from_the_fleet_until_it_has_samples() -> None:
-    """A class that never started uses the fleet's grace; one that did, its own; nobody the other's."""
+    """A class that never started uses the fleet's grace, one that did uses its own, and none uses another class's."""
     found = filled(2.0, 8.0, 2_000, name="quick")
     fill(found, 60.0, 120.0, 2_000, name="slow")
 
@@ -106,7 +106,7 @@ def test_a_class_borrows_from_the_fleet_until_it_has_samples() -> None:
 
 
 def test_memory_is_bounded_by_classes() -> None:
-    """More class names than are kept change nothing but the fleet's measure."""
+    """More class names than are kept change only the fleet's measurements."""
     found = StartTimes(LIMITS)
     for number in range(10 * MAX_CLASSES):
         for _ in range(2):
@@ -121,6 +121,6 @@ def test_memory_is_bounded_by_classes() -> None:
 
 @pytest.mark.parametrize("took", [-1.0, math.nan, math.inf])
 def test_a_time_that_is_none_is_refused(took: float) -> None:
-    """A negative, endless or unknown time is the caller's mistake and is not measured."""
+    """A negative, infinite or unknown time is the caller's error and is not measured."""
     with pytest.raises(ValueError, match="a start took"):
         StartTimes(LIMITS).add("default", took, Monotonic(0.0))

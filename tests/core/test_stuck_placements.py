@@ -1,4 +1,4 @@
-"""Placements that make no progress: who is given up, when, and how many at a time."""
+"""Placements that make no progress: which are given up, when, and how many at a time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def stalled(waits: StuckPlacements, one: Placement, at: float) -> bool:
 
 
 def passing(waits: StuckPlacements, found: list[Placement], at: float, **more: object) -> Plan:
-    """A plan at a time, over devices that all have their record at the placement's epoch."""
+    """The plan at a time, for devices whose records all have the placement's epoch."""
     world = World([record(str(one.device_id), epoch=one.epoch) for one in found], found)
     now = Monotonic(at)
     return plan(
@@ -69,7 +69,7 @@ def test_only_a_wait_without_progress_is_given_up(
 
 
 def test_a_new_allocation_is_progress() -> None:
-    """An allocation or pod that the scheduler makes anew for the same placement gets the whole time again."""
+    """A new allocation or pod for the same placement gets the full time again."""
     waits, one = StuckPlacements(), placement("a", 1, PlacementState.STARTING)
     seen(waits, 0.0, one)
     moved = replace(one, waits_since=WallTime(5.0))
@@ -79,7 +79,7 @@ def test_a_new_allocation_is_progress() -> None:
 
 
 def test_a_partial_listing_leaves_the_others_as_they_are() -> None:
-    """A listing of some devices says nothing about the waits of others."""
+    """A listing of some devices does not affect the waits of others."""
     waits, a, b = (
         StuckPlacements(),
         placement("a", 1, PlacementState.STARTING),
@@ -93,7 +93,7 @@ def test_a_partial_listing_leaves_the_others_as_they_are() -> None:
 
 
 def test_the_limit_doubles_with_each_that_was_given_up() -> None:
-    """A start that really takes long gets more time with each attempt, and one that runs begins anew."""
+    """A start that takes long gets more time with each attempt, and a running one resets the limit."""
     waits, now = StuckPlacements(), 0.0
     limits = []
     for epoch in range(1, MAX_DOUBLINGS + 3):
@@ -114,8 +114,8 @@ def test_the_limit_doubles_with_each_that_was_given_up() -> None:
 def test_only_what_makes_no_progress_is_replaced_and_no_more_than_there_is_room_for(
     found: list[tuple[PlacementState, bool, bool]], room: int
 ) -> None:
-    """Of placements with the current spec a plan replaces only those that wait, in a full window too, and at most
-    as many as it may. Nothing is started in the same pass (S3)."""
+    """Of placements with the current spec a plan replaces only those that wait, even with a full window, and at most
+    `stalled_room`. Nothing is started in the same pass (S3)."""
     some = [
         replace(placement(name, 1, state), queued=queued)
         for name, (state, queued, _) in zip(NAMES, found, strict=False)
@@ -135,8 +135,8 @@ def test_only_what_makes_no_progress_is_replaced_and_no_more_than_there_is_room_
 
 
 def test_an_agent_that_is_ready_is_given_up_only_with_room_in_the_window() -> None:
-    """Where the device is watched by an agent that its scheduler does not know, the next epoch costs the device
-    its agent for a moment: as many at a time as a roll-out may."""
+    """If the device is watched by an agent that its scheduler does not list, the next epoch leaves it without an agent
+    for a moment: limited to as many at a time as in a roll-out."""
     some = [placement(name, 1, PlacementState.STARTING) for name in NAMES]
     waits = StuckPlacements()
     seen(waits, 0.0, *some)
@@ -151,7 +151,7 @@ def test_an_agent_that_is_ready_is_given_up_only_with_room_in_the_window() -> No
 
 
 def test_the_fleet_gives_up_so_many_in_a_period() -> None:
-    """What was given up lately takes room, whatever became of it, and no longer than the period."""
+    """Recently given up placements take room, whatever became of them, and no longer than the period."""
     waits = StuckPlacements()
     for n in range(4):
         waits.given_up(placement(f"d{n}", 1).slug, Monotonic(n))

@@ -1,4 +1,4 @@
-"""A tombstone that is deleted never lets an epoch come again: every interleaving of the real code."""
+"""Deleting a tombstone never lets an epoch be used again: every interleaving of the real code."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Turns(Line):
 
 
 class BrokenError(Exception):
-    """An epoch was given twice, or a lower one after a higher one."""
+    """An epoch was assigned twice, or a lower one after a higher one."""
 
 
 class World:
@@ -97,13 +97,13 @@ class World:
         self.peak = max(self.peak, after.epoch)
 
     async def expire(self, at: int) -> None:
-        """Replica `at` deletes the tombstone, as `PeriodicJobs` does on its timer."""
+        """Replica `at` deletes the tombstone, as the timer of `PeriodicJobs` does."""
         fleet = self.fleets[at]
         ours = tombstones.expired(fleet.records.values(), (), WallTime(1e12), 3600.0, 9)
         await fleet.records.forget(ours)
 
     async def live(self, at: int, *, leave: bool = False) -> None:
-        """Replica `at` is asked to watch the device, starts an agent, and is asked to stop watching it."""
+        """Replica `at` registers the device, starts an agent, and deregisters the device if `leave` is set."""
         fleet, executor = self.fleets[at], self.performers[at]
         for _ in range(4):
             try:
@@ -127,7 +127,7 @@ class World:
                 return
 
     async def read(self, at: int) -> None:
-        """Replica `at` reads the registry anew."""
+        """Replica `at` reads the registry again."""
         fleet = self.fleets[at]
         snapshot = await fleet.records.reread()
         if snapshot is not None:
@@ -136,8 +136,8 @@ class World:
     async def play(
         self, work: Sequence[Awaitable[None]], choose: Callable[[int], int]
     ) -> list[int]:
-        """Do all work at once; `choose` says which of so many waiting calls is next. How many there were
-        each time."""
+        """Run all work concurrently; `choose` picks the next of the waiting calls. Return the number of waiting calls
+        at each step."""
         tasks = [asyncio.ensure_future(one) for one in work]
         widths: list[int] = []
         while not all(task.done() for task in tasks):
@@ -155,7 +155,7 @@ class World:
 
 
 async def one(choices: Sequence[int]) -> list[int]:
-    """One schedule of an expiry beside a new life of the device; then, undisturbed, another life."""
+    """One schedule of an expiry concurrent with a new life of the device; then, undisturbed, another life."""
     world, steps = World(7, 2), iter(choices)
     widths = await world.play([world.expire(0), world.live(1)], lambda _: next(steps, 0))
     # L1: undisturbed, the device gets an agent, at an epoch that no agent has carried.
@@ -169,7 +169,7 @@ async def one(choices: Sequence[int]) -> list[int]:
 
 
 def every_schedule() -> int:
-    """Play all schedules, depth first; how many there are."""
+    """Run all schedules, depth first; return their number."""
     prefix: list[int] = []
     for number in range(1, MAX_SCHEDULES):
         widths = asyncio.run(one(prefix))
@@ -183,20 +183,20 @@ def every_schedule() -> int:
 
 
 def test_s2_no_interleaving_brings_an_epoch_back() -> None:
-    """Whatever order the calls of an expiry and of a new registration reach the registry in, the first agent of
-    the new record carries a higher epoch than any before (S2), and it gets one (L1)."""
+    """In whatever order the calls of an expiry and of a new registration reach the registry, the first agent of the new
+    record has a higher epoch than any before (S2), and it gets one (L1)."""
     assert every_schedule() > 10
 
 
 async def _forget_first(self: RecordCache, gone: Sequence[DeviceRecord]) -> int:
-    """As `RecordCache.forget`, but the floor comes after the deletion: it is dropped too early."""
+    """Like `RecordCache.forget`, but the floor is raised after the deletion: the tombstone is deleted too early."""
     await self.registry.forget(gone)
     await epoch_floor.raise_floor(self.registry, EpochFloor().over(gone))
     return 0
 
 
 async def _remembered(self: RecordCache) -> EpochFloor:
-    """As `RecordCache.read_floor`, but from memory."""
+    """Like `RecordCache.read_floor`, but from memory."""
     return self.floor
 
 
@@ -215,7 +215,7 @@ async def _nothing(*_: Any) -> bool:
 def test_s2_a_planted_bug_is_found(
     monkeypatch: pytest.MonkeyPatch, of: object, name: str, bug: object
 ) -> None:
-    """The same search finds each way in which a deleted tombstone would let an epoch come again."""
+    """The same search finds each way in which a deleted tombstone would let an epoch be used again."""
     monkeypatch.setattr(of, name, bug)
     with pytest.raises(BrokenError, match="S2"):
         every_schedule()
@@ -237,7 +237,7 @@ def test_s2_three_replicas_and_several_lives(epoch: int, choices: list[int]) -> 
 
 
 def test_only_what_left_long_ago_and_is_listed_nowhere_may_go() -> None:
-    """A tombstone stays for its time, and as long as the scheduler lists anything of the device."""
+    """A tombstone stays for its retention time, and as long as the scheduler lists anything of the device."""
     gone = replace(record("a"), presence=Presence.ABSENT, changed_at=WallTime(100.0))
     here = record("b")
 
@@ -255,8 +255,8 @@ def test_only_what_left_long_ago_and_is_listed_nowhere_may_go() -> None:
 
 
 def test_s2_a_clock_that_is_set_deletes_nothing_at_once() -> None:
-    """A tombstone that is due, by a wall clock that was set forward say, rests by the monotonic clock first, and one
-    that has changed meanwhile rests again: a start of it may be on its way."""
+    """A tombstone that is due, possibly by a wall clock that was set forward, first rests by the monotonic clock, and
+    one that has changed meanwhile rests again: a start may be in flight."""
     placement_gc, gone = PlacementGc(), replace(record("a"), presence=Presence.ABSENT, index=3)
     rest = TOMBSTONE_REST_S
     assert placement_gc.rested([gone], Monotonic(0.0)) == []
@@ -267,7 +267,7 @@ def test_s2_a_clock_that_is_set_deletes_nothing_at_once() -> None:
 
 
 async def test_the_floor_outlives_its_writers() -> None:
-    """The floor only goes up, whoever raises it, and a document that can't be read is an error, never 0."""
+    """The floor only increases, whichever replica raises it, and an unreadable document is an error, never 0."""
     store = Store()
     store.initialise("test")
     registry = FakeRegistry(store)

@@ -1,4 +1,4 @@
-"""Verdicts: S6 and the difference between our problem and the device's."""
+"""Verdicts: S6, and the difference between our problem and the device's."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ evidence = st.builds(
 @settings(max_examples=300, deadline=None)
 @given(evidence)
 def test_s6_offline_needs_the_whole_evidence(seen: Evidence) -> None:
-    """Offline only with a fresh report of a ready agent whose device answered once, then missed
-    probes, then failed an independent confirmation, and has sent us no sign of life since."""
+    """Offline requires a fresh report of a ready agent whose device answered once, then missed probes, then failed an
+    independent confirmation, and has sent no heartbeat since."""
     verdict = judge(record("a", epoch=1), seen, LIMITS, Monotonic(200.0))
 
     if verdict.state is VerdictState.OFFLINE:
@@ -97,7 +97,7 @@ def test_s6_offline_needs_the_whole_evidence(seen: Evidence) -> None:
 @settings(max_examples=300, deadline=None)
 @given(evidence)
 def test_s6_a_critical_agent_is_no_evidence_against_its_device(seen: Evidence) -> None:
-    """Consul's «critical» changes no verdict: it is as if Consul had said nothing."""
+    """A critical check in Consul changes no verdict: it counts like no check."""
     critical = replace(seen, health=Health("critical", Epoch(1)))
     silent = replace(seen, health=None)
 
@@ -109,8 +109,7 @@ def test_s6_a_critical_agent_is_no_evidence_against_its_device(seen: Evidence) -
 @settings(max_examples=300, deadline=None)
 @given(evidence)
 def test_s6_a_device_that_has_just_beaten_is_not_offline(seen: Evidence) -> None:
-    """A fresh sign of life turns offline into suspect, or into degraded when that lasts, and changes no other
-    verdict."""
+    """A fresh heartbeat turns offline into suspect, or into degraded when that lasts, and changes no other verdict."""
     now, rec = Monotonic(200.0), record("a", epoch=1)
     without = judge(rec, replace(seen, beat_at=None), LIMITS, now)
     beaten = judge(rec, replace(seen, beat_at=Monotonic(190.0)), LIMITS, now)
@@ -140,8 +139,7 @@ def test_the_measured_grace_counts_from_the_dispatch() -> None:
 
 
 def test_what_is_no_measured_start_keeps_the_setting() -> None:
-    """A restart in place, whose dispatch was long ago, has the 60 s of the setting, not the 20 s of a
-    start."""
+    """A restart in place, dispatched long ago, has the 60 s of the setting, not the 20 s of a start."""
     seen = Evidence(
         placement("a", 1),
         None,
@@ -181,13 +179,13 @@ def test_s6_a_slow_start_is_never_offline(seen: Evidence, waited: float) -> None
     verdict = judge(record("a", epoch=1), quiet, LIMITS, Monotonic(waited))
 
     assert verdict.state is not VerdictState.OFFLINE
-    # only what was suspect before this control plane started, by the word of an agent that had reported
+    # only if it was suspect before this control plane started, by a report of its agent
     assert verdict.state is not VerdictState.SUSPECT or seen.before is VerdictState.SUSPECT
     assert verdict.reason
 
 
 def test_starting_turns_into_unwatched_after_the_grace() -> None:
-    """No agent: starting at 60 s, unwatched at 61 s; the words change with it."""
+    """Without an agent, the verdict is starting at 60 s and unwatched at 61 s; the reason changes with it."""
     nothing = Evidence(None, None, None, Monotonic(0.0))
     rec = record("a")
 
@@ -196,8 +194,8 @@ def test_starting_turns_into_unwatched_after_the_grace() -> None:
 
 
 def test_a_passing_check_bridges_report_stale_and_no_more() -> None:
-    """After a restart of ours the agents' own checks stand in for reports not heard yet, for 45 s; then the
-    device is unwatched, whatever the check says, and the reason names where to look."""
+    """After a restart of the control plane the agents' own checks replace missing reports for 45 s; then the device is
+    unwatched, whatever the check's status, and the reason names what to check."""
     seen = Evidence(
         placement("a", 1),
         None,
@@ -217,8 +215,8 @@ def test_a_passing_check_bridges_report_stale_and_no_more() -> None:
 
 
 def test_a_ready_pod_bridges_report_stale_and_no_more() -> None:
-    """Where there is no Consul, the pod's own readiness stands in for reports not heard yet, as long; an agent
-    that is not ready, or is asked by nobody, is what it was without."""
+    """Without Consul, the pod's readiness replaces missing reports for the same time; an agent that is not ready, or
+    has no readiness, counts as without it."""
     up = placement("a", 1)
     states = {}
     for ready in (True, False, None):
@@ -243,7 +241,7 @@ def test_a_ready_pod_bridges_report_stale_and_no_more() -> None:
 @settings(max_examples=300, deadline=None)
 @given(evidence)
 def test_silence_is_never_healthy(seen: Evidence) -> None:
-    """No device is watched on whose agent nothing was heard for longer than report_stale."""
+    """No device is watched if nothing was received from its agent for longer than report_stale."""
     heard_at = max(seen.quiet_since, seen.report.received_at if seen.report else 0.0)
     verdict = judge(record("a", epoch=1, instance="i"), seen, LIMITS, Monotonic(200.0))
 
@@ -254,8 +252,7 @@ def test_silence_is_never_healthy(seen: Evidence) -> None:
 @settings(max_examples=300, deadline=None)
 @given(evidence)
 def test_a_suspicion_ends(seen: Evidence) -> None:
-    """What has been suspected for longer than the limit is not suspect any more, nor is a repair that does not
-    end a state of its own."""
+    """A device is not suspect for longer than the limit, nor repairing if the repair does not end in time."""
     told = seen.report
     limits = replace(LIMITS, suspect_max_s=100.0, repairing_max_s=100.0)
     verdict = judge(record("a", epoch=1, instance="i"), seen, limits, Monotonic(200.0))
@@ -270,8 +267,8 @@ def test_a_suspicion_ends(seen: Evidence) -> None:
 
 
 def test_what_never_answered_is_unwatched_in_the_end() -> None:
-    """A device that answered no agent yet is suspect for suspect_max, then unwatched with what to check; its
-    agent is ready all the same, and holds up no roll-out."""
+    """A device that has answered no agent yet is suspect for suspect_max, then unwatched with what to check; its agent
+    is still ready, and delays no roll-out."""
     told = report(state=AgentState.SUSPECT, misses=30, was_ready=False, reason="tcp:80: refused")
     rec = record("a", epoch=1, instance="i")
     young = Evidence(placement("a", 1), told, None, Monotonic(0.0), suspect_since=Monotonic(0.0))
@@ -286,8 +283,8 @@ def test_what_never_answered_is_unwatched_in_the_end() -> None:
 
 
 def test_no_answer_yet_is_no_health() -> None:
-    """An agent whose probes have run and were not answered, too few times to suspect anything, reports `ok`: its
-    device is not watched, and a kept condition stays."""
+    """An agent whose probes have run without an answer, too few times for a suspicion, reports `ok`: its device is not
+    watched, and an existing condition stays."""
     told = report(state=AgentState.OK, was_ready=False, reason="no probe has answered yet")
     seen = Evidence(placement("a", 1), told, None, Monotonic(0.0))
     found = judge(record("a", epoch=1, instance="i"), seen, LIMITS, Monotonic(101.0))
@@ -295,7 +292,7 @@ def test_no_answer_yet_is_no_health() -> None:
 
 
 def test_unable_to_ask_is_our_problem() -> None:
-    """An agent that can't ask leaves its device unwatched with its own reason, and is ready."""
+    """If its agent is unable, a device is unwatched with the agent's reason, and the agent is ready."""
     told = report(state=AgentState.UNABLE, reason="can't resolve cam.local: timed out")
     seen = Evidence(placement("a", 1), told, None, Monotonic(0.0))
     found = judge(record("a", epoch=1, instance="i"), seen, LIMITS, Monotonic(101.0))
@@ -305,7 +302,7 @@ def test_unable_to_ask_is_our_problem() -> None:
 
 
 def test_a_device_that_beats_and_does_not_answer_is_degraded_in_the_end() -> None:
-    """Its agent calls it offline and it sends heartbeats: suspect, and after suspect_max degraded."""
+    """A device that its agent reports offline and that sends heartbeats is suspect, and degraded after suspect_max."""
     told = report(state=AgentState.OFFLINE, misses=3, confirmed=True, reason="no answer")
     rec = record("a", epoch=1, instance="i")
     states = []
@@ -323,8 +320,8 @@ def test_a_device_that_beats_and_does_not_answer_is_degraded_in_the_end() -> Non
 
 
 def test_refused_reports_are_the_reason() -> None:
-    """A running agent whose reports are refused is unwatched as soon as the last accepted one is stale, with
-    what was answered, and without waiting for a start-up grace."""
+    """A running agent whose reports are rejected is unwatched as soon as the last accepted one is stale, with the
+    answer in the reason, and without a start-up grace."""
     seen = Evidence(
         placement("a", 1),
         None,
@@ -341,7 +338,7 @@ def test_refused_reports_are_the_reason() -> None:
 
 
 def test_a_lost_node_is_our_problem() -> None:
-    """A node that does not answer leaves the device unwatched, whatever was reported before."""
+    """If its node does not answer, a device is unwatched, whatever was reported before."""
     seen = Evidence(
         placement("a", 1, PlacementState.LOST), report(state=AgentState.OK), None, Monotonic(0.0)
     )
@@ -352,7 +349,7 @@ def test_a_lost_node_is_our_problem() -> None:
 
 
 def test_an_unconfirmed_claim_is_a_suspicion() -> None:
-    """An agent that says offline without a confirmation, or never had an answer, is not believed."""
+    """A report of offline without a confirmation, or for a device that never answered, leads to suspect."""
     for told in (
         report(state=AgentState.OFFLINE, misses=3, confirmed=False),
         report(state=AgentState.OFFLINE, misses=3, confirmed=True, was_ready=False),
@@ -364,8 +361,8 @@ def test_an_unconfirmed_claim_is_a_suspicion() -> None:
 
 
 def test_an_agent_that_its_scheduler_does_not_list_is_named() -> None:
-    """What it reports of the device stands, and the reason says that no scheduler knows the agent; not for a report
-    that may have been under way when the listing changed."""
+    """Its reports count, and the reason states that no scheduler knows the agent; not for a report that may have been
+    in flight when the listing changed."""
     waits = placement("a", 1, PlacementState.STARTING)
     known = Evidence(waits, report(), None, Monotonic(0.0))
     late = replace(known, unlisted_since=Monotonic(90.0))
@@ -379,8 +376,8 @@ def test_an_agent_that_its_scheduler_does_not_list_is_named() -> None:
 
 
 def test_the_last_word_of_an_agent_that_has_ended_is_no_reason() -> None:
-    """An agent that said that it is shutting down, and that no node takes again: the scheduler's reason is the
-    verdict's, at once and after the grace; while it still runs, its own word is."""
+    """If an agent reported that it is shutting down, and no node can run it again, the verdict has the scheduler's
+    reason, at once and after the grace; while it still runs, the verdict has the agent's reason."""
     said = report(ready=False, stopping=True)
     why = "no node can run it: memory (2 nodes)"
     rec = record("a", epoch=1, instance="i")

@@ -1,4 +1,4 @@
-"""The configuration's door, and what a start may import."""
+"""Validation of the agent's configuration, and what a start may import."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def refused(raw: bytes, **environment: str) -> str:
     ],
 )
 def test_documents_that_are_none(raw: bytes, words: str) -> None:
-    """What is no document of version 1 ends the start with 64 and one line that says so."""
+    """Anything but a version 1 document ends the start with exit code 64 and a one-line reason."""
     assert words in refused(raw)
 
 
@@ -106,14 +106,14 @@ def test_documents_that_are_none(raw: bytes, words: str) -> None:
     ids=str,
 )
 def test_bad_values(change: dict[str, Any], words: str) -> None:
-    """A wrong value is refused with a message that names it and what is allowed."""
+    """A wrong value is rejected with a message that names it and what is allowed."""
     with pytest.raises(config.ConfigError) as caught:
         config.load(_environment({**document(probes=[probe(80)]), **change}))
     assert words in str(caught.value)
 
 
 def test_a_bad_value_ends_the_process_with_64() -> None:
-    """The process says the same message as the check does, and ends with 64."""
+    """The process prints the same message as the check and exits with 64."""
     raw = json.dumps(document(probes=[probe(80)], epoch=-1)).encode()
     assert "epoch is -1" in refused(raw)
 
@@ -127,7 +127,7 @@ def test_a_bad_value_ends_the_process_with_64() -> None:
     ],
 )
 def test_no_document(environment: dict[str, str], words: str) -> None:
-    """Without a readable document the start ends with 64 and says how to give one."""
+    """Without a readable document the start ends with 64 and explains how to provide one."""
     done = run(**environment)
     assert done.returncode == 64
     assert words in json.loads(done.stderr)["reason"]
@@ -137,13 +137,13 @@ def test_no_document(environment: dict[str, str], words: str) -> None:
     "listen", ["8080", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:²", "h:70000", "h:" + "9" * 5000]
 )
 def test_bad_listen(listen: str) -> None:
-    """A listen address that is not host:port is refused with 64."""
+    """A listen address that is not host:port is rejected with 64."""
     raw = json.dumps(document(probes=[probe(80)])).encode()
     assert "WATCHDOG_LISTEN" in refused(raw, WATCHDOG_LISTEN=listen)
 
 
 def test_consul_of_the_environment_wins() -> None:
-    """CONSUL_HTTP_ADDR goes over the document, with and without its scheme."""
+    """CONSUL_HTTP_ADDR overrides the document, with and without its scheme."""
     for text in ("http://10.0.0.1:8500", "10.0.0.1:8500"):
         environment = {**_environment(document(probes=[probe(80)])), "CONSUL_HTTP_ADDR": text}
         assert config.load(environment)["consul"] == "http://10.0.0.1:8500"
@@ -169,7 +169,7 @@ def test_consul_of_the_environment_wins() -> None:
 def test_consuls_variables_mean_what_they_mean_to_its_own_command(
     environment: dict[str, str], address: str, tls: dict[str, object] | None
 ) -> None:
-    """TLS that is asked for is never dropped, and the certificate's name is that of the variable."""
+    """TLS that is requested is never dropped, and the variable sets the certificate's name."""
     made = {**_environment(document(probes=[probe(80)], consul="http://10.0.0.2:8500"))}
     read = config.load(made | environment)
     assert read["consul"] == address
@@ -178,21 +178,21 @@ def test_consuls_variables_mean_what_they_mean_to_its_own_command(
 
 
 def test_consul_without_a_port_is_asked_on_that_of_the_scheme() -> None:
-    """80 and 443, with the path of a reverse proxy, as Consul's own command asks."""
+    """The port defaults to 80 or 443, and the path of a reverse proxy is kept, as in Consul's own command."""
     for text, port in (("http://c/below", 80), ("https://c", 443), ("http://c:8500", 8500)):
         url = place(config.check(document(probes=[probe(80)], consul=text)))
         assert (url.host, url.port, url.base) == ("c", port, "/below" if "below" in text else "")
 
 
 def test_a_consul_variable_that_is_no_boolean_is_refused() -> None:
-    """A wrong word is not taken for false: the token would go out in clear."""
+    """A wrong value does not count as false: the token would be sent in clear text."""
     raw = json.dumps(document(probes=[probe(80)], consul="http://c:1")).encode()
     assert "write true or false" in refused(raw, CONSUL_HTTP_SSL="yes")
 
 
 @given(PRINTABLE, st.dictionaries(PRINTABLE, PRINTABLE, max_size=3), st.integers(1, 2**53))
 def test_document_round_trip(device_id: str, labels: dict[str, str], epoch: int) -> None:
-    """What the control plane writes is what the agent reads, and what its report says again."""
+    """What the control plane writes is what the agent reads, and what its report contains."""
     made = wire.agent_config(
         {"probes": [probe(80)], "agent_class": "c", "version": "v"},
         device_id=device_id,
@@ -222,7 +222,7 @@ def test_document_round_trip(device_id: str, labels: dict[str, str], epoch: int)
 
 
 def test_start_imports_nothing_heavy() -> None:
-    """Importing all that a start needs brings in none of the large modules."""
+    """Importing everything a start needs loads none of the large modules."""
     heavy = ["asyncio", "ssl", "http.client", "logging", "argparse", "urllib.request", "threading"]
     heavy += ["typing", "random", "base64", "subprocess", "traceback", "dataclasses"]
     code = f"import watchdog_agent.main, sys; print([m for m in {heavy} if m in sys.modules])"

@@ -25,11 +25,11 @@ AGENT_ONLY = {"register_every_s", "note_s"}
 URL = "http://127.0.0.1:8080"
 MQTT = {"kind": "mqtt", "topic": "a", "broker": "b"}
 Case = tuple[str, Any, type[Block], dict[str, Any], str]
-"""Name, rule, the block of the control plane, what else it needs, and where the agent's document has it."""
+"""Name, rule, the control plane's block, required other settings, and the place in the agent's document."""
 
 
 def table_cases() -> Iterator[Case]:
-    """Each setting of the table, where the two ends have it."""
+    """Each setting of the table, with its place on both ends."""
     places: list[tuple[type, type[Block], dict[str, Any], str]] = [
         (table.AgentTable, AgentClassSettings, {}, ""),
         (table.ProbeTable, ProbeSettings, {"kind": "icmp"}, "probes"),
@@ -98,7 +98,7 @@ def values(rule: Any) -> st.SearchStrategy[Any]:
 
 
 def control_plane_accepts(block: type[Block], name: str, given: dict[str, Any]) -> bool:
-    """Whether no error is about this setting; what contradicts another one is about the block."""
+    """Whether no error names this setting; an error about a contradiction names the block."""
     try:
         block.model_validate(given)
     except ValidationError as error:
@@ -107,7 +107,7 @@ def control_plane_accepts(block: type[Block], name: str, given: dict[str, Any]) 
 
 
 def agent_accepts(part: dict[str, Any], place: str) -> bool:
-    """Whether the agent accepts a document with this part at this place."""
+    """Whether the agent accepts a document with this part in this place."""
     parts: dict[str, Any] = {
         "": part,
         "probes": {"probes": [part]},
@@ -144,7 +144,7 @@ def test_both_ends_accept_and_reject_the_same_values(case: Case, data: st.DataOb
 
 
 def test_every_setting_of_the_table_has_its_default_on_both_ends() -> None:
-    """What a file does not set has one default, which the agent fills in or the control plane sends."""
+    """A setting that a file omits has one default, filled in by the agent or sent by the control plane."""
     for name, rule, block, _, place in CASES:
         default = getattr(rule, "default", None)
         short = ("repair_" if place == "repair_policy" else "") + name.removesuffix("_s")

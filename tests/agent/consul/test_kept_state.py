@@ -1,4 +1,4 @@
-"""State in a real Consul, for agents that have no folder; and the shipped rights."""
+"""State in a real Consul, for agents without a folder; and the shipped ACL policy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.servers
 
 
 class Homeless(Agent):
-    """An agent without a folder of its own, on an address that is known before."""
+    """An agent without a folder of its own, at an address that is known in advance."""
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         super().__init__(folder, config)
@@ -65,7 +65,7 @@ def homeless(world: World, consul: str, **changes: Any) -> Homeless:
 
 
 def kept(consul: ConsulServer, agent: Agent) -> dict[str, Any] | None:
-    """What Consul holds of this agent, with its ModifyIndex as `index`."""
+    """This agent's state in Consul, with its ModifyIndex as `index`."""
     where = f"{agent.config['prefix']}/agent-state/{agent.config['slug']}"
     try:
         with urllib.request.urlopen(f"{consul.http_addr}/v1/kv/{where}", timeout=5) as answer:
@@ -81,8 +81,8 @@ def kept(consul: ConsulServer, agent: Agent) -> dict[str, Any] | None:
 async def test_what_was_believed_survives_without_a_folder(
     world: World, consul: ConsulServer
 ) -> None:
-    """After kill -9 a new run knows that the device was offline, does not escalate it again, and goes on
-    with a higher sequence."""
+    """After kill -9 a new run knows that the device was offline, does not escalate it again, and continues with a
+    higher sequence."""
     receiver = Receiver()
     await receiver.start()
     sink = {"kind": "webhook", "url": f"http://127.0.0.1:{receiver.port}"}
@@ -116,7 +116,7 @@ async def test_what_was_believed_survives_without_a_folder(
 
 @pytest.mark.slow_because("a hundred reports are awaited")
 async def test_a_quiet_agent_writes_nothing_more(world: World, consul: ConsulServer) -> None:
-    """Reports and saved rounds that change nothing cost Consul no write."""
+    """Reports and saved rounds that change nothing cause no write to Consul."""
     agent = homeless(world, consul.http_addr, beat_s=0.1)
     await agent.start()
     first = await until(lambda: kept(consul, agent), "kept", 60.0)
@@ -130,8 +130,8 @@ async def test_a_quiet_agent_writes_nothing_more(world: World, consul: ConsulSer
 async def test_an_older_epoch_never_overwrites_a_newer_one(
     world: World, consul: ConsulServer
 ) -> None:
-    """An agent that was replaced and goes on leaves the state of its heir alone; the heir takes over what
-    the older one had written."""
+    """A replaced agent that keeps running does not overwrite its successor's state; the successor takes over the state
+    that the older one wrote."""
     old = homeless(world, consul.http_addr, epoch=3)
     await old.start()
     await until(lambda: kept(consul, old), "kept", 60.0)
@@ -155,8 +155,8 @@ async def test_an_older_epoch_never_overwrites_a_newer_one(
 async def test_the_state_of_a_device_that_has_left_is_taken_away(
     world: World, consul: ConsulServer
 ) -> None:
-    """An agent that is told `departed` leaves nothing in Consul; one that is merely replaced leaves its state
-    to its heir."""
+    """An agent that receives `departed` leaves nothing in Consul; one that is merely replaced leaves its state to its
+    successor."""
     for code, left in (("refused", True), ("departed", False)):
         agent = homeless(world, consul.http_addr)
         await agent.start()
@@ -172,7 +172,7 @@ async def test_the_state_of_a_device_that_has_left_is_taken_away(
 
 
 async def test_a_dead_consul_holds_up_no_start(world: World) -> None:
-    """With Consul away an agent that keeps its state there probes and reports within seconds."""
+    """With Consul down, an agent that keeps its state there probes and reports within seconds."""
     agent = homeless(world, f"http://127.0.0.1:{free_port()}")
     await agent.start()
     await world.peer.saw("a report", state="ok", was_ready=True)
@@ -182,7 +182,7 @@ async def test_a_dead_consul_holds_up_no_start(world: World) -> None:
 async def test_a_consul_that_stands_still_holds_up_a_start_for_a_second(
     world: World, tmp_path: Path
 ) -> None:
-    """A Consul that accepts and does not answer costs a start one second, and the log says so."""
+    """A Consul that accepts connections but does not answer delays a start by one second, and this is logged."""
     async with ConsulServer(tmp_path / "consul") as consul:
         consul.pause()
         try:
@@ -197,8 +197,8 @@ async def test_a_consul_that_stands_still_holds_up_a_start_for_a_second(
 async def test_the_shipped_rights_are_enough(
     world: World, acl_consul: ConsulServer, repository: Path
 ) -> None:
-    """With no more than jobs/policies/consul-agent.hcl grants, two agents elect one that tells for both, ring
-    Consul's bell, and keep their state; and a stranger's key is denied to them (S10)."""
+    """With only the permissions of jobs/policies/consul-agent.hcl, two agents elect one that alerts for both, fire
+    Consul events and keep their state; access to an unrelated key is denied (S10)."""
     rules = (repository / "jobs" / "policies" / "consul-agent.hcl").read_text()
     receiver = Receiver()
     await receiver.start()

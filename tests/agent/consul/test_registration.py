@@ -1,4 +1,4 @@
-"""The agent beside a real Consul."""
+"""The agent with a real Consul."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def registered(consul: ConsulServer, slug: str) -> dict[str, Any] | None:
 
 @pytest.mark.slow_because("waits for Consul's first check, twice")
 async def test_registration_and_its_ends(consul: ConsulServer, world: World) -> None:
-    """It registers with its meta, passes its check, comes back after somebody deregistered it, and is
-    gone after SIGTERM."""
+    """The agent registers with its metadata, passes its check, registers again after being deregistered, and is gone
+    after SIGTERM."""
     agent = await world.started(
         device_id="pump 日本",
         consul=consul.http_addr,
@@ -76,7 +76,7 @@ async def test_registration_and_its_ends(consul: ConsulServer, world: World) -> 
 async def test_repeated_registration_keeps_the_check_passing(
     consul: ConsulServer, world: World
 ) -> None:
-    """Registering again, unchanged, never sets a passing check back to critical."""
+    """Registering again without changes never sets a passing check back to critical."""
     agent = await world.started(
         device_id="steady",
         consul=consul.http_addr,
@@ -96,7 +96,7 @@ async def test_repeated_registration_keeps_the_check_passing(
 
 
 async def test_retired_agent_leaves_consul(consul: ConsulServer, world: World) -> None:
-    """An agent that is told 410 deregisters before it ends with 0."""
+    """An agent that receives 410 deregisters before it exits with 0."""
     agent = await world.started(device_id="retired", consul=consul.http_addr, service=SERVICE)
     await world.peer.saw("ready", ready=True)
     world.peer.status = 410
@@ -109,8 +109,8 @@ async def test_retired_agent_leaves_consul(consul: ConsulServer, world: World) -
 async def test_a_signal_after_a_410_does_not_cut_the_deregistration_short(
     world: World, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """A scheduler that stops an agent which is already retired by the control plane, and waits for a slow Consul, stops it no
-    earlier: it deregisters and ends with 0."""
+    """If the scheduler stops an agent that already received 410 and is waiting for a slow Consul, the agent still
+    deregisters and exits with 0."""
     async with ConsulServer(tmp_path / "own-consul") as server:
         agent = await world.started(consul=server.http_addr, service=SERVICE)
         await world.peer.saw("ready", ready=True)
@@ -130,7 +130,7 @@ async def test_a_signal_after_a_410_does_not_cut_the_deregistration_short(
 
 
 async def test_dead_consul_harms_nobody(world: World) -> None:
-    """Without Consul the agent is not ready, but sees its device and says so; and it stops in time."""
+    """Without Consul the agent is not ready, but it probes its device and reports; and it stops in time."""
     agent = await world.started(consul=f"http://127.0.0.1:{free_port()}")
     report = await world.peer.saw("a report", state="ok", was_ready=True)
     assert report["ready"] is False
@@ -143,7 +143,7 @@ async def test_dead_consul_harms_nobody(world: World) -> None:
 
 @pytest.mark.slow_because("starts a Consul of its own twice")
 async def test_consul_that_dies_and_returns(world: World, tmp_path: Path) -> None:
-    """A running agent outlives Consul, and is registered again when Consul is back without its data."""
+    """A running agent survives a Consul outage, and registers again when Consul returns without its data."""
     async with ConsulServer(tmp_path / "own-consul") as server:
         agent = await world.started(
             consul=server.http_addr, service=SERVICE, check_interval="1s", register_every_s=0.3
@@ -162,8 +162,8 @@ async def test_consul_that_dies_and_returns(world: World, tmp_path: Path) -> Non
 async def test_an_agent_leaves_the_registration_of_another_instance(
     consul: ConsulServer, world: World
 ) -> None:
-    """What another instance of the device has registered under the same id is there after SIGTERM, as a raced
-    start may have made two."""
+    """What another instance of the device registered under the same ID is still there after SIGTERM; raced starts can
+    create two."""
     agent = await world.started(device_id="raced", consul=consul.http_addr, service=SERVICE)
     await world.peer.saw("ready", ready=True)
     slug = agent.config["slug"]
@@ -181,8 +181,8 @@ async def test_an_agent_leaves_the_registration_of_another_instance(
 async def test_an_agent_that_is_accepted_late_registers_again(
     consul: ConsulServer, world: World
 ) -> None:
-    """Whose reports were put off, while another instance was the accepted one, is in Consul as soon as it is
-    accepted itself, not only when its registration is due again."""
+    """An agent whose reports were deferred while another instance was accepted registers in Consul as soon as it is
+    accepted, not only at its next scheduled registration."""
     agent = await world.started(
         device_id="late", consul=consul.http_addr, service=SERVICE, register_every_s=3600.0
     )
@@ -203,8 +203,8 @@ async def test_an_agent_that_is_accepted_late_registers_again(
 async def test_a_later_answer_does_not_cancel_the_deregistration(
     consul: ConsulServer, later: int | None
 ) -> None:
-    """An agent whose reports were put off, and that then was told 410, deregisters: another answer that comes
-    while it does, or a report that ends without one, changes nothing."""
+    """An agent whose reports were deferred and that then receives 410 deregisters: another answer meanwhile, or a
+    report that ends without one, changes nothing."""
     slug = f"retired-{later}"
     config = {"device_id": slug, "slug": slug, "epoch": 3, "service": SERVICE}
     config |= {"consul": consul.http_addr}

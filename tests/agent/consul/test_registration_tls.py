@@ -1,4 +1,4 @@
-"""The agent beside a real Consul that speaks https and asks for a certificate."""
+"""The agent with a real Consul that serves https and requires a client certificate."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.agent.world import World, until
 
 @dataclass
 class Guarded:
-    """A Consul, the authority that it trusts and is trusted by, and a certificate of it for an agent."""
+    """A Consul, the CA that it trusts and that signed its certificate, and a certificate from this CA for an agent."""
 
     server: ConsulServer
     authority: trustme.CA
@@ -32,13 +32,13 @@ class Guarded:
     key: Path
 
     def issue(self, authority: trustme.CA) -> None:
-        """A new certificate for the agent, where the old one was."""
+        """Replace the agent's certificate with a new one."""
         made = authority.issue_cert("agent.example")
         self.key.write_bytes(made.private_key_pem.bytes())
         self.cert.write_bytes(b"".join(part.bytes() for part in made.cert_chain_pems))
 
     def told(self) -> dict[str, str]:
-        """What an agent's document says of it."""
+        """The settings for it in an agent's document."""
         ca = self.authority.cert_pem.bytes().decode()
         return {"ca_cert": ca, "client_cert": str(self.cert), "client_key": str(self.key)}
 
@@ -69,8 +69,8 @@ async def guarded(tmp_path: Path) -> AsyncIterator[Guarded]:
 async def test_all_that_it_says_to_consul_goes_over_https(
     guarded: Guarded, world: World, tmp_path: Path, way: str
 ) -> None:
-    """It registers, keeps its state and fires events with its certificate, however it was told of it, and
-    deregisters at its end."""
+    """The agent registers, keeps its state, fires events and deregisters with its certificate, however it is
+    configured."""
     sink = {"kind": "consul_event", "name": "bell"}
     agent = homeless(world, "", escalate={"sinks": [sink], "by": []})
     if way == "document":
@@ -103,8 +103,8 @@ async def test_all_that_it_says_to_consul_goes_over_https(
 async def test_without_its_certificate_it_watches_on_and_a_new_one_is_taken(
     guarded: Guarded, world: World
 ) -> None:
-    """Refused by Consul, the agent says so and watches its device; a certificate that replaces the wrong one
-    is shown at the next try, without a restart."""
+    """If Consul rejects its certificate, the agent logs it and keeps watching its device; a replaced certificate is
+    used at the next attempt, without a restart."""
     guarded.issue(trustme.CA())
     agent = await world.started(
         consul=guarded.server.https_addr, consul_tls=guarded.told(), service=SERVICE
@@ -136,7 +136,7 @@ def document(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_what_can_not_be_used_is_refused_at_the_start(told: Any, message: str) -> None:
-    """A wrong `consul_tls` is a wrong document."""
+    """A wrong `consul_tls` makes the document invalid."""
     with pytest.raises(config.ConfigError) as caught:
         config.check(document(consul="https://127.0.0.1:1", consul_tls=told))
     assert message in str(caught.value)
@@ -144,7 +144,7 @@ def test_what_can_not_be_used_is_refused_at_the_start(told: Any, message: str) -
 
 @pytest.mark.parametrize("told", [{"client_cert": "/nowhere"}, {"trust": 7}, ["trust"]])
 def test_over_http_no_certificate_is_read(told: Any) -> None:
-    """An http:// address loads no TLS, whatever `consul_tls` says."""
+    """With an http:// address no TLS is loaded, whatever `consul_tls` contains."""
     assert trusted_by(config.check(document(consul="http://c:1", consul_tls=told))) is None
     assert trusted_by(config.check(document(consul_tls=told))) is None
 
@@ -154,5 +154,5 @@ def test_over_http_no_certificate_is_read(told: Any) -> None:
     [("http://c", 80), ("https://c", 443), ("https://c:8501", 8501)],
 )
 def test_the_port_is_the_one_that_the_control_plane_takes(address: str, port: int) -> None:
-    """Without a port both go to that of the scheme, as Consul's own command does."""
+    """Without a port, agent and control plane use the default port of the scheme, as Consul's own command does."""
     assert place(config.check(document(consul=address))).port == port

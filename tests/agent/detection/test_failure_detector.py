@@ -1,4 +1,4 @@
-"""The belief about a device, by itself."""
+"""The failure detector of a device, as a unit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ History = list[tuple[str, str, Any]]
 
 
 def play(history: History, need: int, *, was_ready: bool) -> FailureDetector:
-    """The belief after these events."""
+    """The detector after these events."""
     it = FailureDetector(need, was_ready=was_ready)
     for kind, name, outcome in history:
         if kind == "probe":
@@ -34,7 +34,7 @@ def play(history: History, need: int, *, was_ready: bool) -> FailureDetector:
 
 
 def dead(need: int = 1) -> FailureDetector:
-    """A device that is offline."""
+    """A detector whose device is offline."""
     it = FailureDetector(need, was_ready=True)
     while it.state != "offline":
         it.probed("0:p", False, "no answer")
@@ -44,8 +44,8 @@ def dead(need: int = 1) -> FailureDetector:
 
 @given(events, st.integers(1, 5), st.booleans())
 def test_offline_has_all_three_reasons(history: History, need: int, known: bool) -> None:
-    """Offline follows only an answer some time, `need` misses in a row while no probe answers, and two
-    failed confirmations with a miss between them and no answer since (S6)."""
+    """Offline requires at least one earlier answer, `need` consecutive misses while no probe answers, and two failed
+    confirmations with a miss between them and no answer since (S6)."""
     it = FailureDetector(need, was_ready=known)
     answered, failed_at = known, set()
     row: dict[str, int] = {}
@@ -81,8 +81,8 @@ def test_offline_has_all_three_reasons(history: History, need: int, known: bool)
 def test_what_could_not_be_asked_never_makes_offline(
     history: History, need: int, known: bool
 ) -> None:
-    """Without what could not be asked, every history that ends offline ends offline too, and every one that
-    ends otherwise does not: unable is no miss, no answer and no confirmation."""
+    """A history that ends offline also does so without its unable results, and with as many misses: unable is no miss,
+    no answer and no confirmation."""
     it = play(history, need, was_ready=known)
     asked = [event for event in history if event[2] is not None]
     without = play(asked, need, was_ready=known)
@@ -97,8 +97,8 @@ def test_what_could_not_be_asked_never_makes_offline(
 def test_a_probe_that_is_never_asked_becomes_unable_after_as_many_rounds(
     names: list[str], need: int, known: bool
 ) -> None:
-    """A resolver that fails, and nothing else: the state is unable when one probe failed to ask `need` times in a
-    row, never ok before for a device that has not answered this agent, and nothing is counted as missed."""
+    """If only the resolver fails, the state becomes unable once one probe could not be sent `need` times, is never ok
+    before that for a device that has not answered this agent, and no miss is counted."""
     it = FailureDetector(need, was_ready=known)
     for number, name in enumerate(names, 1):
         it.probed(name, None, "can't resolve its name")
@@ -121,8 +121,8 @@ rounds = st.lists(
 
 @given(rounds, st.integers(1, 5))
 def test_suspect_is_left_within_the_bound(history: list[tuple[str, str]], need: int) -> None:
-    """Of a device that has answered, no run of MAX_ROUNDS missed rounds, whatever its confirmation and its
-    gateway do in each, leaves it suspect all the time."""
+    """A device that has answered does not stay suspect throughout MAX_ROUNDS missed rounds, whatever its confirmation
+    and its gateway do in each."""
     it = FailureDetector(need, was_ready=True)
     for _ in range(need - 1):
         it.probed("0:p", False, "r")
@@ -142,8 +142,8 @@ def test_suspect_is_left_within_the_bound(history: list[tuple[str, str]], need: 
 
 
 def test_one_failed_confirmation_is_asked_again_after_the_next_miss() -> None:
-    """The first failed confirmation leaves the device suspect, a second one without a miss between is
-    not asked for, and a confirmation that succeeds makes it degraded and begins the count anew."""
+    """The first failed confirmation leaves the device suspect, a second one is not requested without a miss in between,
+    and a confirmation that succeeds makes it degraded and resets the count."""
     it = FailureDetector(2, was_ready=True)
     it.probed("p", False, "r")
     it.probed("p", False, "r")
@@ -163,7 +163,8 @@ def test_one_failed_confirmation_is_asked_again_after_the_next_miss() -> None:
 
 
 def test_a_dead_service_on_a_live_host_is_degraded_at_the_first_confirmation() -> None:
-    """The web service dies and the host answers pings: degraded with both in the reason, ok when it answers."""
+    """If the web service dies and the host answers pings, the device is degraded with both in the reason, and ok when
+    the service answers."""
     it = FailureDetector(3, was_ready=True)
     for _ in range(3):
         it.probed("0:http:80", False, "http:80: connection refused")
@@ -176,7 +177,8 @@ def test_a_dead_service_on_a_live_host_is_degraded_at_the_first_confirmation() -
 
 
 def test_another_probe_that_answers_makes_degraded_too() -> None:
-    """Of two probes one misses and the other answers: degraded without a confirmation, and never offline."""
+    """If one of two probes misses and the other answers, the device is degraded without a confirmation, and never
+    offline."""
     it = FailureDetector(2, was_ready=True)
     for _ in range(2):
         it.probed("0:http:80", False, "r")
@@ -186,7 +188,7 @@ def test_another_probe_that_answers_makes_degraded_too() -> None:
 
 
 def test_an_offline_device_whose_confirmation_answers_again_is_degraded() -> None:
-    """The host comes back and its service does not: no longer offline, and degraded with the next miss."""
+    """If the host comes back without its service, the device is no longer offline, and degraded at the next miss."""
     it = dead()
     it.probed("0:p", False, "no answer")
     assert it.confirmation("icmp", True, "echo")
@@ -198,8 +200,8 @@ def test_an_offline_device_whose_confirmation_answers_again_is_degraded() -> Non
 @pytest.mark.parametrize("overtaken", [0, 1, 3])
 @pytest.mark.parametrize("by", ["confirmation", "probe"])
 def test_a_device_that_comes_back_whole_is_never_degraded(by: str, overtaken: int) -> None:
-    """Something of an offline device answers: misses of probes that were asked before that do not make it degraded,
-    and it is ok when the probes that are asked anew succeed."""
+    """When part of an offline device answers, misses of probes sent before that do not make it degraded, and it is ok
+    when the probes sent afterwards succeed."""
     it = FailureDetector(2, was_ready=True)
     while it.state != "offline":
         for name in NAMES:
@@ -220,8 +222,8 @@ def test_a_device_that_comes_back_whole_is_never_degraded(by: str, overtaken: in
 
 
 def test_a_device_that_dies_again_while_it_comes_back_is_offline_by_two_confirmations() -> None:
-    """It answered one ping and nothing after that: the next miss says that it is back in part, and as many failed
-    confirmations as ever are needed for offline. Where no probe could be asked anew it stays suspect till then."""
+    """If it answers one ping and nothing after that, the next miss confirms the partial return, and offline takes the
+    usual number of failed confirmations. Until a probe could be sent again it stays suspect."""
     it = dead()
     it.probed("0:p", False, "no answer")
     it.confirmation("icmp", True, "echo")
@@ -234,7 +236,7 @@ def test_a_device_that_dies_again_while_it_comes_back_is_offline_by_two_confirma
 
 
 def test_a_reason_has_no_count_and_its_cause_changes_with_the_cause_only() -> None:
-    """However long it lasts, the reason stays as it is; another cause changes it, a measured value does not."""
+    """The reason stays the same however long the state lasts; another cause changes it, a measured value does not."""
     it = FailureDetector(2, was_ready=True)
     for _ in range(2):
         it.probed("0:tls", False, "tls: no answer")
@@ -256,8 +258,8 @@ def test_a_reason_has_no_count_and_its_cause_changes_with_the_cause_only() -> No
 
 @pytest.mark.parametrize("first", NAMES)
 def test_a_degraded_device_stays_degraded_with_its_new_agent(first: str) -> None:
-    """One of two probes is dead: after a restart one miss of it is enough, whichever of the two is asked first. With
-    the first success of both it is ok, and a miss counts as ever."""
+    """If one of two probes is dead, one miss of it is enough after a restart, whichever is probed first. After the
+    first success of both it is ok, and misses count as usual."""
     it = FailureDetector(3, was_ready=True)
     it.restore("degraded", "http:80: status 503; but tcp:22 answers", 50)
     second = next(name for name in NAMES if name != first)
@@ -270,7 +272,8 @@ def test_a_degraded_device_stays_degraded_with_its_new_agent(first: str) -> None
 
 
 def test_a_confirmation_that_cannot_be_asked_leads_to_unable_and_a_failed_one_on() -> None:
-    """Two that could not be asked: unable with the reason. What was counted before is neither lost nor added to."""
+    """Two confirmations that could not be made lead to unable with the reason. Earlier counts neither increase nor get
+    lost."""
     it = FailureDetector(1, was_ready=True)
     for _ in range(2):
         it.probed("0:p", False, "no answer")
@@ -285,8 +288,8 @@ def test_a_confirmation_that_cannot_be_asked_leads_to_unable_and_a_failed_one_on
 
 
 def test_an_offline_device_that_cannot_be_asked_is_unable_and_is_confirmed_anew() -> None:
-    """The name of a dead device goes from the resolver: unable to probe it. It may come back meanwhile, and one
-    missed probe is no evidence: two more confirmations are needed."""
+    """If the name of a dead device no longer resolves, the state is unable. The device may have come back meanwhile,
+    and one missed probe is no evidence: two more confirmations are needed."""
     it = dead(2)
     it.probed("0:p", None, "can't resolve its name")
     assert it.state == "offline"
@@ -304,7 +307,7 @@ def test_an_offline_device_that_cannot_be_asked_is_unable_and_is_confirmed_anew(
 
 
 def test_misses_and_failures_to_ask_mixed_count_the_misses_alone() -> None:
-    """Every second round cannot be asked: suspect after `need` misses, and never unable before."""
+    """If every second round is unable, the device is suspect after `need` misses, and never unable before."""
     it = FailureDetector(3, was_ready=True)
     it.probed("0:p", True, "connected")
     for number in range(1, 4):
@@ -316,8 +319,8 @@ def test_misses_and_failures_to_ask_mixed_count_the_misses_alone() -> None:
 
 @pytest.mark.parametrize("answered", [False, True])
 def test_one_of_two_probes_that_cannot_be_asked_does_not_count(answered: bool) -> None:
-    """One probe answers and the other cannot be asked: unable, as half of it is not watched. When the first misses,
-    the other's last answer stands: unable, and never offline; one that never could be asked has no say."""
+    """If one probe answers and the other is unable, the state is unable, as half of the device is not watched. When the
+    first misses, the other's last answer keeps it unable, never offline; a probe that never ran does not."""
     it = FailureDetector(2, was_ready=True)
     if answered:
         it.probed(NAMES[1], True, "connected")
@@ -334,7 +337,7 @@ def test_one_of_two_probes_that_cannot_be_asked_does_not_count(answered: bool) -
 
 
 def test_a_device_that_never_answered_is_degraded_or_suspect_and_never_offline() -> None:
-    """Its confirmation is asked like any other's: what answers makes it degraded, what fails leaves it suspect."""
+    """Its confirmation runs like any other's: an answer makes the device degraded, a failure leaves it suspect."""
     it = FailureDetector(2)
     it.probed("0:p", False, "no answer")
     assert it.state == "suspect"
@@ -350,8 +353,8 @@ def test_a_device_that_never_answered_is_degraded_or_suspect_and_never_offline()
 
 @given(st.lists(st.tuples(outcomes, st.booleans()), max_size=40), st.integers(1, 5))
 def test_a_warning_is_degraded_and_never_a_miss(history: list, need: int) -> None:
-    """A success that exceeds a threshold counts as a success in everything; it is degraded with the words, and
-    a single miss afterwards does not end that."""
+    """A success that exceeds a threshold counts as a success everywhere; the device is degraded with the warning's
+    text, and a single miss afterwards does not end that."""
     it, plain = FailureDetector(need, was_ready=True), FailureDetector(need, was_ready=True)
     for outcome, warned in history:
         it.probed("0:p", outcome, "r", warning="expires soon" if warned else "")
@@ -365,8 +368,8 @@ def test_a_warning_is_degraded_and_never_a_miss(history: list, need: int) -> Non
 
 
 def test_a_doubted_belief_is_believed_again_after_two_more_failed_confirmations() -> None:
-    """A doubt makes an offline device suspect at once; it is offline again after another miss, a failed
-    confirmation, another miss and another one. Doubting what is ok changes nothing."""
+    """A doubt makes an offline device suspect at once; it is offline again after two more pairs of a miss and a failed
+    confirmation. A doubt about an ok device changes nothing."""
     it = FailureDetector(1, was_ready=True)
     assert not it.doubt(confirmed_too=True)
     for _ in range(2):
@@ -383,8 +386,8 @@ def test_a_doubted_belief_is_believed_again_after_two_more_failed_confirmations(
 
 
 def test_a_doubt_takes_back_the_rounds_and_not_what_was_confirmed_before() -> None:
-    """After a doubt a suspected device needs two more rounds, each after a miss of its own; an offline one
-    that is not to be doubted stays offline."""
+    """After a doubt a suspect device needs two more rounds, each after a miss of its own; an offline one whose
+    confirmation is not in doubt stays offline."""
     it = FailureDetector(1, was_ready=True)
     it.probed("p", False, "r")
     it.confirmation("icmp", False, "r")
@@ -401,8 +404,7 @@ def test_a_doubt_takes_back_the_rounds_and_not_what_was_confirmed_before() -> No
 
 @given(events, st.integers(1, 5))
 def test_a_success_changes_nothing_of_a_clean_belief(history: History, need: int) -> None:
-    """With no misses and in state ok, one more answer leaves everything as it is (the benchmark of
-    detection steps over those)."""
+    """With no misses and in state ok, another answer changes nothing (the benchmark of detection skips those)."""
     it = FailureDetector(need, was_ready=True)
     for _, name, _ok in history:
         it.probed(name, True, "r")
@@ -419,7 +421,7 @@ def test_a_success_changes_nothing_of_a_clean_belief(history: History, need: int
 
 @given(events, st.integers(1, 5))
 def test_one_good_round_is_enough(history: History, need: int) -> None:
-    """From any past, one success of every probe leads to ok with no misses."""
+    """From any history, one success of every probe leads to ok with no misses."""
     it = play(history, need, was_ready=False)
     for name in NAMES:
         it.probed(name, True, "r")
@@ -432,7 +434,7 @@ def test_one_good_round_is_enough(history: History, need: int) -> None:
     st.booleans(),
 )
 def test_restored_state_is_never_worse_than_known(state: Any, misses: Any, known: bool) -> None:
-    """What a file says is believed only as far as the device had answered, and only known words."""
+    """Kept state counts only as far as the device had answered, and only known states are accepted."""
     it = FailureDetector(3, was_ready=known)
     it.restore(state, None, misses)
     assert it.state == (state if known and state in ("suspect", "degraded", "offline") else "ok")
@@ -444,7 +446,7 @@ def test_restored_state_is_never_worse_than_known(state: Any, misses: Any, known
 @pytest.mark.parametrize("misses", [0, 4])
 @pytest.mark.parametrize("state", ["degraded", "offline"])
 def test_a_condition_is_adopted_and_ends_with_the_first_success(state: str, misses: int) -> None:
-    """The word of a predecessor holds while this agent's probes miss, also below `need`, and a second word changes
+    """The predecessor's condition holds while this agent's probes miss, also below `need`, and a second one changes
     nothing; the first success ends it."""
     it = FailureDetector(3)
     it.probed("0:p", False, "no answer")
@@ -459,8 +461,8 @@ def test_a_condition_is_adopted_and_ends_with_the_first_success(state: str, miss
 
 
 def test_an_adopted_outage_is_confirmed_or_refuted_by_this_agent() -> None:
-    """Two failed confirmations of its own replace the evidence; one that succeeds makes it degraded, and after that
-    nothing is adopted."""
+    """Two failed confirmations of its own replace the evidence; one that succeeds makes it degraded, and after that no
+    condition is adopted."""
     it = FailureDetector(3)
     it.probed("0:p", False, "no answer")
     it.adopt("offline", "tcp:80: refused, 9 times; icmp: old", 9)
@@ -477,7 +479,7 @@ def test_an_adopted_outage_is_confirmed_or_refuted_by_this_agent() -> None:
 
 
 def test_what_was_before_ends_with_the_first_answer_of_any_probe() -> None:
-    """Of two probes one answers after a restart and the other has missed once: the outage of before is over."""
+    """If one of two probes answers after a restart and the other has missed once, the earlier outage is over."""
     it = FailureDetector(3, was_ready=True)
     it.restore("offline", "r; icmp: no echo", 5)
     it.probed(NAMES[0], False, "no answer")

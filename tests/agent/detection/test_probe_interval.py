@@ -1,4 +1,4 @@
-"""The pace and the statistics of probes, by themselves."""
+"""The interval and the statistics of probes, as units."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ results = st.lists(st.tuples(st.booleans(), st.floats(0.0, 600.0)), max_size=3 *
 def test_the_pace_is_never_slower_than_the_interval(
     interval: float, least: float, state: str, quick: int
 ) -> None:
-    """The wait is the interval, or while suspect a quarter of it but not below `min_interval`; never more,
-    and after 40 quick probes the usual one."""
+    """The wait is the interval; while suspect it is a quarter of it but at least `min_interval`. It is never longer,
+    and after 40 quick probes it is the interval again."""
     wait = probe_interval.interval(interval, least, state, quick)
     assert 0 < wait <= interval
     if state != "suspect" or quick >= probe_interval.MAX_QUICK:
@@ -31,7 +31,8 @@ def test_the_pace_is_never_slower_than_the_interval(
 
 @given(st.integers(1, 1000), st.integers(0, KEPT), st.floats(0.0, 1.0))
 def test_the_threshold_stays_between_once_and_twice(misses: int, seen: int, loss: float) -> None:
-    """A lossy path is given up to twice the misses, a sound or a sick one, and one hardly known, none."""
+    """A lossy path is allowed up to twice the misses; a sound, a very bad or a barely known path is allowed no extra
+    misses."""
     need = probe_interval.need(misses, seen, loss)
     assert misses <= need <= 2 * misses
     if seen < probe_interval.ENOUGH or loss > probe_interval.MAX_LOSS or loss == 0.0:
@@ -40,7 +41,8 @@ def test_the_threshold_stays_between_once_and_twice(misses: int, seen: int, loss
 
 
 def test_the_threshold_of_a_lossy_path() -> None:
-    """With a fifth lost three misses come by chance each minute or so: five are asked for."""
+    """With a fifth of the probes lost, three consecutive misses occur by chance about every minute: five are
+    required."""
     assert probe_interval.need(3, 60, 0.2) == 5
     assert probe_interval.need(3, 60, 0.05) == 3
     assert probe_interval.need(1, 60, 0.2) == 1
@@ -48,7 +50,7 @@ def test_the_threshold_of_a_lossy_path() -> None:
 
 @given(results)
 def test_statistics_are_those_of_the_last_60(history: list[tuple[bool, float]]) -> None:
-    """Loss, least, mean, quantiles and greatest are what a list of the last 60 results gives."""
+    """Loss, minimum, mean, quantiles and maximum equal those computed from a list of the last 60 results."""
     stats = Stats()
     for ok, took in history:
         stats.add(ok, took)
@@ -70,7 +72,7 @@ def test_statistics_are_those_of_the_last_60(history: list[tuple[bool, float]]) 
 
 @given(results)
 def test_a_run_of_misses_is_no_evidence_of_a_lossy_path(history: list[tuple[bool, float]]) -> None:
-    """The losses that are going on are left out of what the path usually loses."""
+    """The current run of misses is excluded from the path's usual loss."""
     stats = Stats()
     for ok, took in [*history, (True, 0.1)]:
         stats.add(ok, took)
@@ -89,8 +91,8 @@ gateways = st.lists(
 
 @given(gateways)
 def test_nothing_is_confirmed_behind_a_dead_gateway(history: list[str]) -> None:
-    """Offline follows only two failed confirmations since the gateway was last dead or could not be asked (S6),
-    and while it is dead the reason names it; asked twice in vain, the device is no longer suspect but unable."""
+    """Offline requires two failed confirmations since the gateway was last dead or could not be checked (S6), and while
+    it is dead the reason names it; after two unsuccessful rounds the device is no longer suspect but unable."""
     it = FailureDetector(2, was_ready=True)
     failed = dead = 0
     for event in history:

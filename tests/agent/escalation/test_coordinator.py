@@ -1,4 +1,4 @@
-"""Fifty agents of one dead gateway and a real Consul: one of them tells, whoever is killed."""
+"""Fifty agents behind one dead gateway and a real Consul: one of them alerts, whichever is killed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SOON_S = 60.0
 
 @pytest_asyncio.fixture
 async def receiver() -> AsyncIterator[Receiver]:
-    """A receiver that listens."""
+    """A listening receiver."""
     it = Receiver()
     await it.start()
     yield it
@@ -49,7 +49,7 @@ def kv(consul: ConsulServer, prefix: str) -> list[dict[str, Any]]:
 
 
 def member(world: World, receiver: Receiver, consul_addr: str, number: int, **more: Any) -> Agent:
-    """One light agent of the gateway, that registers nowhere a check of its own."""
+    """One lightweight agent of the gateway, which registers no check of its own."""
     prefix = more.pop("prefix", f"test-{world.folder.name}".replace("_", "-"))
     gateway = more.pop("gateway", "127.0.0.2")
     return world.agent(
@@ -60,7 +60,7 @@ def member(world: World, receiver: Receiver, consul_addr: str, number: int, **mo
         service=f"service-{prefix}"[:60],
         check_interval="60s",
         labels={"gateway": gateway},
-        # nobody listens there: a dead gateway that is on this host
+        # no process listens there: a dead gateway on this host
         gateway={"kind": "tcp", "port": world.dead_port, "timeout_s": 0.5},
         probes=[probe(world.device.port, interval_s=1.0, timeout_s=0.9, misses=2)],
         confirm=[tcp(world.dead_port, timeout_s=0.5)],
@@ -78,7 +78,7 @@ def member(world: World, receiver: Receiver, consul_addr: str, number: int, **mo
 
 
 async def all_started(agents: list[Agent]) -> None:
-    """Start them, some at a time, and wait until each has seen its device."""
+    """Start the agents, several at a time, and wait until each has seen its device."""
     few = asyncio.Semaphore(8)
 
     async def one(agent: Agent) -> None:
@@ -92,7 +92,7 @@ async def all_started(agents: list[Agent]) -> None:
 
 
 async def told_to_all(agents: list[Agent], episode: str, timeout_s: float = SOON_S) -> None:
-    """Wait until each agent knows that its anomaly is told in this episode."""
+    """Wait until each agent knows that its anomaly was alerted in this episode."""
 
     async def check(agent: Agent) -> bool:
         open_ = (await agent.status())["escalations"]["open"]
@@ -106,8 +106,8 @@ async def told_to_all(agents: list[Agent], episode: str, timeout_s: float = SOON
 async def test_fifty_agents_of_a_dead_gateway_tell_once_and_their_return_once(
     world: World, receiver: Receiver, consul: ConsulServer
 ) -> None:
-    """Fifty devices die together: one alert names all fifty, no agent adds another; when all are back, one
-    alert says so, and the notes and sessions are gone."""
+    """When fifty devices die together, one alert names all fifty and no agent adds another; when all are back, one
+    alert reports it, and the notes and sessions are gone."""
     agents = [member(world, receiver, consul.http_addr, number) for number in range(MANY)]
     await all_started(agents)
     prefix = agents[0].config["prefix"]
@@ -137,8 +137,8 @@ async def test_fifty_agents_of_a_dead_gateway_tell_once_and_their_return_once(
 async def test_the_elected_one_is_killed_and_another_tells(
     world: World, receiver: Receiver, consul: ConsulServer
 ) -> None:
-    """The agent that was elected is killed with -9 while its alert is on the way: another delivers the same
-    alert, that names the dead one's device too, under the same key; it is delivered once."""
+    """If the leader is killed with -9 while its alert is in flight, another agent delivers the same alert under the
+    same key, with the killed agent's device in it; it is delivered once."""
     receiver.status = None
     agents = [member(world, receiver, consul.http_addr, number) for number in range(MANY)]
     await all_started(agents)
@@ -150,7 +150,7 @@ async def test_the_elected_one_is_killed_and_another_tells(
     os.kill(victim.pid, signal.SIGKILL)
     await victim.process.wait(SOON_S)
     receiver.status = 200
-    # Consul frees the lock of the dead after at most twice the TTL of 10 s
+    # Consul releases the lock of a dead session after at most twice the TTL of 10 s
     await until(lambda: receiver.told("firing"), "an heir's alert", 2 * 10.0 + SOON_S)
     (alert,) = receiver.told("firing")
     assert alert["by"]["device_id"] != elected
@@ -167,7 +167,8 @@ async def test_the_elected_one_is_killed_and_another_tells(
 async def test_an_elected_one_that_is_told_to_stop_hands_over_at_once(
     world: World, receiver: Receiver, consul: ConsulServer
 ) -> None:
-    """SIGTERM frees the lock without waiting for a TTL: with one of a minute, another tells in seconds."""
+    """SIGTERM releases the lock without waiting for the TTL: even with a TTL of a minute another agent alerts within
+    seconds."""
     receiver.status = None
     agents = [
         member(world, receiver, consul.http_addr, number, session_ttl_s=60.0, gather_s=2.0)
@@ -192,7 +193,7 @@ async def test_an_elected_one_that_is_told_to_stop_hands_over_at_once(
 async def test_an_elected_one_that_the_sink_refuses_steps_back(
     world: World, receiver: Receiver, consul: ConsulServer
 ) -> None:
-    """When what the elected one tells is refused, another one tells the same under the same key."""
+    """If a sink rejects the leader's alert, another agent sends the same alert under the same key."""
     receiver.status = 403
     agents = [
         member(world, receiver, consul.http_addr, number, gather_s=2.0, window_s=20.0)
@@ -213,7 +214,7 @@ async def test_an_elected_one_that_the_sink_refuses_steps_back(
 async def test_a_lone_anomaly_shows_no_group_and_another_gateway_is_another_alert(
     world: World, receiver: Receiver, consul: ConsulServer
 ) -> None:
-    """Two devices of two gateways that die together are two alerts of one device each."""
+    """Two devices behind two gateways that die together cause two alerts with one device each."""
     agents = [
         member(world, receiver, consul.http_addr, number, gateway=f"g{number}", gather_s=1.0)
         for number in range(2)
@@ -229,8 +230,8 @@ async def test_a_lone_anomaly_shows_no_group_and_another_gateway_is_another_aler
 async def test_who_joins_within_the_window_is_told_in_an_update(
     world: World, receiver: Receiver, consul: ConsulServer
 ) -> None:
-    """A device of the same gateway that dies after the alert, within the window, comes in an update of the
-    same episode, that names both."""
+    """A device of the same gateway that dies after the alert, within the window, is added by an update of the same
+    episode that names both."""
     late = member(world, receiver, consul.http_addr, 1, gather_s=0.5, window_s=8.0)
     late.config["probes"] = [probe(world.peer.port, kind="tcp", interval_s=0.3, timeout_s=0.2)]
     early = member(world, receiver, consul.http_addr, 0, gather_s=0.5, window_s=8.0)
@@ -250,9 +251,9 @@ async def test_who_joins_within_the_window_is_told_in_an_update(
 async def test_ladders_that_fail_together_are_told_as_one(
     world: World, receiver: Receiver, consul: ConsulServer
 ) -> None:
-    """Five devices of a gateway die, and each agent climbs its ladder to the end before anybody is told, one
-    after the other: one alert names those that have failed when it is told, an update of the same episode
-    names all, and each step was taken once. Nobody's failed ladder is an alert of its own."""
+    """Five devices of a gateway die, and each agent climbs its ladder to the end before any alert, one after the other:
+    one alert names those that have failed by then, an update of the same episode names all, and each step was taken
+    once. No failed ladder causes an alert of its own."""
     agents = []
     for number in range(5):
         rules = {"gather_s": 3.0, "window_s": 12.0, "gateway": "g-north"}
@@ -283,8 +284,8 @@ async def test_ladders_that_fail_together_are_told_as_one(
 async def test_the_last_device_of_an_episode_that_leaves_ends_it(
     world: World, receiver: Receiver, consul: ConsulServer
 ) -> None:
-    """Of two devices that were told of together one leaves the registry: the alert stays; with the other's
-    leaving it ends, once, and no note is left."""
+    """If one of two alerted devices leaves the registry, the alert stays open; when the other leaves too, the alert
+    ends once, and no note is left."""
     api = [f"http://127.0.0.1:{world.peer.port}"]
     agents = [member(world, receiver, consul.http_addr, n, gather_s=1.0) for n in range(2)]
     for agent in agents:
@@ -296,11 +297,11 @@ async def test_the_last_device_of_an_episode_that_leaves_ends_it(
     await told_to_all(agents, alert["episode"])
     world.peer.body = b'{"error": {"code": "departed", "message": "the device has left"}}'
     for number, agent in enumerate(agents):
-        # the peer answers everybody alike, so the other stands still meanwhile
+        # the peer gives all agents the same answer, so the other is suspended meanwhile
         for other in agents[number + 1 :]:
             assert other.process is not None
             other.process.send(signal.SIGSTOP)
-        await asyncio.sleep(0.5)  # the reports that were under way before they stopped come in
+        await asyncio.sleep(0.5)  # wait for reports that were in flight before the stop
         world.peer.status = 410
         assert agent.process is not None
         assert await agent.process.wait(SOON_S) == 0
@@ -318,8 +319,8 @@ async def test_the_last_device_of_an_episode_that_leaves_ends_it(
 async def test_the_last_device_back_ends_the_episode_though_its_agent_did_not_know_of_it(
     world: World, receiver: Receiver, consul: ConsulServer
 ) -> None:
-    """Two are told of together, by the one agent; the other, that looks rarely, does not know it yet when its
-    device, the last one, is back: the episode ends."""
+    """Two devices are in one alert sent by one agent; the other agent polls rarely and does not know of it yet when its
+    device, the last one, is back: the episode still ends."""
     agents = [member(world, receiver, consul.http_addr, n, gather_s=1.0) for n in range(2)]
     agents[1].config["probes"] = [probe(world.peer.port, kind="tcp", interval_s=0.3, timeout_s=0.2)]
     agents[1].config["escalate"] |= {"gather_s": 120.0, "window_s": 120.0}
@@ -354,11 +355,11 @@ async def test_the_last_device_back_ends_the_episode_though_its_agent_did_not_kn
 async def test_an_alert_whose_sender_recovers_before_the_answer_is_not_sent_again(
     world: World, receiver: Receiver, consul: ConsulServer
 ) -> None:
-    """Two are down. While the receiver takes its time to answer the elected one, the elected one's device is back:
-    the alert counts as sent. The other agent does not send it again, and its device's return ends it."""
+    """Two devices are down, and the leader's device is back before the receiver answers its alert: the alert counts as
+    sent. The other agent does not send it again, and its device's return ends it."""
     agents = [member(world, receiver, consul.http_addr, n, gather_s=0.5) for n in range(2)]
     agents[1].config["probes"] = [probe(world.peer.port, kind="tcp", interval_s=0.3, timeout_s=0.2)]
-    # It joins, and looks long after the first one was elected.
+    # It joins, and polls long after the leader was elected.
     agents[1].config["escalate"] |= {"gather_s": 6.0}
     await all_started(agents)
     receiver.holds.clear()
@@ -392,9 +393,9 @@ async def test_an_alert_whose_sender_recovers_before_the_answer_is_not_sent_agai
 async def test_the_note_of_a_dead_agent_holds_up_no_end_for_long(
     world: World, receiver: Receiver, consul: ConsulServer
 ) -> None:
-    """Three are told of together. One agent is killed for good: its note grows old. A second device stays
-    away: its note is kept young, for longer than one lasts, and holds up the end. When it is back too, the
-    episode ends, and the dead one's note is gone."""
+    """Three devices are in one alert. One agent is killed for good and its note expires. A second device stays down:
+    its note is renewed for longer than one lasts, and delays the end. When it is back too, the episode ends, and the
+    dead agent's note is gone."""
     quick = {"gather_s": 1.0, "window_s": 2.0, "note_s": 4.0}
     agents = [member(world, receiver, consul.http_addr, n, **quick) for n in range(3)]
     agents[1].config["probes"] = [probe(world.peer.port, kind="tcp", interval_s=0.3, timeout_s=0.2)]
@@ -416,11 +417,11 @@ async def test_the_note_of_a_dead_agent_holds_up_no_end_for_long(
     await until(lambda: len(notes()) == 3, "three notes without a lock", SOON_S)
     assert agents[2].process is not None
     await agents[2].process.kill()
-    await asyncio.sleep(14.0)  # a note is old after 3 x note_s = 12 s of real time
+    await asyncio.sleep(14.0)  # a note expires after 3 x note_s = 12 s of real time
     await world.device.start()
     await agents[0].is_in("back", SOON_S, state="ok")
     await until(lambda: notes() == {"pump-1"}, "one young note is left", SOON_S)
-    await asyncio.sleep(1.0)  # time in which the end could be told too early
+    await asyncio.sleep(1.0)  # time in which the end could be sent too early
     assert receiver.told("resolved") == []
     await world.peer.start()
     await until(lambda: receiver.told("resolved"), "the end", SOON_S)
@@ -431,8 +432,8 @@ async def test_the_note_of_a_dead_agent_holds_up_no_end_for_long(
 async def test_an_elected_one_sweeps_the_groups_of_the_gone(
     world: World, receiver: Receiver, consul: ConsulServer
 ) -> None:
-    """Keys of a group whose agents are all gone are taken away by an agent of another group that was elected;
-    a young note of a third group stays."""
+    """Keys of a group whose agents are all gone are deleted by the leader of another group; a fresh note of a third
+    group stays."""
     agent = member(world, receiver, consul.http_addr, 0, gather_s=0.3, window_s=1.0)
     prefix = agent.config["prefix"]
     now = time.time()
@@ -460,7 +461,7 @@ async def test_an_elected_one_sweeps_the_groups_of_the_gone(
 async def test_without_consul_each_tells_alone_and_says_so(
     world: World, receiver: Receiver
 ) -> None:
-    """With Consul away each agent escalates by itself after the wait, marked as uncoordinated."""
+    """With Consul down, each agent escalates on its own after the wait, marked as uncoordinated."""
     nobody = f"http://127.0.0.1:{free_port()}"
     agents = [
         member(world, receiver, nobody, number, consul_wait_s=1.0, gather_s=0.5)
@@ -478,7 +479,7 @@ async def test_without_consul_each_tells_alone_and_says_so(
 async def test_consul_that_stands_still_silences_nobody(
     world: World, receiver: Receiver, tmp_path: Path
 ) -> None:
-    """With a Consul that accepts connections and answers nothing the alert goes out all the same."""
+    """If Consul accepts connections but does not answer, the alert is still sent."""
     async with ConsulServer(tmp_path / "consul") as consul:
         agent = member(world, receiver, consul.http_addr, 0, consul_wait_s=2.0, gather_s=0.5)
         await all_started([agent])
@@ -494,7 +495,7 @@ async def test_consul_that_stands_still_silences_nobody(
 async def test_a_consul_event_is_fired(
     world: World, receiver: Receiver, consul: ConsulServer
 ) -> None:
-    """The sink consul_event rings Consul's bell with key, status and count."""
+    """The sink consul_event fires a Consul event with key, status and count."""
     agent = member(world, receiver, consul.http_addr, 0, gather_s=0.5)
     name = f"bell-{world.folder.name}".replace("_", "-")[:60]
     agent.config["escalate"]["sinks"] = [{"kind": "consul_event", "name": name}]

@@ -1,4 +1,4 @@
-"""The rules of electing who tells, by themselves: a toy Consul, agents that die at any step."""
+"""The election of the alerting agent, as a unit: a toy Consul, agents that die at any step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ WINDOW_S = 30.0
 
 
 class Group:
-    """One group's keys as Consul keeps them, and agents that do one step at a time as `escalation.election_round` does."""
+    """One group's keys as Consul keeps them, and agents that run one step at a time like
+    `escalation.election_round`."""
 
     def __init__(self, size: int) -> None:
         self.now = 1000.0
@@ -24,12 +25,12 @@ class Group:
         self.told: dict[str, Any] | None = None
         self.index = 0
         self.hand: dict[int, tuple[str, Any, int]] = {}
-        """agent → (step it is at, document, index that it has read)."""
+        """agent → (its current step, document, index that it has read)."""
         self.said: list[tuple[str, tuple[str, ...]]] = []
-        """(key, note ids) of each delivery that a sink has taken."""
+        """(key, note IDs) of each delivery that a sink has accepted."""
 
     def kill(self, number: int) -> None:
-        """kill -9: its session ends, and with it its note and its lock."""
+        """kill -9: the agent's session ends, and with it its note and its lock."""
         if len(self.alive) > 1:
             self.alive.discard(number)
             self.notes.pop(number, None)
@@ -38,12 +39,12 @@ class Group:
                 self.leader = None
 
     def lose_session(self, number: int) -> None:
-        """Cut off for longer than its TTL, and alive: it does not know that its lock is gone."""
+        """The agent is alive but cut off for longer than its TTL: it does not know that its lock is gone."""
         if self.leader == number:
             self.leader = None
 
     def step(self, number: int) -> None:
-        """The next call of this agent."""
+        """Make the next call of this agent."""
         if number not in self.alive or number not in self.notes:
             return
         at, document, index = self.hand.get(number, ("look", None, 0))
@@ -66,7 +67,7 @@ class Group:
             self.said.append((key, tuple(document["ids"])))
             self.hand[number] = ("mark", document, index)
         elif at == "mark":
-            # read anew and set if it is still this one, until the compare-and-set is taken
+            # read again and set if it is still held, until the compare-and-set succeeds
             found = self.told or {}
             if (found.get("episode"), found.get("rev")) == (document["episode"], document["rev"]):
                 self.told, self.index = election.finished(document, self.now), self.index + 1
@@ -96,7 +97,7 @@ steps = st.lists(
 
 
 def settled(group: Group) -> None:
-    """Go on until nothing is left to do, and check what was promised."""
+    """Run until nothing is left to do, and check the guarantees."""
     for _ in range(100):
         for number in range(group.size):
             group.step(number)
@@ -112,7 +113,8 @@ def settled(group: Group) -> None:
 @pytest.mark.parametrize("second", range(12))
 @pytest.mark.parametrize("how", ["kill", "lose_session"])
 def test_two_elected_ones_fail_at_every_step(first: int, second: int, how: str) -> None:
-    """Wherever the first elected one and its heir fail, the third tells, or they have; under one key."""
+    """Wherever the leader and its successor fail, the alert is sent by the third agent or was sent by them, under one
+    key."""
     group = Group(3)
     for number, steps_done in ((0, first), (1, second)):
         for _ in range(steps_done):
@@ -123,8 +125,8 @@ def test_two_elected_ones_fail_at_every_step(first: int, second: int, how: str) 
 
 @given(st.integers(1, 6), steps)
 def test_whatever_crashes_somebody_tells_and_under_one_key(size: int, history: list) -> None:
-    """However agents that saw one anomaly together die or lose their session, as long as one lives all are
-    told of that live, and no device is told of under two keys."""
+    """However agents that saw one anomaly together die or lose their session, as long as one lives, every living one is
+    in an alert, and no device is alerted under two keys."""
     group = Group(size)
     for what, number in history:
         if what == "step":
@@ -142,8 +144,8 @@ def test_whatever_crashes_somebody_tells_and_under_one_key(size: int, history: l
 def test_an_update_comes_once_a_window_and_names_all(
     first: set[int], later: set[int], passed: float
 ) -> None:
-    """New members of what was told wait for the window, then are told with the old ones under the same
-    episode and the next revision; much later they are an episode of their own."""
+    """New members wait for the window, then are alerted with the earlier ones under the same episode and the next
+    revision; much later they are an episode of their own."""
     notes = {str(one): [str(one), "r"] for one in first}
     document, _ = election.next_document(None, notes, 0.0, WINDOW_S)
     assert document is not None
@@ -167,7 +169,7 @@ def test_an_update_comes_once_a_window_and_names_all(
 
 @given(st.floats(0, 100), st.floats(0, 100), st.floats(0, 200))
 def test_gathering_ends(began: float, newest: float, now: float) -> None:
-    """Who gathers waits for quiet and never beyond the window, however many go on coming."""
+    """Gathering waits for quiet but never beyond the window, however many keep arriving."""
     wait = election.still_to_gather(began, newest, now, 2.0, WINDOW_S)
     assert now + wait <= max(now, began + WINDOW_S) + 1e-9
     assert wait == 0 or now + wait <= newest + 2.0 + 1e-9
@@ -175,13 +177,13 @@ def test_gathering_ends(began: float, newest: float, now: float) -> None:
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists))
 def test_only_a_document_is_taken_for_one(value: Any) -> None:
-    """Whatever else stands at the key is no document."""
+    """Any other value at the key is not a document."""
     assert election.checked(value) is None
     assert election.checked({"state": "told", "members": value}) is None
 
 
 def test_a_group_is_the_first_kind_that_has_a_value() -> None:
-    """What is known now goes over the labels, and a kind that is not asked for makes no group."""
+    """What is known at runtime overrides the labels, and a kind that is not configured makes no group."""
     labels = {"gateway": "g1", "site": "s1"}
     assert election.group_of(["gateway", "site"], labels, {}) == ("gateway", "g1")
     assert election.group_of(["gateway"], labels, {"gateway": "g2"}) == ("gateway", "g2")
@@ -207,8 +209,8 @@ def entry(name: str, value: Any, session: str = "") -> dict[str, Any]:
     ],
 )
 def test_a_note_counts_while_it_is_locked_or_young(one: dict[str, Any], alive: bool) -> None:
-    """A note without a lock counts until its time and no longer, one of a clock that is far ahead and what
-    is no note never; a lock counts at any age."""
+    """A note without a lock counts until it expires; one from a clock that is far ahead, or that is malformed, never
+    counts; a locked note counts at any age."""
     assert election.counts(one, 1000.0) is alive
 
 
@@ -230,8 +232,8 @@ def test_a_note_counts_while_it_is_locked_or_young(one: dict[str, Any], alive: b
 def test_the_last_of_an_episode_ends_it(
     state: str, others: list[dict[str, Any]], last: bool, knows: bool
 ) -> None:
-    """Whether it knows that others told of it or not; an agent that counts for nothing, or of another episode,
-    holds up no end."""
+    """This holds whether or not it knows that others alerted; an expired agent, or one of another episode, does not
+    delay the end."""
     told = {"episode": "e", "rev": 1, "state": state, "at": 990.0, "ids": ["1", "2"], "members": []}
     mine = {"id": "1", "told": knows, "episode": "e" if knows else ""}
     found = [entry("g/_told", told), *others]
@@ -239,7 +241,7 @@ def test_the_last_of_an_episode_ends_it(
 
 
 def test_who_nobody_told_of_ends_nothing() -> None:
-    """Its device recovered before anybody told of it, with an episode of others there or not."""
+    """Its device recovered before any alert named it, whether or not others have an episode."""
     told = {"episode": "e", "rev": 1, "state": "told", "at": 990.0, "ids": ["2"], "members": []}
     mine = {"id": "1", "told": False, "episode": ""}
     assert election.ended([], mine, 1000.0) == ""
@@ -247,8 +249,8 @@ def test_who_nobody_told_of_ends_nothing() -> None:
 
 
 def test_only_what_the_gone_have_left_is_taken_away() -> None:
-    """Old notes go, and with the last note of a group its old document and its free lock; what is young,
-    locked, or of a group where somebody lives, stays."""
+    """Old notes are deleted, and with the last note of a group its old document and its free lock; what is fresh,
+    locked, or of a group with living agents stays."""
     now = 100_000.0
     told = {"state": "told", "at": now - election.OLD_S - 1}
     stays = [
@@ -271,7 +273,7 @@ def test_only_what_the_gone_have_left_is_taken_away() -> None:
 
 @given(st.text(), st.text())
 def test_a_place_is_made_of_safe_characters(key: str, value: str) -> None:
-    """No key and no value of a group reaches a path as it is (S11)."""
+    """No key and no value of a group reaches a path unescaped (S11)."""
     place = election.folder_of({"key": key, "group": ["site", value]})
     assert set(place) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
     assert len(place) == 25

@@ -1,4 +1,4 @@
-"""What an agent escalates by itself, and how the sinks are spoken to."""
+"""What an agent escalates by itself, and its requests to the sinks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.agent.world import Listener, World, document, probe, until
 
 @pytest_asyncio.fixture
 async def receiver() -> AsyncIterator[Receiver]:
-    """A receiver that listens."""
+    """A listening receiver."""
     it = Receiver()
     await it.start()
     yield it
@@ -39,8 +39,8 @@ def rules(receiver: Receiver, *kinds: str, **changes: Any) -> dict[str, Any]:
 async def test_an_offline_device_is_escalated_once_and_its_return_is_told(
     world: World, receiver: Receiver
 ) -> None:
-    """One firing alert with the evidence while the device is away, one resolved when it is back, and a
-    second episode has another key."""
+    """One firing alert with the evidence is sent while the device is down, one resolved when it is back, and a second
+    episode has another key."""
     agent = await world.started(escalate=rules(receiver))
     await agent.is_in("ok", state="ok", was_ready=True)
     keys = []
@@ -65,7 +65,7 @@ async def test_an_offline_device_is_escalated_once_and_its_return_is_told(
 async def test_a_sink_that_fails_is_tried_again_under_the_same_key(
     world: World, receiver: Receiver
 ) -> None:
-    """While a sink answers 503 the alert is repeated with one key, and counted as sent once."""
+    """While a sink answers 503 the alert is retried with one key, and counted as sent once."""
     receiver.status = 503
     agent = await world.started(escalate=rules(receiver))
     await agent.is_in("ok", state="ok", was_ready=True)
@@ -82,7 +82,7 @@ async def test_a_sink_that_fails_is_tried_again_under_the_same_key(
 
 
 async def test_receivers_at_ipv6_addresses_are_told(world: World, receiver: Receiver) -> None:
-    """A webhook and an Alertmanager at ::1 get the alert, and a Host header with the address in brackets."""
+    """A webhook and an Alertmanager at ::1 get the alert, with the address in brackets in the Host header."""
     await receiver.stop()
     receiver.host = "::1"
     await receiver.start()
@@ -96,8 +96,8 @@ async def test_receivers_at_ipv6_addresses_are_told(world: World, receiver: Rece
 
 
 async def test_an_open_escalation_outlives_a_kill(world: World, receiver: Receiver) -> None:
-    """After kill -9 what was told is not told again, and its end still carries its key; what was not told
-    yet is told under the key that it had."""
+    """After kill -9 a delivered alert is not sent again, and its end still carries its key; an undelivered one is sent
+    under the key it had."""
     receiver.status = 503
     agent = await world.started(escalate=rules(receiver))
     await agent.is_in("ok", state="ok", was_ready=True)
@@ -121,8 +121,8 @@ async def test_an_open_escalation_outlives_a_kill(world: World, receiver: Receiv
 
 
 async def test_a_return_while_the_agent_was_away_is_told(world: World, receiver: Receiver) -> None:
-    """A device that came back while its agent was dead is told as back by the next run, also where only
-    one of two probes has answered yet."""
+    """If a device came back while its agent was dead, the next run reports the return, even if only one of two probes
+    has answered yet."""
     slow = probe(world.dead_port, kind="tcp", interval_s=60.0, timeout_s=0.2, misses=3)
     agent = await world.started(escalate=rules(receiver), probes=[probe(world.device.port), slow])
     await agent.is_in("ok", was_ready=True)
@@ -144,8 +144,8 @@ DEPARTED = b'{"error": {"code": "departed", "message": "the device has left"}}'
 async def test_an_alert_ends_with_the_departure_of_its_device(
     world: World, receiver: Receiver, kind: str, *, signalled: bool
 ) -> None:
-    """An agent that is told `departed`, in answer to a report or to its last one after a signal, ends what it
-    has raised before it exits; what it has raised is open no more in its state."""
+    """An agent that receives `departed`, in answer to a report or to its last one after a signal, resolves its alerts
+    before it exits; its state lists none of them as open."""
     agent = await world.started(escalate=rules(receiver, kind))
     await agent.is_in("ok", state="ok", was_ready=True)
     await world.device.stop()
@@ -153,7 +153,7 @@ async def test_an_alert_ends_with_the_departure_of_its_device(
     world.peer.body = DEPARTED
     if signalled:
         world.peer.status = None
-        await asyncio.sleep(0.5)  # so that no beat has the answer before the signal
+        await asyncio.sleep(0.5)  # so that no heartbeat has the answer before the signal
         world.peer.status = 410
         code = await agent.signal(signal.SIGTERM)
     else:
@@ -175,8 +175,8 @@ async def test_an_alert_ends_with_the_departure_of_its_device(
 async def test_a_slow_receiver_hears_the_end_of_a_device_that_has_left(
     world: World, receiver: Receiver
 ) -> None:
-    """A receiver that takes a second, and an API that takes one for the last report, do not make the end of an
-    alert be lost when a signal comes first; the agent is gone within five seconds."""
+    """With a receiver and an API that each take a second, the end of an alert is not lost when a signal arrives first;
+    the agent is gone within five seconds."""
     slow = Listener(receiver.speak)
     delays = iter((0.0, 1.0))
 
@@ -194,7 +194,7 @@ async def test_a_slow_receiver_hears_the_end_of_a_device_that_has_left(
         answer = world.peer.speak
 
         async def slowly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await asyncio.sleep(0.8)  # the answer is still on its way when the signal comes
+            await asyncio.sleep(0.8)  # the answer is still in flight when the signal arrives
             await answer(reader, writer)
 
         world.peer.speak, world.peer.body, world.peer.status = slowly, DEPARTED, 410
@@ -207,7 +207,7 @@ async def test_a_slow_receiver_hears_the_end_of_a_device_that_has_left(
 async def test_an_agent_that_is_replaced_leaves_its_alert_open(
     world: World, receiver: Receiver
 ) -> None:
-    """A 410 that is not about the device, as of one whose epoch is over, resolves nothing."""
+    """A 410 that is not about the device, such as for an outdated epoch, resolves nothing."""
     agent = await world.started(escalate=rules(receiver))
     await agent.is_in("ok", state="ok", was_ready=True)
     await world.device.stop()
@@ -221,7 +221,7 @@ async def test_an_agent_that_is_replaced_leaves_its_alert_open(
 async def test_a_sink_that_is_away_does_not_hold_up_a_departure(
     world: World, receiver: Receiver
 ) -> None:
-    """With a sink that answers nothing an agent whose device has left ends within four seconds."""
+    """If a sink does not answer, an agent whose device has left ends within four seconds."""
     agent = await world.started(escalate=rules(receiver))
     await agent.is_in("ok", state="ok", was_ready=True)
     await world.device.stop()
@@ -235,8 +235,8 @@ async def test_a_sink_that_is_away_does_not_hold_up_a_departure(
 async def test_nobody_is_called_while_the_ladder_is_climbed(
     world: World, receiver: Receiver
 ) -> None:
-    """A device that is gone is not escalated while a step of repair is under way, and is once there is
-    none left, with what was tried."""
+    """An offline device is not escalated while a repair step is running; it is escalated once, with what was tried,
+    when no step is left."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         step = {"kind": "http", "url": f"http://127.0.0.1:{silent.getsockname()[1]}"}
         step |= {"budget": 1, "window_s": 3600.0, "cooldown_s": 0.0, "timeout_s": 4.0}
@@ -253,8 +253,8 @@ async def test_nobody_is_called_while_the_ladder_is_climbed(
 
 
 async def test_alertmanager_is_told_as_its_api_wants_it(world: World, receiver: Receiver) -> None:
-    """Firing and resolved carry the same labels and start; the first ends in the future, the second does
-    not."""
+    """Firing and resolved carry the same labels and start time; the end time is in the future for the first and not for
+    the second."""
     agent = await world.started(escalate=rules(receiver, "alertmanager"))
     await agent.is_in("ok", state="ok", was_ready=True)
     await world.device.stop()
@@ -273,7 +273,7 @@ async def test_alertmanager_is_told_as_its_api_wants_it(world: World, receiver: 
 async def test_a_bearer_comes_from_its_file_and_shows_nowhere(
     world: World, receiver: Receiver
 ) -> None:
-    """The token of a sink is sent, and is in no page, log or kept state (S10)."""
+    """A sink's token is sent, and appears in no page, log or kept state (S10)."""
     secret = world.folder / "secret"
     secret.write_text("not-a-secret\n")
     escalate = rules(receiver)
@@ -289,8 +289,7 @@ async def test_a_bearer_comes_from_its_file_and_shows_nowhere(
 
 
 async def test_without_escalation_nothing_of_it_is_loaded(world: World) -> None:
-    """An agent that is not asked to escalate, to ship logs or to keep state in Consul reads none of their
-    modules."""
+    """An agent without escalation, log shipping and state in Consul loads none of their modules."""
     code = (
         "import sys; from watchdog_agent import main; from watchdog_agent.config.document import check; "
         "import json, os; a = main.Agent(check(json.load(open(os.environ['WATCHDOG_CONFIG']))), {}); "
@@ -307,7 +306,8 @@ async def test_without_escalation_nothing_of_it_is_loaded(world: World) -> None:
 
 
 def test_a_full_queue_drops_the_oldest_and_counts() -> None:
-    """With a sink that takes nothing the one on its way and the newest stay, and who was dropped is told."""
+    """If a sink accepts nothing, the alert in flight and the newest ones stay, and dropped alerts are reported as not
+    sent."""
     config = checked(sinks=[{"kind": "webhook", "url": "http://127.0.0.1:1"}])
     loop = Loop()
     sink = sinks.Sink(loop, config["escalate"]["sinks"][0], config, "i", lambda *_a, **_k: None)
@@ -344,7 +344,7 @@ def checked(**rules: Any) -> dict[str, Any]:
     ],
 )
 def test_wrong_rules_are_refused_in_words(wrong: Any, said: str) -> None:
-    """What the document may not say is refused with what is allowed."""
+    """Invalid rules are rejected with what is allowed."""
     with pytest.raises(ConfigError, match=said):
         check_config(document(probes=[probe(80)], escalate=wrong))
 
@@ -354,6 +354,6 @@ def test_wrong_rules_are_refused_in_words(wrong: Any, said: str) -> None:
     [{"state": "disk"}, {"loki": {"url": 5}}, {"loki": []}, {"prefix": "a b"}, {"prefix": 7}],
 )
 def test_wrong_neighbours_are_refused_too(wrong: dict[str, Any]) -> None:
-    """Kept state, log shipping and the prefix are checked the same way."""
+    """Kept state, log shipping and the prefix are validated the same way."""
     with pytest.raises(ConfigError):
         escalation.check(wrong)

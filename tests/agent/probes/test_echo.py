@@ -1,4 +1,4 @@
-"""The echo of a confirmation: one lost packet is not a dead device."""
+"""The echo of a confirmation: one lost packet does not mean a dead device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ END = b"no more requests"
 
 
 def peer(sock: socket.socket, answer_at: int, seen: list[bytes]) -> None:
-    """Take echo requests until END comes; answer that of number answer_at alone."""
+    """Receive echo requests until END arrives; answer only request number answer_at."""
     while True:
         packet, where = sock.recvfrom(2048)
         if packet == END:
@@ -25,8 +25,9 @@ def peer(sock: socket.socket, answer_at: int, seen: list[bytes]) -> None:
 
 @pytest.mark.parametrize(("answer_at", "alive"), [(1, True), (3, True), (4, False)])
 def test_an_echo_is_asked_three_times_within_its_timeout(answer_at: int, alive: bool) -> None:
-    """An answer to any of the three packets is life, the first one ends the asking, and without one the
-    device is silent after the timeout, of which the configured length is reported. The packets go over UDP here, whose loss the test decides."""
+    """An answer to any of the three packets is a success, and the first one ends the probe. Without one the probe fails
+    after the timeout, and the reason states its configured length. The packets go over UDP here, so that the test
+    decides which are lost."""
     seen: list[bytes] = []
     ended: list[tuple[bool, str]] = []
     loop = Loop()
@@ -40,7 +41,7 @@ def test_an_echo_is_asked_three_times_within_its_timeout(answer_at: int, alive: 
             ended.append((ok, reason))
             loop.stop()
 
-        # the third packet has a third of the time for its answer: a second also where the machine is busy
+        # the third packet has a third of the time for its answer: a second even on a busy machine
         timeout_s = 3.0 if alive else 0.9
         _Echo(loop, sock, other.getsockname(), timeout_s, done, raw=False, within_s=1.0)
         loop.run()

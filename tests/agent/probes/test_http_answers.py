@@ -1,4 +1,4 @@
-"""HTTP responses as devices and servers really send them, read as RFC 9110 and 9112 ask of a recipient."""
+"""HTTP responses as devices and servers really send them, read as RFC 9110 and 9112 require of a recipient."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ WELL = [
         False,
     ),
     ("chunks-no-trailer", CHUNKED + chunked(TEXT, last=b"0\r\n"), False),
-    # content codings that nobody requested (A5)
+    # content codings that were not requested (A5)
     ("gzip", coded(b"gzip", gzip.compress(TEXT)), False),
     ("x-gzip-close", HEAD + b"Content-Encoding: x-gzip\r\n\r\n" + gzip.compress(TEXT), True),
     ("gzip-members", coded(b"GZIP", gzip.compress(b"all ") + gzip.compress(b"is well")), False),
@@ -77,7 +77,7 @@ WELL = [
     ),
     ("te-gzip", HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + chunked(gzip.compress(TEXT)), False),
     ("te-identity", HEAD + b"Transfer-Encoding: identity\r\n" + sized(TEXT), False),
-    # what else a recipient takes
+    # other forms that a recipient accepts
     ("empty-line", b"\r\n\n" + HEAD + sized(TEXT), False),
     ("folded", HEAD + b"X: a\r\n\t b\r\nContent-Length:\r\n 11\r\n\r\nall is well", False),
     ("length-twice", HEAD + b"Content-Length: 11, 11\r\nContent-Length: 11\r\n\r\nall is well", False),
@@ -93,7 +93,7 @@ def parts(data: bytes, size: int) -> Iterable[bytes]:
 
 
 def read(data: bytes, size: int, *, close: bool = True, most: int = MAX_BODY) -> Any:
-    """What a reader makes of `data` in parts of this size, and then of a connection that is closed."""
+    """The reader's result for `data` in parts of this size, followed by a closed connection."""
     reader = Reader(most)
     for part in parts(data, size):
         found = reader.feed(part)
@@ -104,8 +104,8 @@ def read(data: bytes, size: int, *, close: bool = True, most: int = MAX_BODY) ->
 
 @pytest.mark.parametrize(("data", "close"), [one[1:] for one in WELL], ids=[one[0] for one in WELL])
 def test_what_a_recipient_takes(data: bytes, close: bool) -> None:
-    """Each form gives the final status and the decoded body, whole or byte by byte, and while the connection
-    stays open where the response says how long it is."""
+    """Each form gives the final status and the decoded body, whole or byte by byte, and on an open connection if the
+    response states its length."""
     for size in (1, 7, len(data)):
         status, _, body = read(data, size, close=close)
         assert (status, body) == (200, TEXT)
@@ -113,8 +113,8 @@ def test_what_a_recipient_takes(data: bytes, close: bool) -> None:
 
 @pytest.mark.parametrize(("data", "close"), [one[1:] for one in WELL], ids=[one[0] for one in WELL])
 async def test_a_probe_finds_its_text(data: bytes, close: bool) -> None:
-    """A probe with `expect_body` finds the text in each of these forms, over a connection that the device
-    keeps open unless its end is the end of the text."""
+    """A probe with `expect_body` finds the text in each of these forms, over a connection that the device keeps open
+    unless its close marks the end of the text."""
 
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -138,7 +138,7 @@ async def test_a_probe_finds_its_text(data: bytes, close: bool) -> None:
     ],
 )  # fmt: skip
 def test_responses_without_a_body_are_complete_with_their_head(data: bytes, status: int) -> None:
-    """Status 101, 204 and 304 have no body whatever their fields say, and an empty body needs no decoding."""
+    """Status 101, 204 and 304 have no body whatever their headers say, and an empty body needs no decoding."""
     for size in (1, len(data)):
         found = read(data, size, close=False)
         assert found is not None
@@ -146,7 +146,7 @@ def test_responses_without_a_body_are_complete_with_their_head(data: bytes, stat
 
 
 def test_fields_are_joined() -> None:
-    """A repeated field has its values in order, a folded one its lines, and names are in lower case."""
+    """A repeated header has its values in order, a folded one its lines, and names are in lower case."""
     data = HEAD + b"A: 1\r\nb:2\r\na: 3\r\n 4\r\n\t5 \r\n\r\n"
     assert read(data, 3)[1] == {"a": "1, 3 4 5", "b": "2"}
 
@@ -193,7 +193,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("data", "words"), WRONG, ids=itertools.count())
 def test_what_is_wrong_is_said(data: bytes, words: str) -> None:
-    """What no recipient can read ends with a short reason in printable ASCII, however it comes in parts."""
+    """An unreadable response ends with a short reason in printable ASCII, however it is split."""
     for size in (1, 7, max(1, len(data))):
         with pytest.raises(HttpError, match=words.replace("(", "\\(")) as caught:
             read(data, size)
@@ -204,7 +204,7 @@ def test_what_is_wrong_is_said(data: bytes, words: str) -> None:
 
 @functools.cache
 def packed(size: int) -> bytes:
-    """Zeros in gzip. Computed when a test asks: each worker imports this file, and one runs its tests."""
+    """Zeros in gzip. Computed on demand: each worker imports this file, and one runs its tests."""
     return gzip.compress(bytes(size), compresslevel=1)
 
 
@@ -219,7 +219,7 @@ def packed(size: int) -> bytes:
     ids=["gzip", "deflate", "members", "empty-members"],
 )
 def test_a_bomb_is_unpacked_no_further_than_64_kib(bomb: Callable[[], bytes]) -> None:
-    """64 MiB in a few hundred KB of gzip or deflate cost less than 400 KB of memory."""
+    """64 MiB in a few hundred KB of gzip or deflate take less than 400 KB of memory."""
     data = bomb()
     read(data, 16384)  # loads zlib
     tracemalloc.start()
@@ -233,7 +233,7 @@ def test_a_bomb_is_unpacked_no_further_than_64_kib(bomb: Callable[[], bytes]) ->
 
 
 def test_what_has_come_is_not_copied_with_each_part() -> None:
-    """A body costs its own size once, and of one that is not wanted nothing is kept."""
+    """A body takes its own size once, and nothing is kept of an unwanted one."""
     head = HEAD + b"Content-Length: 9000000\r\n\r\n"
     reader = Reader(8_000_000)
     assert reader.feed(head + b"x" * 10) is None
@@ -257,7 +257,7 @@ ANSWERS = st.sampled_from([one[1] for one in WELL] + [one[0] for one in WRONG])
 
 @st.composite
 def hostile(draw: st.DrawFn) -> bytes:
-    """A response with some bytes changed, taken out or put in; or pieces of responses; or anything."""
+    """A response with some bytes changed, removed or inserted; or pieces of responses; or anything."""
     kind = draw(st.integers(0, 2))
     if kind == 0:
         return draw(st.binary(max_size=400))
@@ -277,7 +277,7 @@ def outcome(data: bytes, sizes: list[int], most: int) -> Any:
             if at < len(data) and size:
                 found = reader.feed(data[at : at + size])
                 at += size
-                # a reader that has its answer leaves the rest of what came as it is
+                # a reader that has its answer leaves the rest of the input unread
                 assert found is not None or len(reader._got) <= MAX_HEAD
                 assert len(reader.body) <= most
                 if found is not None:
@@ -292,8 +292,7 @@ def outcome(data: bytes, sizes: list[int], most: int) -> Any:
 )
 @given(hostile(), st.lists(st.integers(1, 3000), max_size=30), st.sampled_from([0, 5, MAX_BODY]))
 def test_whatever_comes_is_an_answer_or_a_reason(data: bytes, sizes: list[int], most: int) -> None:
-    """Any bytes give a response within its bounds or an HttpError, and the same one however they are cut
-    into parts."""
+    """Any bytes give a response within its bounds or an HttpError, and the same one however they are split."""
     found = outcome(data, sizes, most)
     assert found == outcome(data, [], most)
     if not isinstance(found, str):
@@ -303,11 +302,11 @@ def test_whatever_comes_is_an_answer_or_a_reason(data: bytes, sizes: list[int], 
         assert len(body) <= most
 
 
-# -- the same reader for everybody
+# -- one reader for all clients
 
 
 def forms(body: bytes) -> list[bytes]:
-    """One response in the forms that a proxy or a small server may give it."""
+    """One response in the forms that a proxy or a small server may use."""
     return [
         b"HTTP/1.0 200 OK\nServer: x\n\n" + body,
         b"\r\nHTTP/1.1 103 Early Hints\r\n\r\n" + CHUNKED + chunked(body[:3], body[3:]),
@@ -317,8 +316,8 @@ def forms(body: bytes) -> list[bytes]:
 
 @pytest.mark.parametrize("number", range(3))
 async def test_reports_sinks_loki_and_consul_are_read_alike(world: World, number: int) -> None:
-    """An API, a webhook, a Loki and a Consul that answer with LF alone, in chunks behind a 103, or in gzip have
-    taken what they were sent, and an address that the API tells is learned."""
+    """Answers of an API, a webhook, a Loki and a Consul with LF alone, in chunks after a 103, or in gzip are accepted,
+    and an address in the API's answer is learned."""
     answer = forms(b'{"api": ["http://127.0.0.1:1"]}')[number]
     listeners = [Listener(_answering(answer)) for _ in range(4)]
     for one in listeners:
@@ -367,7 +366,7 @@ def _answering(answer: bytes) -> Speaker:
 
 
 async def test_a_device_that_answers_anything_else_is_a_miss_in_words() -> None:
-    """A 5,000-digit length and a 5,000-digit status are a missed probe with a reason, not a crash (H6)."""
+    """A 5,000-digit length or status is a missed probe with a reason, not a crash (H6)."""
     for data, words in (WRONG[0], WRONG[7]):
         async with tcp(says(data)) as port:
             ok, reason = await asked(kind="http", port=port)

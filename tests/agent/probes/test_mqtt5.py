@@ -1,4 +1,4 @@
-"""MQTT 5: what brokers answer that do not speak MQTT 3.1.1, for probes and repairs."""
+"""MQTT 5: answers of brokers that do not speak MQTT 3.1.1, for probes and repairs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tests.agent.repairs.test_repair_steps import attempt, broken
 from tests.agent.world import AGENT, Listener, World
 
 ONLY5 = b"\x20\x03\x00\x84\x00"
-"""CONNACK "unsupported protocol version", in MQTT 5 as 3.1.2.2 asks for."""
+"""CONNACK "unsupported protocol version", in MQTT 5 as 3.1.2.2 requires."""
 TOLD_IN_3 = b"\x20\x02\x00\x01"
-"""The same as MQTT 3.1.1 has it (3.1.2.2 there): HiveMQ, VerneMQ and Mochi with a minimum version."""
+"""The same in MQTT 3.1.1 (3.1.2.2 there): HiveMQ, VerneMQ and Mochi with a minimum version."""
 HANG_UP = b""
 TAKEN = b"\x20\x13\x00\x00\x10\x12\x00\x0dchosen-by-you"
 """CONNACK of MQTT 5: accepted, with the property "assigned client identifier"."""
@@ -30,7 +30,7 @@ PUBACK = b"\x40\x02\x00\x01"
 
 
 class Broker5(Listener):
-    """A broker of MQTT 5 that answers `other` to any other version, and closes the connection then."""
+    """An MQTT 5 broker that answers any other version with `other` and then closes the connection."""
 
     def __init__(
         self, other: bytes = ONLY5, connack: bytes = TAKEN, puback: bytes = PUBACK
@@ -75,7 +75,7 @@ class Broker5(Listener):
 
 @asynccontextmanager
 async def broker5(*answers: bytes) -> AsyncIterator[Broker5]:
-    """It listens."""
+    """Start a broker that listens."""
     it = Broker5(*answers)
     await it.start()
     try:
@@ -86,7 +86,7 @@ async def broker5(*answers: bytes) -> AsyncIterator[Broker5]:
 
 @pytest.mark.parametrize("other", [ONLY5, TOLD_IN_3, HANG_UP])
 async def test_a_broker_of_mqtt_5_alone_is_asked_in_mqtt_5(other: bytes) -> None:
-    """However it refuses MQTT 3.1.1, the probe succeeds in MQTT 5, and leaves the broker properly."""
+    """However the broker rejects MQTT 3.1.1, the probe succeeds in MQTT 5, and disconnects properly."""
     async with broker5(other) as broker:
         port = broker.port
         assert await asked(kind="mqtt", port=port, timeout_s=10.0) == (
@@ -117,14 +117,14 @@ async def test_a_broker_of_mqtt_5_alone_is_asked_in_mqtt_5(other: bytes) -> None
 async def test_what_a_broker_answers_is_the_reason(
     other: bytes, connack: bytes, reason: str
 ) -> None:
-    """A refusal in either version is reported in words, with the version when that is the reason."""
+    """A rejection in either version is reported in words, with the version when that is the reason."""
     async with broker5(other, connack) as broker:
         found = await asked(kind="mqtt", port=broker.port, timeout_s=10.0)
     assert found == (False, reason)
 
 
 async def test_the_version_is_remembered_until_it_fails() -> None:
-    """The next probe of the same spec begins in MQTT 5; after a broker that hangs up, in MQTT 3.1.1 again."""
+    """The next probe of the same spec starts with MQTT 5; after the broker hangs up, with MQTT 3.1.1 again."""
     async with broker5() as broker:
         spec = probes.check({"kind": "mqtt", "port": broker.port, "timeout_s": 10.0}, "probe")
 
@@ -144,7 +144,7 @@ async def test_the_version_is_remembered_until_it_fails() -> None:
     ("puback", "outcome", "reason"),
     [
         (PUBACK, "no help", ""),
-        (b"\x40\x04\x00\x01\x10\x00", "no help", ""),  # nobody has subscribed
+        (b"\x40\x04\x00\x01\x10\x00", "no help", ""),  # no subscribers
         (b"\x40\x03\x00\x01\x87", "failed", "the broker refuses: not authorised"),
         (b"\xe0\x02\x9b\x00", "failed", "the broker refuses: it does not accept QoS 1"),
         (
@@ -157,8 +157,8 @@ async def test_the_version_is_remembered_until_it_fails() -> None:
 async def test_a_message_is_published_in_mqtt_5(
     world: World, puback: bytes, outcome: str, reason: str
 ) -> None:
-    """A repair step publishes to a broker of MQTT 5, with the properties that the version has, and reads what
-    the broker answers."""
+    """A repair step publishes to an MQTT 5 broker, with the properties of that version, and reads the broker's
+    answer."""
     async with broker5(TOLD_IN_3, TAKEN, puback) as broker:
         place = f"127.0.0.1:{broker.port}"
         step = {"kind": "mqtt", "broker": place, "topic": "plant/7", "payload": "reset"}
@@ -206,7 +206,7 @@ def test_any_bytes_are_a_code_or_an_error(
 def test_a_connack_is_read_whole_and_not_before(
     properties: bytes, code: int, data: st.DataObject
 ) -> None:
-    """However long its properties are, a CONNACK gives its code when its last byte is here."""
+    """However long its properties are, a CONNACK gives its code exactly when its last byte has arrived."""
     size = mqtt.length(len(properties))
     body = bytes([0, code]) + size + properties
     raw = b"\x20" + mqtt.length(len(body)) + body

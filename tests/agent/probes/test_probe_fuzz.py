@@ -1,4 +1,4 @@
-"""Whatever bytes come back, a parser gives a value or its own error: nothing else, and soon."""
+"""Whatever bytes arrive, a parser soon gives a value or its own error, and nothing else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def der() -> bytes:
 
 
 def mangled(data: bytes) -> Any:
-    """`data` with some bytes changed, and cut off somewhere."""
+    """`data` with some bytes changed, and truncated at a random place."""
     change = st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255))
 
     def apply(given: tuple[list[tuple[int, int]], int]) -> bytes:
@@ -37,7 +37,7 @@ def mangled(data: bytes) -> Any:
 
 @given(st.one_of(st.binary(max_size=600), mangled(REPLY.pack())))
 def test_dns(data: bytes) -> None:
-    """An answer is addresses of four bytes, words, or DnsError."""
+    """An answer gives addresses of four bytes, a reason, or DnsError."""
     padded = data.ljust(12, b"\0")
     try:
         found = dns.addresses(padded, QUERY)
@@ -47,7 +47,7 @@ def test_dns(data: bytes) -> None:
 
 
 def test_dns_as_another_library_packs_it() -> None:
-    """What a library of others packs is read, and it reads our query."""
+    """Messages packed by another library are read, and it reads our query."""
     assert dns.addresses(REPLY.pack(), QUERY) == [bytes((10, 0, 0, 7))]
     assert str(dnslib.DNSRecord.parse(QUERY).q.qname) == "pump.example."
 
@@ -71,7 +71,7 @@ SNMP = snmp.tlv(
 
 @given(st.one_of(st.binary(max_size=300), mangled(SNMP)))
 def test_snmp(data: bytes) -> None:
-    """An answer is a time, words, nothing of ours, or SnmpError."""
+    """An answer gives a time, a reason, nothing of ours, or SnmpError."""
     try:
         found = snmp.up_time(data, 7)
     except snmp.SnmpError:
@@ -80,14 +80,14 @@ def test_snmp(data: bytes) -> None:
 
 
 def test_snmp_answer_is_read() -> None:
-    """The answer that is mangled elsewhere is itself read as 12345 hundredths."""
+    """The unmangled answer is read as 12345 hundredths."""
     assert snmp.up_time(SNMP, 7) == 12345
     assert snmp.up_time(SNMP, 8) is None
 
 
 @given(st.integers(0, 2**31 - 1), st.binary(max_size=400))
 def test_snmp_request_has_the_lengths_that_it_says(ident: int, community: bytes) -> None:
-    """Whatever the community and the number are, the request reads back as it was meant."""
+    """Whatever the community and the number are, the request reads back unchanged."""
     message, end = snmp.read_element(packet := snmp.get(community, ident), 0, 0x30)
     assert end == len(packet)
     _, at = snmp.number(message, 0)
@@ -98,7 +98,7 @@ def test_snmp_request_has_the_lengths_that_it_says(ident: int, community: bytes)
 
 @given(st.one_of(st.binary(max_size=300), mangled(der())))
 def test_certificate(data: bytes) -> None:
-    """A certificate has an end, or CertificateError."""
+    """A certificate has an expiry date, or raises CertificateError."""
     try:
         found = tls.expiry(data)
     except tls.CertificateError:
@@ -108,7 +108,7 @@ def test_certificate(data: bytes) -> None:
 
 @given(st.datetimes())
 def test_seconds_of_a_time(when: Any) -> None:
-    """Both forms of time give the seconds that the library of dates gives."""
+    """Both time formats give the seconds that the date library gives."""
     import datetime as dt
 
     when = when.replace(microsecond=0, tzinfo=dt.UTC)

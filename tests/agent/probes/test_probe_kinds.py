@@ -1,4 +1,4 @@
-"""Each kind of probe against the real thing, or against one that answers badly."""
+"""Each kind of probe against a real server, or against one that answers incorrectly."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from tests.agent.world import OK, says, silent, until
     ],
 )
 async def test_http_expectations(body: bytes, expected: dict, wanted: tuple[bool, str]) -> None:
-    """Status and body are judged as the class expects, with a reason that says what was missing."""
+    """Status and body are judged as the class expects, with a reason that states what was missing."""
     head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     async with tcp(says(head + body)) as port:
         ok, reason = await asked(kind="http", port=port, **expected)
@@ -54,7 +54,7 @@ async def test_http_expectations(body: bytes, expected: dict, wanted: tuple[bool
 
 
 async def test_an_endless_body_is_read_no_further_than_64_kib() -> None:
-    """A text that an endless body holds only beyond 64 KiB is not found, and the probe ends by itself."""
+    """A text beyond the first 64 KiB of an endless body is not found, and the probe ends by itself."""
 
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -84,7 +84,7 @@ def context_of(certificate: Any) -> ssl.SSLContext:
 
 
 async def tls_asked(authority: trustme.CA, days: float, **spec: Any) -> tuple[bool | None, str]:
-    """A probe of a server whose certificate is good for so many days."""
+    """The result of a probe of a server whose certificate is valid for this number of days."""
     until_when = dt.datetime.now(dt.UTC) + dt.timedelta(days=days)
     began = until_when - dt.timedelta(days=90)
     certificate = authority.issue_cert(
@@ -100,8 +100,8 @@ async def tls_asked(authority: trustme.CA, days: float, **spec: Any) -> tuple[bo
 async def test_a_certificate_with_few_days_left_is_a_success_with_a_warning(
     authority: trustme.CA,
 ) -> None:
-    """V7: 13 days left of 14 are a success, with the date in the warning; more days give none, and a certificate
-    that has expired is a miss. `min_days` is the old name of `warn_days`."""
+    """V7: with `warn_days = 14`, a certificate with 13 days left is a success with the date in the warning; more days
+    give no warning, and an expired certificate is a miss. `min_days` is the old name of `warn_days`."""
 
     def date(days: float) -> str:
         return f"{dt.datetime.now(dt.UTC) + dt.timedelta(days=days):%Y-%m-%d}"
@@ -122,7 +122,7 @@ async def test_a_certificate_with_few_days_left_is_a_success_with_a_warning(
 
 
 async def test_tls_name_and_trust(authority: trustme.CA) -> None:
-    """A certificate for another name, or of another authority, is a miss unless `verify = false`."""
+    """A certificate for another name, or from another CA, is a miss unless `verify = false`."""
     assert (await tls_asked(authority, 50, server_name="pump.example"))[0]
     ok, reason = await tls_asked(authority, 50, server_name="other.example")
     assert not ok
@@ -133,14 +133,14 @@ async def test_tls_name_and_trust(authority: trustme.CA) -> None:
 
 
 async def test_https_probe(authority: trustme.CA) -> None:
-    """https is http with the handshake before it, and `tls = true` is another way to say so."""
+    """https is http after a handshake, and `tls = true` is another way to request it."""
     for named in ({"kind": "https"}, {"kind": "http", "tls": True}):
         assert await tls_asked(authority, 50, **named) == (True, "status 200")
     assert not (await tls_asked(authority, 50, kind="https", expect_status=204))[0]
 
 
 def strict_context(authority: trustme.CA, version: ssl.TLSVersion) -> ssl.SSLContext:
-    """Of a server that wants a certificate of this authority from its client."""
+    """The TLS context of a server that requires a client certificate from this CA."""
     context = context_of(authority.issue_cert("127.0.0.1"))
     context.verify_mode = ssl.CERT_REQUIRED
     context.minimum_version = context.maximum_version = version
@@ -152,8 +152,8 @@ def strict_context(authority: trustme.CA, version: ssl.TLSVersion) -> ssl.SSLCon
 def strict(
     authority: trustme.CA, *answers: bytes, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3
 ) -> Iterator[int]:
-    """The port of a TLS server that wants a client certificate; after the first bytes of its client it
-    says these pieces. A thread: asyncio's servers hang up on a bad certificate before their alert is out."""
+    """The port of a TLS server that requires a client certificate; after the client's first bytes it sends these
+    pieces. A thread: asyncio's servers hang up on a bad certificate before their alert is sent."""
     context = strict_context(authority, version)
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -172,7 +172,7 @@ def strict(
                 try:
                     one.do_handshake()
                 except ssl.SSLError:
-                    # what is unread at the end would overtake the alert
+                    # unread data at the end would overtake the alert
                     while socket.socket.recv(one, 4096):
                         pass
                     raise
@@ -192,7 +192,7 @@ def strict(
 
 
 def own(authority: trustme.CA, folder: Path) -> dict[str, str]:
-    """The settings of a probe with a client certificate of this authority, in two files."""
+    """The settings of a probe with a client certificate from this CA, in two files."""
     made = authority.issue_cert("agent.example")
     made.private_key_pem.write_to_path(str(folder / "key.pem"))
     made.cert_chain_pems[0].write_to_path(str(folder / "cert.pem"))
@@ -207,8 +207,8 @@ def own(authority: trustme.CA, folder: Path) -> dict[str, str]:
 async def test_client_certificate(
     authority: trustme.CA, tmp_path: Path, kind: str, version: ssl.TLSVersion
 ) -> None:
-    """A server that wants a client certificate takes ours, and refuses a stranger's, which is a miss: in
-    TLS 1.3 too, where it refuses only after our side of the handshake is done."""
+    """A server that requires a client certificate accepts ours, and rejects one from another CA, which is a miss: in
+    TLS 1.3 too, where it rejects only after our side of the handshake is done."""
     pem = authority.cert_pem.bytes().decode()
     spec = {"kind": kind, "ca_cert": pem, "timeout_s": 10.0}
     mine = own(authority, tmp_path)
@@ -221,7 +221,7 @@ async def test_client_certificate(
 
 
 async def test_a_client_certificate_that_is_missing_is_a_miss(authority: trustme.CA) -> None:
-    """Without a certificate of ours a server that wants one answers nothing but a refusal."""
+    """Without a client certificate, a server that requires one only rejects the connection, which is a miss."""
     pem = authority.cert_pem.bytes().decode()
     with strict(authority, OK) as port:
         ok, reason = await asked(kind="https", port=port, ca_cert=pem, timeout_s=10.0)
@@ -232,7 +232,7 @@ async def test_a_client_certificate_that_is_missing_is_a_miss(authority: trustme
 async def test_a_server_that_hangs_up_refuses_the_certificate(
     authority: trustme.CA, tmp_path: Path
 ) -> None:
-    """A server that answers our certificate by hanging up, without the alert that TLS has for it, is a miss."""
+    """A server that hangs up on our certificate, without the TLS alert for it, is a miss."""
     pem = authority.cert_pem.bytes().decode()
     spec = {"kind": "tls", "ca_cert": pem, "timeout_s": 10.0}
     context = strict_context(authority, ssl.TLSVersion.TLSv1_3)
@@ -245,8 +245,8 @@ async def test_a_server_that_hangs_up_refuses_the_certificate(
 async def test_a_renewed_certificate_is_used_without_a_restart(
     authority: trustme.CA, tmp_path: Path
 ) -> None:
-    """Files that are replaced under a running agent count from the next probe on; half a replacement, where
-    key and certificate do not fit, leaves the old pair."""
+    """Replaced files are used from the next probe on, without a restart; after half a replacement, where key and
+    certificate do not match, the old pair stays in use."""
     pem = authority.cert_pem.bytes().decode()
     mine = own(trustme.CA(), tmp_path)
     with strict(authority, OK) as port:
@@ -263,7 +263,7 @@ async def test_a_renewed_certificate_is_used_without_a_restart(
 def test_a_certificate_renewed_while_it_is_read_is_read_again(
     authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files replaced between the first reading and the end of it count from the next probe on."""
+    """Files replaced while they are being read are used from the next probe on."""
     mine = own(authority, tmp_path)
     read = tls_trust.context_of
 
@@ -285,7 +285,7 @@ def test_a_certificate_renewed_while_it_is_read_is_read_again(
 def test_a_key_with_a_password_is_unable_and_nobody_is_asked(
     authority: trustme.CA, tmp_path: Path
 ) -> None:
-    """With a client key that is encrypted the probe is unable to ask; OpenSSL asks for no password at a terminal."""
+    """With an encrypted client key the probe is unable; OpenSSL does not prompt for a password on a terminal."""
     from cryptography.hazmat.primitives import serialization
 
     mine = own(authority, tmp_path)
@@ -303,8 +303,7 @@ def test_a_key_with_a_password_is_unable_and_nobody_is_asked(
 
 
 async def test_a_server_that_never_shakes_hands_ends_at_the_timeout() -> None:
-    """A peer that accepts and never takes part in the handshake, or answers no TLS, costs the time-out at
-    most."""
+    """A peer that accepts but never shakes hands, or does not speak TLS, takes at most the timeout."""
     async with tcp(silent) as port:
         ok, reason = await asked(kind="tls", port=port, timeout_s=0.3)
     assert (ok, reason) == (False, "no answer within 0.3 s")
@@ -323,7 +322,7 @@ async def test_a_server_that_never_shakes_hands_ends_at_the_timeout() -> None:
 
 
 def zone(data: bytes) -> bytes:
-    """Answers as a real server's library packs it, with compressed names."""
+    """Answers as a real server's library packs them, with compressed names."""
     query = DNSRecord.parse(data)
     reply = query.reply()
     name = str(query.q.qname)
@@ -348,7 +347,7 @@ def zone(data: bytes) -> bytes:
     ],
 )
 async def test_dns(spec: dict, wanted: tuple[bool, str]) -> None:
-    """A name is asked for, and what the server says of it is judged."""
+    """The name is queried, and the server's answer is judged."""
     async with udp(zone) as port:
         ok, reason = await asked(kind="dns", server="127.0.0.1", port=port, **spec)
     assert ok is wanted[0]
@@ -356,7 +355,7 @@ async def test_dns(spec: dict, wanted: tuple[bool, str]) -> None:
 
 
 async def test_dns_server_that_loses_the_first_packet() -> None:
-    """One lost packet is no miss: the question is asked again within the time-out."""
+    """One lost packet is no miss: the query is sent again within the timeout."""
     seen: list[bytes] = []
 
     def second(data: bytes) -> bytes | None:
@@ -380,7 +379,7 @@ async def test_dns_server_that_loses_the_first_packet() -> None:
     ids=["forward", "long", "label", "kind", "cut"],
 )
 async def test_hostile_dns_answer(tail: bytes) -> None:
-    """An answer with pointers that loop, labels without end or cut records is named as no DNS."""
+    """An answer with looping pointers, unterminated labels or truncated records is reported as not DNS."""
 
     def hostile(data: bytes) -> bytes:
         return data[:2] + struct.pack("!HHHHH", 0x8180, 1, 9, 0, 0) + data[12:] + tail
@@ -395,7 +394,7 @@ async def test_hostile_dns_answer(tail: bytes) -> None:
 
 
 def snmp_answer(data: bytes, *, error: int = 0, value: bytes = b"\x43\x03\x01\xe2\x40") -> bytes:
-    """The answer of an agent (RFC 3416, 4.2.1), made of the request by hand."""
+    """The answer of an SNMP agent (RFC 3416, 4.2.1), built from the request without a library."""
     message, _ = snmp.read_element(data, 0, 0x30)
     _, at = snmp.number(message, 0)
     community, at = snmp.read_element(message, at, 4)
@@ -408,7 +407,7 @@ def snmp_answer(data: bytes, *, error: int = 0, value: bytes = b"\x43\x03\x01\xe
 
 
 async def test_snmp(tmp_path: Path) -> None:
-    """sysUpTime is read with the community of a file, and the request is the bytes of RFC 3416."""
+    """sysUpTime is read with the community from a file, and the request has the bytes of RFC 3416."""
     (tmp_path / "community").write_text("s3cret\n")
     seen: list[bytes] = []
 
@@ -438,7 +437,7 @@ async def test_snmp(tmp_path: Path) -> None:
     ids=["garbage", "long", "cut", "error", "missing"],
 )
 async def test_hostile_snmp_answer(answer: Any, reason: str) -> None:
-    """What is no answer of an SNMP agent is a miss that says so."""
+    """Anything but an SNMP agent's answer is a miss with a reason."""
     async with udp(answer) as port:
         ok, said = await asked(kind="snmp", port=port)
     assert not ok
@@ -449,7 +448,7 @@ async def test_hostile_snmp_answer(answer: Any, reason: str) -> None:
 
 
 async def test_mqtt_with_a_real_broker() -> None:
-    """A real broker takes our CONNECT, and we leave it as MQTT says."""
+    """A real broker accepts our CONNECT, and we disconnect as MQTT requires."""
     port = free_port()
     broker = Broker(
         {
@@ -467,8 +466,7 @@ async def test_mqtt_with_a_real_broker() -> None:
 
 
 async def test_mqtt_over_tls_with_a_real_broker(authority: trustme.CA, tmp_path: Path) -> None:
-    """A real broker behind TLS takes our CONNECT when we trust its authority and its name, else nothing of
-    ours is said to it."""
+    """A real broker behind TLS accepts our CONNECT if we trust its CA and its name; otherwise nothing is sent to it."""
     made = authority.issue_cert("broker.example")
     made.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
     made.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
@@ -508,8 +506,8 @@ async def test_mqtt_over_tls_with_a_real_broker(authority: trustme.CA, tmp_path:
 async def test_mqtt_over_tls_with_a_client_certificate(
     authority: trustme.CA, tmp_path: Path
 ) -> None:
-    """A broker that wants a client certificate takes ours and refuses a stranger's; its CONNACK is read as
-    without TLS, in pieces too."""
+    """A broker that requires a client certificate accepts ours and rejects one from another CA; its CONNACK is read as
+    without TLS, also in pieces."""
     pem = authority.cert_pem.bytes().decode()
     spec = {"kind": "mqtt", "tls": True, "ca_cert": pem, "timeout_s": 10.0}
     mine = own(authority, tmp_path)
@@ -522,7 +520,7 @@ async def test_mqtt_over_tls_with_a_client_certificate(
 
 
 async def test_mqtt_password_comes_from_a_file(tmp_path: Path) -> None:
-    """User and the password of a file are in CONNECT as 3.1.3 orders them; a refusal says why."""
+    """The user and the password from a file are in CONNECT in the order of 3.1.3; a rejection states why."""
     (tmp_path / "password").write_text("pa55\n")
     seen: list[bytes] = []
 
@@ -540,7 +538,7 @@ async def test_mqtt_password_comes_from_a_file(tmp_path: Path) -> None:
 
 
 async def test_mqtt_broker_that_answers_garbage() -> None:
-    """A broker that says something else, or nothing and hangs up, is a miss in words."""
+    """A broker that sends something else, or hangs up without an answer, is a miss with a reason."""
     async with tcp(says(b"")) as port:
         assert not (await asked(kind="mqtt", port=port, timeout_s=0.5))[0]
 
@@ -565,8 +563,8 @@ def command(*argv: str, timeout_s: float = 10.0) -> tuple[bool, str]:
 
 
 def test_command_is_judged_by_its_exit_code() -> None:
-    """Exit 0 is good, another code or a signal is not, without its program it is unable to ask; the last line says
-    why."""
+    """Exit code 0 is a success, another code or a signal is a miss, a missing program is unable; the last line of
+    output is the reason."""
     assert command("true") == (True, "exit 0")
     assert command("sh", "-c", "echo first; echo $WATCHDOG_ADDRESS") == (True, "10.0.0.7")
     assert command("sh", "-c", "echo 'no \x1b[1mdisk' >&2; exit 3") == (
@@ -582,13 +580,13 @@ def test_command_is_judged_by_its_exit_code() -> None:
 
 
 def test_command_gets_no_secret_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token in the agent's environment does not reach a command (S10)."""
+    """A command does not receive a token from the agent's environment (S10)."""
     monkeypatch.setenv("CONSUL_HTTP_TOKEN", "s3cret")
     assert command("sh", "-c", "echo ${CONSUL_HTTP_TOKEN:-none}") == (True, "none")
 
 
 async def test_command_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
-    """At the time-out the program and what it has started are gone, and nothing is left to reap."""
+    """At the timeout the program and its children are killed, and no zombie is left."""
     script = f"sleep 600 & echo $! > {tmp_path}/child; echo $$ > {tmp_path}/self; wait"
     answer = await asyncio.to_thread(command, "sh", "-c", script, timeout_s=1.0)
     assert answer == (False, "not finished within 1 s")
@@ -621,13 +619,13 @@ if os.fork() == 0:
     os._exit(0)
 time.sleep(600)
 """
-"""Traced by a child that outlives it, a program that was killed can't be reaped before the child is gone: the
-same to its parent as one that hangs in a dead file system, and easier to make."""
+"""Traced by a child that outlives it, a killed program can't be reaped before the child is gone: to its parent this is
+the same as one that hangs in a dead file system, and easier to create."""
 
 
 def test_command_that_can_not_be_reaped_holds_up_nobody(tmp_path: Path) -> None:
-    """A program that the kernel holds on to is told of at its time-out; no other is started beside it; when the
-    kernel lets go it is reaped, and the next run is one like any other."""
+    """A program that hangs in the kernel is reported at its timeout; no other is started meanwhile; when the kernel
+    releases it, it is reaped, and the next run is normal."""
     told = tmp_path / "told"
     argv = [sys.executable, "-c", HELD, str(told)]
     spec = config_probes.check({"kind": "command", "command": argv, "timeout_s": 3.0}, "probe")
@@ -668,7 +666,7 @@ def test_command_that_can_not_be_reaped_holds_up_nobody(tmp_path: Path) -> None:
 
 
 def test_command_on_a_kernel_without_pidfd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no descriptor tells of an end it is seen all the same, and a killed program is reaped."""
+    """Without pidfd the end of a program is still noticed, and a killed program is reaped."""
     monkeypatch.delattr(os, "pidfd_open")
     assert command("sh", "-c", "echo well; exit 0") == (True, "well")
     script = f"echo $$ > {tmp_path}/self; sleep 600"
@@ -677,13 +675,13 @@ def test_command_on_a_kernel_without_pidfd(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_command_that_talks_without_end_is_killed() -> None:
-    """More than 1 MiB of output ends a command, long before its time-out."""
+    """A command that writes more than 1 MiB is killed, long before its timeout."""
     assert command("yes", timeout_s=60.0) == (False, "it wrote more than 1 MiB")
 
 
 def test_command_whose_child_holds_the_pipe_has_ended() -> None:
-    """A program that exits while a child of its own keeps its output open is judged by that, and not at its time-out:
-    then it would be no answer."""
+    """A program that exits while its child keeps its output open is judged by its exit code at once, not at its timeout
+    as a miss."""
     assert command("sh", "-c", "sleep 600 & echo done", timeout_s=60.0) == (True, "done")
 
 
@@ -691,7 +689,7 @@ def test_command_whose_child_holds_the_pipe_has_ended() -> None:
 
 
 class Log:
-    """A log and its probe."""
+    """A log file and its probe."""
 
     def __init__(self, path: Path, **spec: Any) -> None:
         self.path = path
@@ -711,7 +709,7 @@ class Log:
 
 @pytest.fixture
 def log(tmp_path: Path) -> Any:
-    """A log that must not say ERROR, looked at once."""
+    """A log that must not contain ERROR, checked once."""
     (tmp_path / "log").write_text("ERROR of yesterday\n")
     it = Log(tmp_path / "log", forbid_text="ERROR")
     assert it.look() == (True, "log is watched from its end on")
@@ -720,7 +718,7 @@ def log(tmp_path: Path) -> Any:
 
 
 def test_only_what_was_appended_counts(log: Log) -> None:
-    """Old lines are not judged, new ones are, each once; a text in two parts is found."""
+    """Old lines are not judged, new ones are judged once each; a text written in two parts is found."""
     assert log.look()[0]
     log.add("all well\nERROR of today\n")
     assert log.look() == (False, "log says 'ERROR'")
@@ -732,7 +730,7 @@ def test_only_what_was_appended_counts(log: Log) -> None:
 
 
 def test_rotation_loses_no_line(log: Log) -> None:
-    """What was written just before a rotation, and just after it, is read; and so after a truncation."""
+    """What was written just before and just after a rotation is read; and so after a truncation."""
     log.add("ERROR\n")
     log.path.rename(log.path.with_name("log.1"))
     assert log.look() == (False, f"{log.path}: no such file or directory")
@@ -748,7 +746,7 @@ def test_rotation_loses_no_line(log: Log) -> None:
 
 
 def test_a_look_in_between_takes_nothing(log: Log) -> None:
-    """A look that was asked for sees a new line, and leaves it to the usual round."""
+    """An on-demand check sees a new line, and leaves it to the next regular round."""
     log.add("ERROR\n")
     for _ in range(2):
         peeking = {**log.spec, "follower": log.spec["follower"].peek()}
@@ -759,7 +757,7 @@ def test_a_look_in_between_takes_nothing(log: Log) -> None:
 
 
 def test_a_flood_is_read_up_to_256_kib_and_said(log: Log) -> None:
-    """Of more than a round can take the newest is read, and the rest is named as skipped."""
+    """If there is more than a round can read, the newest part is read, and the rest is reported as skipped."""
     log.add("x" * 1_000_000 + "ERROR")
     ok, reason = log.look()
     assert not ok
@@ -767,7 +765,7 @@ def test_a_flood_is_read_up_to_256_kib_and_said(log: Log) -> None:
 
 
 def test_expected_text_and_age(tmp_path: Path) -> None:
-    """A beat that is missing from a log, and a file that nobody writes, are misses."""
+    """An expected text that is missing from a log, and a file that is not written to, are misses."""
     (tmp_path / "log").write_text("")
     beats = Log(tmp_path / "log", expect_text="beat")
     try:
@@ -784,7 +782,7 @@ def test_expected_text_and_age(tmp_path: Path) -> None:
 
 
 def test_a_pipe_in_the_place_of_a_file_holds_up_nobody(tmp_path: Path) -> None:
-    """A FIFO is refused without being opened."""
+    """A FIFO is rejected without being opened."""
     os.mkfifo(tmp_path / "log")
     assert Log(tmp_path / "log", forbid_text="x").look() == (False, "log is no regular file")
 
@@ -817,7 +815,7 @@ def test_a_pipe_in_the_place_of_a_file_holds_up_nobody(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_probe_is_refused_in_words(spec: dict, words: str) -> None:
-    """A probe that can't be meant is refused, and the text says what is allowed."""
+    """An invalid probe is rejected, and the message says what is allowed."""
     with pytest.raises(ConfigError) as caught:
         config_probes.check(spec, "probes")
     assert words in str(caught.value)

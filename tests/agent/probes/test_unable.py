@@ -1,4 +1,4 @@
-"""Unable to ask is the third outcome: of every kind of probe, of confirmations and of gateways."""
+"""Unable is the third outcome: of every kind of probe, of confirmations and of gateways."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.agent.probing import asked, run
 from tests.agent.world import AGENT, World, probe, tcp, until
 
 NO_ROUTE = "255.255.255.255"
-"""TCP to it has no route, and a datagram to it needs a right of its own: nothing is sent."""
+"""TCP to it has no route, and a datagram to it needs a special permission: nothing is sent."""
 INVALID = "fe80::1"
 """Without a zone: EINVAL."""
 
 
 def raw_only() -> bool:
-    """Whether this process pings over raw sockets."""
+    """Whether this process pings through raw sockets."""
     sock, raw = builtin.echo_socket(socket.AF_INET6)
     sock.close()
     return raw
@@ -48,8 +48,8 @@ def raw_only() -> bool:
     ids=lambda spec: spec["kind"],
 )
 async def test_no_route_and_no_name_are_unable(address: str, spec: dict[str, Any]) -> None:
-    """A probe of an address without a route, of one that the system rejects, or of a name that does not resolve says
-    nothing about the device."""
+    """A probe is unable if its address has no route or is rejected by the system, or if its name does not resolve: none
+    of these says anything about the device."""
     if (spec["kind"], address) == ("icmp", INVALID) and raw_only():
         address = NO_ROUTE  # a raw socket sends it over some link
     ok, reason = await asked(address, **spec)
@@ -58,7 +58,7 @@ async def test_no_route_and_no_name_are_unable(address: str, spec: dict[str, Any
 
 
 async def test_refusals_and_silence_are_misses(world: World) -> None:
-    """What the device or the network before it does is a miss: a refusal, and no answer in time."""
+    """What the device or the network does is a miss: a refusal, or no answer in time."""
     ok, reason = await asked(kind="tcp", port=free_port())
     assert (ok, reason) == (False, "connection refused")
     with socket.create_server(("127.0.0.1", 0)) as mute:
@@ -70,7 +70,7 @@ async def test_refusals_and_silence_are_misses(world: World) -> None:
 @pytest.mark.parametrize(
     ("error", "sent", "unable"),
     [
-        (OSError(113, ""), True, False),  # no host answered for the address
+        (OSError(113, ""), True, False),  # no host answered at the address
         (OSError(113, ""), False, True),  # a route that rejects
         (OSError(101, ""), True, True),
         (OSError(111, ""), False, False),
@@ -90,7 +90,7 @@ async def test_refusals_and_silence_are_misses(world: World) -> None:
     ],
 )
 def test_one_rule_for_errors(error: Exception, sent: bool, unable: bool) -> None:
-    """Errors that others cause are misses, those of this host are not."""
+    """Errors caused by others are misses, those caused by this host are not."""
     text = outcome.rated(error, "words", sent=sent)
     assert (text, isinstance(text, outcome.Unable)) == ("words", unable)
 
@@ -124,7 +124,7 @@ print(json.dumps(answers))
 
 
 def test_without_file_descriptors_every_kind_is_unable() -> None:
-    """EMFILE, for real: no probe of any kind takes it for an answer of the device."""
+    """With a real EMFILE, no kind of probe takes it for an answer of the device."""
     code = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n{_EXHAUSTED}"
     env = {"PYTHONPATH": str(AGENT), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
@@ -137,7 +137,8 @@ def test_without_file_descriptors_every_kind_is_unable() -> None:
 
 
 async def test_a_file_that_cannot_be_read_is_unable(tmp_path: Path) -> None:
-    """Passwords, communities and certificates that cannot be read; a miss or a success follows once they can."""
+    """Passwords, communities and certificates that cannot be read make a probe unable; once they can, it misses or
+    succeeds."""
     missing = str(tmp_path / "secret")
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
@@ -200,24 +201,24 @@ def ends(*answer: Any) -> Any:
 async def test_a_plugin_that_fails_is_unable_unless_the_device_caused_it(
     start: Any, wanted: tuple[bool | None, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A plugin's own error says nothing about the device; a refused connection does."""
+    """A plugin's own error makes it unable; a refused connection is a miss."""
     monkeypatch.setattr(plugins, "load", lambda *_: start)
     assert await asked(kind="plugin", plugin="x") == wanted
 
 
 async def test_a_plugin_that_is_not_installed_is_unable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing module is no miss."""
+    """A missing module is not a miss."""
     monkeypatch.setattr(plugins, "_missing", {})
     ok, reason = await asked(kind="plugin", plugin="no-such-plugin")
     assert ok is None
     assert "no plugin no-such-plugin is installed" in reason
 
 
-# -- no right to ping
+# -- no permission to ping
 
 
 class NoRight:
-    """The socket module of a process that may not ping."""
+    """The socket module of a process that has no permission to ping."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(socket, name)
@@ -231,7 +232,7 @@ class NoRight:
 
 @pytest.fixture
 def mute() -> Iterator[int]:
-    """A port whose connections are neither made nor refused: its queue is full."""
+    """A port that neither accepts nor refuses connections: its queue is full."""
     with socket.socket() as full, socket.socket() as first, socket.socket() as second:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
@@ -244,7 +245,7 @@ def mute() -> Iterator[int]:
 async def test_without_the_right_to_ping_the_fallback_is_called_what_it_is(
     monkeypatch: pytest.MonkeyPatch, mute: int
 ) -> None:
-    """A10: TCP in the place of ICMP is named tcp, and its reason says why it was asked."""
+    """A10: TCP in place of ICMP is named tcp, and its reason states why it was used."""
     monkeypatch.setattr(builtin, "socket", NoRight())
     spec = config_probes.check({"kind": "icmp", "timeout_s": 0.5}, "")
     assert probes.name_of(spec) == "icmp"
@@ -264,7 +265,7 @@ async def test_without_the_right_to_ping_the_fallback_is_called_what_it_is(
 
 
 def patched(code: str) -> list[str]:
-    """An agent of which `code` has changed something."""
+    """An agent in which `code` has changed something."""
     return [sys.executable, "-c", f"{code}\nfrom watchdog_agent.main import main\nmain()"]
 
 
@@ -286,7 +287,7 @@ known, probes.socket = probes.socket, NoRight()
 async def test_nothing_independent_left_is_unable_and_never_offline(
     world: World, mute: int, kind: str
 ) -> None:
-    """A10: with no right to ping, the silence of a TCP port that nobody chose confirms nothing against a device
+    """A10: without permission to ping, a silent TCP port that no user configured is no confirmation against a device
     that is watched over TCP: unable, with the reason."""
     watched = {**probe(world.device.port), "kind": kind}
     confirm = {"kind": "icmp", "port": mute, "timeout_s": 0.2}
@@ -321,8 +322,9 @@ dial.resolve = resolve
 async def test_a_name_that_goes_from_the_resolver_is_unable_and_never_offline(
     world: World, tmp_path: Path
 ) -> None:
-    """V4: the resolver fails while the device goes on answering: unable with that reason, no miss, no confirmation;
-    the confirmation needs the same resolver. When the name is back the device is ok, and offline only when it is."""
+    """V4: if the resolver fails while the device keeps answering, the state is unable with that reason, without misses
+    or confirmations, as the confirmation needs the same resolver. When the name resolves again the device is ok, and
+    offline only when it really is."""
     gone = tmp_path / "gone"
     agent = world.agent(argv=patched(_RESOLVER.format(gone=str(gone))), address="pump.test")
     await agent.start()
@@ -343,7 +345,7 @@ async def test_a_name_that_goes_from_the_resolver_is_unable_and_never_offline(
     await world.peer.saw("ok", state="ok")
     await world.device.stop()
     await world.peer.saw("offline", state="offline", confirmed=True)
-    # The name of a dead device goes too: nothing is known then, and it is offline again when it can be asked.
+    # If the name of a dead device stops resolving, its state is unknown; it is offline again when it resolves.
     gone.touch()
     await world.peer.saw("unable", state="unable", confirmed=False)
     gone.unlink()
@@ -351,7 +353,7 @@ async def test_a_name_that_goes_from_the_resolver_is_unable_and_never_offline(
 
 
 async def test_an_agent_that_never_could_ask_is_unable_from_its_start(world: World) -> None:
-    """An address without a route: never ok, soon unable, and ready, so that the reason is reported."""
+    """With an address without a route the agent is never ok, soon unable, and ready, so that the reason is reported."""
     agent = await world.started(address=NO_ROUTE)
     report = await world.peer.saw("unable", state="unable", ready=True, was_ready=False)
     assert "network is unreachable" in report["reason"]
@@ -360,7 +362,8 @@ async def test_an_agent_that_never_could_ask_is_unable_from_its_start(world: Wor
 
 
 async def test_a_confirmation_that_cannot_be_asked_is_unable(world: World) -> None:
-    """The device does not answer and its confirmation has no right or no file: unable, not offline."""
+    """If the device does not answer and its confirmation lacks a permission or a file, the state is unable, not
+    offline."""
     confirm = {"kind": "mqtt", "port": world.dead_port, "user": "u", "password_file": "/no/such"}
     agent = await world.started(confirm=[confirm])
     await agent.is_in("ok", was_ready=True)
@@ -372,7 +375,7 @@ async def test_a_confirmation_that_cannot_be_asked_is_unable(world: World) -> No
 
 
 async def test_of_two_confirmations_one_that_can_be_asked_is_enough(world: World) -> None:
-    """One confirmation cannot be asked and the other fails: offline by the other."""
+    """If one confirmation is unable and the other fails, the device is offline by the other."""
     blind = {"kind": "mqtt", "port": world.dead_port, "user": "u", "password_file": "/no/such"}
     agent = await world.started(confirm=[blind, tcp(world.dead_port)])
     await agent.is_in("ok", was_ready=True)
@@ -382,7 +385,7 @@ async def test_of_two_confirmations_one_that_can_be_asked_is_enough(world: World
 
 
 async def test_a_gateway_that_cannot_be_asked_is_not_dead(world: World) -> None:
-    """No route to the gateway: the device is neither offline nor behind a dead gateway; the agent is unable."""
+    """Without a route to the gateway the device is neither offline nor behind a dead gateway; the agent is unable."""
     gateway = {"address": NO_ROUTE, "kind": "tcp", "port": 9, "timeout_s": 0.5}
     agent = await world.started(gateway=gateway)
     await agent.is_in("ok", was_ready=True)

@@ -1,4 +1,4 @@
-"""The ladder and the standing: what is done next, whatever has happened. Pure, with times from Hypothesis."""
+"""The repair ladder and the authority to act: the next step after any history. Pure, with times from Hypothesis."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def step(name: str = "a", **changes: Any) -> dict[str, Any]:
 
 
 def test_steps_are_taken_in_order_and_each_is_verified_before_the_next() -> None:
-    """A second step is taken only when the first has ended and nothing answered within its time."""
+    """A second step is taken only after the first has ended and no probe answered within its verification time."""
     ladder = Ladder([step("a"), step("b")])
     what, first, _, _ = ladder.next("suspect", (), 0.0)
     assert (what, first["id"]) == (words.TAKE, "a")
@@ -45,7 +45,7 @@ def test_steps_are_taken_in_order_and_each_is_verified_before_the_next() -> None
 
 
 def test_exhausted_only_when_offline() -> None:
-    """With nothing left to try a suspect device is waited for, and an offline one is given up."""
+    """With no step left, the ladder waits for a suspect device and gives up on an offline one."""
     ladder = Ladder([step("a")])
     ladder.begin_attempt(ladder.next("suspect", (), 0.0)[1], 0.0)
     ladder.ended(False, "no", 1.0)
@@ -54,8 +54,8 @@ def test_exhausted_only_when_offline() -> None:
 
 
 def test_without_a_route_only_the_interface_is_cycled() -> None:
-    """An agent whose host has no route takes the steps for its own interface that are for a suspicion, and no other;
-    with nothing left to try it waits, and it escalates nothing as offline. Without such a step it rests."""
+    """An agent whose host has no route takes only the steps for suspect devices that repair its own interface; with
+    none left it waits, and escalates nothing as offline. Without such a step it rests."""
     others = [step("web", kind="http"), step("later", when="offline")]
     ladder = Ladder([*others, step("a"), step("b")])
     for name in ("a", "b"):
@@ -68,7 +68,8 @@ def test_without_a_route_only_the_interface_is_cycled() -> None:
 
 
 def test_a_step_whose_effect_could_not_be_asked_has_neither_helped_nor_failed() -> None:
-    """With no probe that could be asked within its time the outcome is unable; one miss among them is no help."""
+    """If no probe was able to run within the step's verification time the outcome is unable; one miss among them means
+    no help."""
     for asked, outcome in (
         ([False, False], words.UNABLE),
         ([False, True, False], words.NO_HELP),
@@ -76,12 +77,12 @@ def test_a_step_whose_effect_could_not_be_asked_has_neither_helped_nor_failed() 
     ):
         ladder = Ladder([step("a"), step("b")])
         ladder.begin_attempt(ladder.next("suspect", (), 0.0)[1], 0.0)
-        ladder.missed(asked=False)  # the step is still under way: that is no verification
+        ladder.missed(asked=False)  # the step is still running: this verifies nothing
         ladder.ended(True, "done", 1.0)
         for one in asked:
             ladder.missed(asked=one)
         assert ladder.next("unable", (), 3.0)[0] == words.WAIT
-        # Nothing more is done to a device that cannot be asked; when it can be, the ladder goes on.
+        # No step is taken while the device is unable; the ladder continues afterwards.
         assert ladder.next("unable", (), 5.0)[:2] == (words.WAIT, None)
         assert ladder.attempts[0]["outcome"] == outcome
         assert ladder.next("suspect", (), 6.0)[1]["id"] == "b"
@@ -89,8 +90,8 @@ def test_a_step_whose_effect_could_not_be_asked_has_neither_helped_nor_failed() 
 
 
 def test_a_degraded_device_is_left_to_the_steps_that_are_for_that() -> None:
-    """`when = "degraded"` is for degraded alone, the other steps are not; with none left it is exhausted. A device
-    that cannot be asked begins no episode."""
+    """Steps with `when = "degraded"`, and no others, are taken for degraded devices; with none left it is exhausted. An
+    unable device starts no episode."""
     ladder = Ladder(
         [step("a"), step("b", when="offline"), step("c", when="degraded", cooldown_s=0.0)]
     )
@@ -105,7 +106,7 @@ def test_a_degraded_device_is_left_to_the_steps_that_are_for_that() -> None:
 
 
 def test_a_harsh_step_is_not_taken_because_a_mild_one_rests() -> None:
-    """In a new episode a step that still cools down is waited for, and not passed over."""
+    """In a new episode the ladder waits for a step that is cooling down, and does not skip it."""
     ladder = Ladder([step("a"), step("b")])
     ladder.begin_attempt(ladder.next("suspect", (), 0.0)[1], 0.0)
     ladder.ended(True, "done", 1.0)
@@ -116,7 +117,7 @@ def test_a_harsh_step_is_not_taken_because_a_mild_one_rests() -> None:
 
 
 def test_preconditions() -> None:
-    """A step for an offline device waits for it; one that names a probe waits for that probe to miss."""
+    """A step for an offline device waits until it is offline; one that names a probe waits until that probe misses."""
     ladder = Ladder([step("a", when="offline"), step("b", probe="tcp:22")])
     assert ladder.next("suspect", ("icmp",), 0.0)[0] == words.WAIT
     assert ladder.next("suspect", ("tcp:22",), 0.0)[1]["id"] == "b"
@@ -124,7 +125,7 @@ def test_preconditions() -> None:
 
 
 def test_a_flapping_device_spends_the_budget_and_no_more() -> None:
-    """A device that comes back after each step gets `budget` of them in a window, and is then given up."""
+    """A device that recovers after each step gets `budget` steps per window, and is then given up."""
     ladder = Ladder([step("a", cooldown_s=0.0)])
     taken, now = 0, 0.0
     for _ in range(10):
@@ -142,7 +143,7 @@ def test_a_flapping_device_spends_the_budget_and_no_more() -> None:
 
 
 def test_a_step_that_could_not_be_kept_was_not_taken() -> None:
-    """Taking back gives the try and the budget back."""
+    """Discarding an attempt returns its try and its budget."""
     ladder = Ladder([step("a", budget=1)])
     found = ladder.next("suspect", (), 0.0)[1]
     ladder.begin_attempt(found, 0.0)
@@ -152,8 +153,8 @@ def test_a_step_that_could_not_be_kept_was_not_taken() -> None:
 
 
 def test_steps_wait_while_the_gateway_is_dead() -> None:
-    """Behind a dead gateway the ladder goes past what would mend the device to what mends the gateway, then
-    waits; with an offline device and nothing else to do it is exhausted, and goes on when the gateway is back."""
+    """Behind a dead gateway the ladder skips steps for the device, takes those for the gateway, then waits; with an
+    offline device and no step left it is exhausted, and continues when the gateway is back."""
     ladder = Ladder([step("a"), step("gw", even_behind_gateway=True)])
     what, found, _, _ = ladder.next("suspect", (), 0.0, behind=True)
     assert (what, found["id"]) == (words.TAKE, "gw")
@@ -200,9 +201,9 @@ moves = st.lists(
 def test_no_history_breaks_a_budget_a_cooldown_or_the_order(
     made: list[dict[str, Any]], history: list[tuple[str, str, float, bool]]
 ) -> None:
-    """Whatever happens, with the process killed anywhere: budgets, cool-downs and tries hold, one step is
-    under way at a time, none is taken behind a dead gateway but those that are meant for it, and an attempt
-    that was kept is never forgotten nor taken again as if new."""
+    """Whatever happens, with the process killed anywhere: budgets, cool-downs and tries hold, one step runs at a time,
+    only steps meant for a dead gateway are taken behind one, and a saved attempt is never forgotten or repeated as if
+    it were new."""
     ladder, now = Ladder(made), 0.0
     taken: dict[str, list[float]] = {one["id"]: [] for one in made}
     tries: dict[tuple[str, int], int] = {}
@@ -234,7 +235,7 @@ def test_no_history_breaks_a_budget_a_cooldown_or_the_order(
         assert found["even_behind_gateway"] or not behind
         assert ladder.current is None
         times = taken[found["id"]]
-        # ages are kept to the millisecond
+        # ages are saved in milliseconds
         slack = 0.01 * (len(history) + 1)
         assert not times or now - times[-1] >= found["cooldown_s"] - slack
         recent = [t for t in times if now - t < found["window_s"] - slack]
@@ -254,14 +255,15 @@ def test_no_history_breaks_a_budget_a_cooldown_or_the_order(
     )
 )
 def test_strange_state_is_refused_in_one_of_three_ways(kept: Any) -> None:
-    """What no run of ours wrote raises ValueError, KeyError or TypeError, and nothing else."""
+    """State that no run of ours wrote raises ValueError, KeyError or TypeError, and nothing else."""
     with pytest.raises((ValueError, KeyError, TypeError)):
         Ladder([step()]).restore(kept, 0.0, 0.0)
 
 
 def test_standing_follows_the_last_contact() -> None:
-    """Not accepted: no. Accepted: yes, for a while without a question; then asked; with nobody there yes,
-    until the time alone is over; with a doubt no, until the next 200; refused: never again."""
+    """Without an acceptance the agent may not act. After one it may, for a while without asking; then it must ask; if
+    there is no answer it may until `alone_s` is over; after a 409 it may not until the next 200; after a 410 never
+    again."""
     standing = ActAuthority(fresh_s=4.0, alone_s=100.0)
     assert standing.why_not(0.0) == "not accepted yet"
     standing.report_answered(None, 0.0)
@@ -289,8 +291,7 @@ def test_standing_follows_the_last_contact() -> None:
 def test_s3_no_step_without_an_acceptance_that_stands(
     heard: list[tuple[int | None, float]],
 ) -> None:
-    """Whatever was answered: who may act was accepted, no longer ago than the time alone, and nothing
-    against it was said since."""
+    """Whatever the answers: an agent that may act was accepted at most `alone_s` ago, and no rejection came since."""
     standing, now, accepted, against = ActAuthority(4.0, 60.0), 0.0, None, True
     for status, passed in heard:
         now += passed
@@ -307,7 +308,7 @@ def test_s3_no_step_without_an_acceptance_that_stands(
 
 
 def test_standing_is_of_one_run() -> None:
-    """A restart in place keeps the acceptance; another instance or epoch has to earn its own."""
+    """A restart in place keeps the acceptance; another instance or epoch must be accepted itself."""
     standing = ActAuthority(4.0, 60.0)
     standing.report_answered(200, 10.0)
     kept = standing.dump(3, "i", 12.0)

@@ -1,4 +1,4 @@
-"""The steps of a ladder, taken by a real agent on real programs, sockets and files."""
+"""The steps of a ladder, taken by a real agent with real programs, sockets and files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QUICK = {"cooldown_s": 0.0, "verify_s": 0.6, "timeout_s": 5.0}
 
 
 async def broken(world: World, *steps: dict[str, Any], **changes: Any) -> Agent:
-    """An agent whose device has answered and then gone, with these steps."""
+    """An agent with these steps whose device has answered and then failed."""
     agent = world.agent(repairs=[{**QUICK, **one} for one in steps], **changes)
     await agent.start()
     await world.peer.saw("accepted", state="ok", ready=True)
@@ -52,7 +52,7 @@ async def attempt(agent: Agent, *outcomes: str) -> dict[str, Any]:
 
 
 async def test_http_step_that_repairs(world: World) -> None:
-    """A POST names the device; the device that answers after it has been repaired by it."""
+    """A POST names the device, and the attempt counts as recovered if the device answers afterwards."""
     asked: list[tuple[str, Any]] = []
 
     async def mend(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -82,7 +82,7 @@ async def test_http_step_that_repairs(world: World) -> None:
 
 
 async def test_http_step_that_is_refused(world: World) -> None:
-    """Another answer than 2xx is a failed step, with the status as its reason, and the next is taken."""
+    """An answer other than 2xx makes the step fail, with the status as its reason, and the next is taken."""
     helper = Listener(says(b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n"))
     await helper.start()
     try:
@@ -104,7 +104,7 @@ async def test_http_step_that_is_refused(world: World) -> None:
 
 
 async def test_http_step_without_trust(world: World) -> None:
-    """Over https with authorities that can't be read the step has failed, and the agent goes on."""
+    """If the CA file for https can't be read the step fails, and the agent continues."""
     url = f"https://127.0.0.1:{world.peer.port}/"
     agent = world.agent(repairs=[{**QUICK, "kind": "http", "url": url}])
     agent.extra["WATCHDOG_CA_CERT"] = "/nothing/here"
@@ -116,7 +116,7 @@ async def test_http_step_without_trust(world: World) -> None:
 
 
 async def test_command_step(world: World, tmp_path: Path) -> None:
-    """A program gets its arguments without a shell, knows the device, and sees none of our secrets."""
+    """A program gets its arguments without a shell, receives the device, and sees none of our secrets."""
     out = tmp_path / "out"
     text = "import os,sys,json;json.dump([sys.argv[2:],dict(os.environ)],open(sys.argv[1],'w'))"
     argv = [sys.executable, "-c", text, str(out), "$(id); a b", "*"]
@@ -146,13 +146,13 @@ async def test_command_step(world: World, tmp_path: Path) -> None:
     ],
 )
 async def test_command_that_fails(world: World, argv: list[str], reason: str) -> None:
-    """How a program failed is the reason of the attempt."""
+    """The reason of the attempt states how a program failed."""
     agent = await broken(world, {"kind": "command", "command": argv})
     assert (await attempt(agent, "failed"))["reason"] == reason
 
 
 def alive(pid_file: Path) -> bool:
-    """Whether the process of that number runs, and is not a corpse that nobody has reaped."""
+    """Whether the process with this PID runs and is not a zombie."""
     try:
         stat = Path(f"/proc/{int(pid_file.read_text())}/stat").read_text()
     except (OSError, ValueError):
@@ -161,15 +161,14 @@ def alive(pid_file: Path) -> bool:
 
 
 def sleeper(pid_file: Path) -> list[str]:
-    """A command that starts another, writes its pid, and ends neither."""
+    """A command that starts a child, writes the child's PID, and does not end before it."""
     return ["sh", "-c", f"sleep 600 & echo $! > {pid_file}.new; mv {pid_file}.new {pid_file}; wait"]
 
 
 async def test_command_that_takes_too_long_is_killed_with_its_children(
     world: World, tmp_path: Path
 ) -> None:
-    """At its time-out the whole process group is gone, the agent has answered meanwhile, and no zombie
-    stays."""
+    """At its timeout the whole process group is gone, the agent has answered meanwhile, and no zombie is left."""
     pid = tmp_path / "pid"
     agent = await broken(world, {"kind": "command", "command": sleeper(pid), "timeout_s": 1.0})
     await until(pid.exists, "the command runs")
@@ -185,7 +184,7 @@ async def test_command_that_takes_too_long_is_killed_with_its_children(
 
 
 async def test_a_wedged_command_does_not_hold_up_a_signal(world: World, tmp_path: Path) -> None:
-    """Signalled with a command that never ends, the agent kills it, records that, and is gone in 3 s."""
+    """If a signal arrives while a command never ends, the agent kills it, records that, and is gone in 3 s."""
     pid = tmp_path / "pid"
     agent = await broken(world, {"kind": "command", "command": sleeper(pid), "timeout_s": 600.0})
     await until(pid.exists, "the command runs")
@@ -200,7 +199,7 @@ async def test_a_wedged_command_does_not_hold_up_a_signal(world: World, tmp_path
 async def test_a_step_that_ends_soon_after_a_signal_is_finished(
     world: World, tmp_path: Path
 ) -> None:
-    """A signal waits a moment for the step at hand: what ends in it is recorded as done."""
+    """After a signal the agent waits a moment for the current step: a step that ends by then is recorded as done."""
     go, began, done = tmp_path / "go", tmp_path / "began", tmp_path / "done"
     text = f"touch {began}; while [ ! -e {go} ]; do sleep 0.02; done; touch {done}"
     agent = await broken(world, {"kind": "command", "command": ["sh", "-c", text]})
@@ -213,7 +212,7 @@ async def test_a_step_that_ends_soon_after_a_signal_is_finished(
 
 
 async def test_unit_step(world: World, tmp_path: Path) -> None:
-    """A unit is restarted by systemctl; a stand-in on PATH is asked here, as no systemd runs in tests."""
+    """A unit is restarted with systemctl; here by a stub on PATH, as no systemd runs in tests."""
     out = tmp_path / "bin" / "out"
     out.parent.mkdir()
     stand_in = out.parent / "systemctl"
@@ -229,8 +228,8 @@ async def test_unit_step(world: World, tmp_path: Path) -> None:
 
 
 async def test_no_step_is_taken_behind_a_dead_gateway(world: World, tmp_path: Path) -> None:
-    """While the gateway is dead the step for the device waits, says so, and the one for the gateway is taken;
-    when the gateway answers and the device does not, the device's own step comes."""
+    """While the gateway is dead the step for the device waits and gives the reason, and the one for the gateway is
+    taken; when the gateway answers and the device does not, the device's own step is taken."""
     own, gateways = tmp_path / "own", tmp_path / "gateways"
     gateway = Listener(says(OK))
     gateway.host = "127.0.0.2"
@@ -252,7 +251,7 @@ async def test_no_step_is_taken_behind_a_dead_gateway(world: World, tmp_path: Pa
             return "gateway" in (await agent.status())["repairs"]["blocked"]
 
         await until(waits, "it says why it waits", 60.0)
-        await asyncio.sleep(1.0)  # time in which it could be taken after all
+        await asyncio.sleep(1.0)  # time in which it could still be taken
         assert not own.exists()
         assert world.peer.last["gateway_dead"] is True
         assert not world.peer.last["repairs"]["exhausted"]
@@ -263,7 +262,7 @@ async def test_no_step_is_taken_behind_a_dead_gateway(world: World, tmp_path: Pa
 
 
 async def test_wake_step(world: World) -> None:
-    """The magic packet reaches the address that is named, with the device's address sixteen times."""
+    """The magic packet reaches the configured address, with the device's address sixteen times."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ear:
         ear.bind(("127.0.0.1", 0))
         ear.setblocking(False)
@@ -274,7 +273,7 @@ async def test_wake_step(world: World) -> None:
 
 
 class Broker(Listener):
-    """An MQTT broker that takes one message; its answers can be spoilt."""
+    """An MQTT broker that accepts one message; its answers can be corrupted."""
 
     def __init__(self) -> None:
         super().__init__(self._serve_one)
@@ -300,7 +299,7 @@ class Broker(Listener):
 
 @pytest_asyncio.fixture
 async def broker() -> AsyncIterator[Broker]:
-    """A broker that listens."""
+    """A listening broker."""
     it = Broker()
     await it.start()
     yield it
@@ -308,7 +307,8 @@ async def broker() -> AsyncIterator[Broker]:
 
 
 async def test_mqtt_step(world: World, broker: Broker, tmp_path: Path) -> None:
-    """One message with QoS 1 is published, as the user of the file's password, and the broker left."""
+    """One message with QoS 1 is published as the configured user with the password of a file, and the client
+    disconnects."""
     (tmp_path / "password").write_text("s3cret\n")
     agent = await broken(
         world,
@@ -332,8 +332,8 @@ async def test_mqtt_step(world: World, broker: Broker, tmp_path: Path) -> None:
 
 
 async def test_mqtt_step_over_tls(world: World, tmp_path: Path) -> None:
-    """Over TLS the message is published with our certificate to a broker that we trust by name; to one of
-    another authority nothing is said, and the step has failed."""
+    """Over TLS the message is published with our certificate to a broker with a trusted name; to a broker from another
+    CA nothing is sent, and the step fails."""
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("broker.example").configure_cert(context)
@@ -384,7 +384,7 @@ async def test_mqtt_step_over_tls(world: World, tmp_path: Path) -> None:
 async def test_mqtt_broker_that_refuses(
     world: World, broker: Broker, answer: bytes, reason: str
 ) -> None:
-    """What the broker says against it is the reason of the failed step."""
+    """The broker's refusal is the reason of the failed step."""
     broker.connack = answer
     place = f"127.0.0.1:{broker.port}"
     agent = await broken(world, {"kind": "mqtt", "broker": place, "topic": "a"})
@@ -393,7 +393,7 @@ async def test_mqtt_broker_that_refuses(
 
 @given(st.text(max_size=400).filter(lambda t: "\0" not in t), st.integers(0, 268_435_455))
 def test_mqtt_lengths_are_written_as_they_are_read(payload: str, number: int) -> None:
-    """A remaining length of the specification's form is read back as the number that was written."""
+    """A remaining length in the specification's form is read back unchanged."""
     raw = mqtt.length(number)
     assert sum((digit & 127) << 7 * place for place, digit in enumerate(raw)) == number
     assert len(raw) <= 4
@@ -402,13 +402,13 @@ def test_mqtt_lengths_are_written_as_they_are_read(payload: str, number: int) ->
 
 @given(st.binary(min_size=6, max_size=6))
 def test_magic_packets_hold_the_address_sixteen_times(mac: bytes) -> None:
-    """Whatever the address is, in either case of letters."""
+    """This holds for any address, in upper or lower case."""
     text = ":".join(f"{byte:02X}" for byte in mac)
     assert wake_on_lan.magic(text) == wake_on_lan.magic(text.lower()) == b"\xff" * 6 + mac * 16
 
 
 def plugin(folder: Path, body: str) -> str:
-    """Install a distribution with one plugin in a folder; the folder, for PYTHONPATH."""
+    """Install a distribution with one plugin in a folder; return the folder, for PYTHONPATH."""
     info = folder / "mender-1.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mender\nVersion: 1\n")
@@ -459,7 +459,7 @@ def plugin(folder: Path, body: str) -> str:
 async def test_plugin_steps(
     world: World, tmp_path: Path, body: str, outcome: str, reason: str
 ) -> None:
-    """A plugin is found by its entry point and judged by the probes; a broken one is a failed step."""
+    """A plugin is found by its entry point and verified by the probes; a broken one is a failed step."""
     timeout_s = 0.5 if "took longer" in reason else 20.0
     step = {**QUICK, "kind": "plugin", "plugin": "mend", "timeout_s": timeout_s}
     agent = world.agent(repairs=[step])
@@ -474,16 +474,16 @@ async def test_plugin_steps(
 
 
 async def test_a_plugin_that_is_not_installed(world: World) -> None:
-    """A name that nobody has registered is a failed step that says so."""
+    """An unregistered name is a failed step with a reason."""
     agent = await broken(world, {"kind": "plugin", "plugin": "nothing"})
     assert "no plugin nothing is installed" in (await attempt(agent, "failed"))["reason"]
 
 
 async def test_nothing_is_done_that_can_not_be_kept_first(world: World, tmp_path: Path) -> None:
-    """With no folder for its state, or one that takes no file, the agent takes no step."""
+    """Without a folder for its state, or with one that cannot be written, the agent takes no step."""
     out = tmp_path / "out"
     agent = await broken(world, {"kind": "command", "command": ["touch", str(out)]})
-    # a folder in the place of the file that the state is written to first
+    # a folder in place of the temporary state file
     (agent.folder / f"state.json.{agent.pid}").mkdir()
     await agent.is_in("offline", state="offline")
     await until(
@@ -505,7 +505,7 @@ async def test_nothing_is_done_that_can_not_be_kept_first(world: World, tmp_path
     ],
 )
 async def test_kept_repairs_of_another_shape_start_clean(world: World, kept: Any) -> None:
-    """Kept repairs that no run of ours wrote are said so in the log, and the ladder begins as new."""
+    """If saved repairs have an unknown form, this is logged and the ladder starts anew."""
     from watchdog_agent.runtime import state_file as state
 
     agent = world.agent(repairs=[{**QUICK, "kind": "command", "command": ["true"]}])
@@ -553,7 +553,7 @@ def checked(**step: Any) -> dict[str, Any]:
     ],
 )
 def test_wrong_steps_are_refused_in_words(step: dict[str, Any], words: str) -> None:
-    """A step that can't be meant ends the start, and says what is allowed."""
+    """An invalid step ends the start with a message that says what is allowed."""
     with pytest.raises(config.ConfigError, match=re.escape(words)):
         checked(**step)
 
@@ -571,19 +571,19 @@ def test_wrong_steps_are_refused_in_words(step: dict[str, Any], words: str) -> N
     ],
 )
 def test_a_broker_has_an_address_of_either_version(broker: str, place: tuple[str, int]) -> None:
-    """Where a message goes is a name or an IP address, IPv6 with and without brackets, and a port or none."""
+    """The broker's address is a name or an IP address, IPv6 with or without brackets, with or without a port."""
     assert checked(kind="mqtt", topic="a", broker=broker)["broker_at"] == place
 
 
 def test_the_tries_of_all_steps_are_bounded() -> None:
-    """The record of an episode has at most 64 attempts, however they are spread over the steps."""
+    """The record of an episode has at most 64 attempts, however they are distributed over the steps."""
     steps = [{"kind": "unit", "unit": name, "tries": 40} for name in ("a", "b")]
     with pytest.raises(config.ConfigError, match="more than 64"):
         config.check(document(probes=[probe(80)], repairs=steps))
 
 
 def test_a_step_is_known_by_what_it_does() -> None:
-    """Its budget follows it through a new order or a new limit, and not to another target."""
+    """The budget stays with a step after a new order or limit, but not with another target."""
     first = checked(kind="interface", interface="eth0")
     assert first["id"] == checked(kind="interface", interface="eth0", budget=9)["id"]
     assert first["id"] != checked(kind="interface", interface="eth1")["id"]
@@ -592,7 +592,7 @@ def test_a_step_is_known_by_what_it_does() -> None:
 
 
 def test_without_repairs_nothing_of_them_is_loaded() -> None:
-    """An agent of a class without repairs imports no module that knows of them."""
+    """An agent of a class without repairs imports no repair module."""
     import subprocess
 
     text = (
@@ -613,7 +613,7 @@ def test_without_repairs_nothing_of_them_is_loaded() -> None:
 async def test_an_agent_that_may_never_repair_tells_at_once(
     world: World, tmp_path: Path, without: str
 ) -> None:
-    """With no control plane in its document, or no folder, an offline device is escalated unrepaired."""
+    """With no control plane in its document, or no folder, an offline device is escalated at once, unrepaired."""
     calls: list[bytes] = []
 
     async def hook(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -645,7 +645,7 @@ async def test_an_agent_that_may_never_repair_tells_at_once(
 
 
 async def run_without_a_folder(world: World, agent: Agent, calls: list[bytes]) -> None:
-    """The same agent, as a process that is given no folder for its state."""
+    """The same agent, as a process without a folder for its state."""
     process = await asyncio.create_subprocess_exec(
         *agent.argv,
         env={

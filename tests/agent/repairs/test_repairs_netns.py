@@ -1,4 +1,4 @@
-"""Repairs on real cables: devices are network namespaces, and the agent cycles real interfaces. Needs root."""
+"""Repairs on real links: devices are network namespaces, and the agent cycles real interfaces. Needs root."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.agent.world import AGENT, until
 
 @pytest_asyncio.fixture
 async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    """A site with an API and a hook; everything is gone at the end."""
+    """A site with an API and a hook; both are removed at the end."""
     async with a_site(tmp_path) as it:
         yield it
 
 
 async def ready(agent: SiteAgent) -> None:
-    """Start it and wait until its device answers and its reports are taken."""
+    """Start the agent and wait until its device answers and its reports are accepted."""
     await agent.start()
 
     async def accepted() -> bool:
@@ -36,7 +36,7 @@ async def ready(agent: SiteAgent) -> None:
 
 
 async def has(agent: SiteAgent, *outcomes: str) -> None:
-    """Wait until these are the outcomes of all attempts."""
+    """Wait until all attempts have these outcomes."""
 
     async def check() -> bool:
         return await agent.outcomes() == list(outcomes)
@@ -45,8 +45,8 @@ async def has(agent: SiteAgent, *outcomes: str) -> None:
 
 
 async def test_a_cut_cable_is_repaired_and_a_dead_device_is_escalated_once(site: Site) -> None:
-    """The agent whose interface was taken down cycles it, and the device is back with nobody called; the
-    one whose device is really dead tells it once, with the probes' results and the ladder's record."""
+    """An agent whose interface was set down cycles it, and the device is back without an alert; one whose device is
+    really dead escalates once, with the probes' results and the ladder's record."""
     cut, dead = await site.device(), await site.device()
     ip("-n", site.host.namespace, "route", "add", cut.beyond, "via", cut.host.address)
     mending, watching = site.agent(cut), site.agent(dead)
@@ -85,14 +85,14 @@ async def test_a_cut_cable_is_repaired_and_a_dead_device_is_escalated_once(site:
 
 
 async def test_a_cycle_puts_back_what_the_kernel_takes_away(site: Site) -> None:
-    """Static routes over the interface, and its IPv6 address, are there after a cycle as before."""
+    """After a cycle, static routes over the interface and its IPv6 address are as before."""
     device = await site.device()
     space, link = site.host.namespace, device.link
     ip("-n", space, "addr", "add", "fd00:1::1/64", "dev", link, "nodad")
     ip("-n", space, "route", "add", device.beyond, "via", device.host.address, "metric", "7")
     ip("-n", space, "route", "add", "10.233.0.0/16", "dev", link)
     ip("-n", space, "-6", "route", "add", "fd00:2::/64", "via", "fd00:1::2")
-    # A device that dies leaves the site's end up, so that its routes are there to be seen.
+    # A device that dies leaves the site's end up, so that its routes can be read.
     agent = site.agent(device)
     await ready(agent)
 
@@ -118,7 +118,7 @@ async def test_a_cycle_puts_back_what_the_kernel_takes_away(site: Site) -> None:
 
 
 async def test_routes_over_a_link_without_carrier_are_put_back_too(site: Site) -> None:
-    """Of a route that the kernel shows as dead, as over a link whose other end is gone, nothing is lost."""
+    """A route that the kernel lists as dead, as over a link whose other end is gone, is restored too."""
     device = await site.device()
     space, link = site.host.namespace, device.link
     ip("-n", space, "route", "add", device.beyond, "via", device.host.address)
@@ -143,8 +143,8 @@ async def test_routes_over_a_link_without_carrier_are_put_back_too(site: Site) -
 
 
 async def test_a_flapping_cable_spends_the_budget(site: Site) -> None:
-    """With a budget of two the third cut is not repaired but reported: the agent is unable to ask, which is nothing
-    that is known of the device, so that it is not escalated as offline."""
+    """With a budget of two the third cut is not repaired but reported: the agent is unable, which says nothing about
+    the device, so that it is not escalated as offline."""
     device = await site.device()
     agent = site.agent(device, {"budget": 2})
     await ready(agent)
@@ -172,7 +172,7 @@ async def test_a_flapping_cable_spends_the_budget(site: Site) -> None:
 
 @pytest.mark.parametrize("where", ["class", "step"])
 async def test_dry_run_changes_nothing(site: Site, where: str) -> None:
-    """In a dry run the interface stays as it is; what would have been done is recorded and reported."""
+    """In a dry run the interface is not changed; the steps that would be taken are recorded and reported."""
     device = await site.device()
     if where == "class":
         agent = site.agent(device, repair_policy={"dry_run": True})
@@ -188,7 +188,8 @@ async def test_dry_run_changes_nothing(site: Site, where: str) -> None:
 
 
 async def test_s3_an_agent_that_is_not_accepted_does_not_repair(site: Site) -> None:
-    """With its reports answered 409 it leaves the interface alone, and says why; accepted, it repairs."""
+    """An agent whose reports are answered with 409 leaves the interface alone, and states why; once accepted, it
+    repairs."""
     device = await site.device()
     agent = site.agent(device, beat_s=0.1)
     await ready(agent)
@@ -211,7 +212,7 @@ async def test_s3_an_agent_that_is_not_accepted_does_not_repair(site: Site) -> N
 
 
 async def test_s3_a_refused_agent_ends_without_a_repair(site: Site) -> None:
-    """After 410 no step is taken any more: the agent exits with 0, and the interface is untouched."""
+    """After 410 no further step is taken: the agent exits with 0, and the interface is unchanged."""
     device = await site.device()
     agent = site.agent(device, {"when": "offline"}, beat_s=60.0)
     await ready(agent)
@@ -224,7 +225,7 @@ async def test_s3_a_refused_agent_ends_without_a_repair(site: Site) -> None:
 
 
 async def test_l3_an_accepted_agent_repairs_with_the_control_plane_away(site: Site) -> None:
-    """Accepted at the last contact, with nobody there to ask any more: the cable is repaired."""
+    """If the agent was accepted at the last contact and the control plane is down now, the cable is repaired."""
     device = await site.device()
     agent = site.agent(device, repair_policy={"accepted_beats": 1})
     await ready(agent)
@@ -234,7 +235,7 @@ async def test_l3_an_accepted_agent_repairs_with_the_control_plane_away(site: Si
 
 
 async def test_l3_but_not_for_ever(site: Site) -> None:
-    """When nobody has answered for longer than `alone_s`, no step is taken, and the outage is escalated."""
+    """After `alone_s` without an answer no step is taken, and the outage is escalated."""
     device = await site.device()
     agent = site.agent(device, repair_policy={"accepted_beats": 1, "alone_s": 0.5})
     await ready(agent)
@@ -251,7 +252,7 @@ async def test_l3_but_not_for_ever(site: Site) -> None:
 
 
 async def after_a_kill(site: Site, agent: SiteAgent, device: Device, allowed: set[str]) -> None:
-    """Start it again, and see the interface up, one attempt with an allowed outcome, one escalation."""
+    """Start the agent again and expect the interface up, one attempt with an allowed outcome, one escalation."""
     agent.extra.pop("WATCHDOG_FAILPOINT", None)
     await agent.start()
     await until(lambda: device.is_up, "the interface is up")
@@ -276,8 +277,8 @@ async def after_a_kill(site: Site, agent: SiteAgent, device: Device, allowed: se
 async def test_a_kill_at_a_named_moment_neither_repeats_nor_forgets(
     site: Site, point: str, allowed: set[str]
 ) -> None:
-    """Killed before, in or after the step, the next run takes it no second time, counts it, and has put
-    the interface up again."""
+    """Killed before, in or after the step, the next run does not repeat it, counts it, and has set the interface up
+    again."""
     device = await site.device()
     agent = site.agent(device)
     agent.extra["WATCHDOG_FAILPOINT"] = f"repairs.{point}:kill"
@@ -291,20 +292,20 @@ async def test_a_kill_at_a_named_moment_neither_repeats_nor_forgets(
 
 @pytest.mark.parametrize("seed", range(6))
 async def test_a_kill_at_any_moment_leads_to_the_same_end(site: Site, seed: int) -> None:
-    """Killed at a random moment of the ladder, the device is told once, and the step is taken once."""
+    """After a kill at a random moment of the ladder, the device is escalated once, and the step is taken once."""
     device = await site.device()
     agent = site.agent(device)
     await ready(agent)
     device.die()
     assert agent.process is not None
-    with pytest.raises(TimeoutError):  # the moment is the point: nothing is awaited
+    with pytest.raises(TimeoutError):  # only the timing matters: the process does not end by itself
         await agent.process.wait(random.Random(seed).uniform(0.0, 1.6))
     await agent.process.kill()
     await after_a_kill(site, agent, device, {"interrupted", "no help"})
 
 
 async def test_a_class_without_repairs_still_undoes_what_was_left(site: Site) -> None:
-    """An interface that an earlier run left down is put up by a run whose class has no repairs."""
+    """An interface that an earlier run left down is set up by a run whose class has no repairs."""
     device = await site.device()
     agent = site.agent(device)
     agent.extra["WATCHDOG_FAILPOINT"] = "repairs.taken:kill"
@@ -322,7 +323,8 @@ async def test_a_class_without_repairs_still_undoes_what_was_left(site: Site) ->
 async def test_a_signal_in_the_middle_of_a_cycle_leaves_the_interface_up(
     site: Site, number: signal.Signals
 ) -> None:
-    """Signalled with the link down, it puts it up, keeps the attempt, says goodbye, and exits in time."""
+    """After a signal while the link is down, the agent sets it up, saves the attempt, sends its last report, and exits
+    in time."""
     device = await site.device()
     agent = site.agent(device, {"timeout_s": 60.0})
     await ready(agent)
@@ -337,7 +339,7 @@ async def test_a_signal_in_the_middle_of_a_cycle_leaves_the_interface_up(
 
 
 async def test_a_second_signal_does_not_leave_it_down_either(site: Site) -> None:
-    """Two signals in a row end it at once, and the interface is up all the same."""
+    """Two signals in a row end the agent at once, and the interface is still up."""
     device = await site.device()
     agent = site.agent(device)
     await ready(agent)
@@ -350,7 +352,7 @@ async def test_a_second_signal_does_not_leave_it_down_either(site: Site) -> None
 
 
 async def test_an_interface_that_is_not_there_is_a_failed_step(site: Site) -> None:
-    """A wrong name is a failed attempt with the reason, and the device is told."""
+    """A wrong interface name is a failed attempt with the reason, and the device is escalated."""
     device = await site.device()
     agent = site.agent(device, {"interface": "nothing0"})
     await ready(agent)

@@ -1,4 +1,4 @@
-"""Log lines to Loki, as its push API wants them (a receiver in its place that accepts nothing else)."""
+"""Log lines to Loki, as its push API requires (with a receiver that accepts nothing else)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.agent.world import World, document, probe, until
 
 @pytest_asyncio.fixture
 async def loki() -> AsyncIterator[Receiver]:
-    """A receiver that answers 204, as Loki does."""
+    """A receiver that answers 204, like Loki."""
     it = Receiver()
     it.status = 204
     await it.start()
@@ -29,7 +29,7 @@ async def loki() -> AsyncIterator[Receiver]:
 
 
 def lines_of(loki: Receiver) -> list[dict[str, Any]]:
-    """The log lines of all pushes that were taken, each checked as Loki's distributor does."""
+    """The log lines of all accepted pushes, each validated like in Loki's distributor."""
     found = []
     last = 0
     for one in loki.attempts:
@@ -54,7 +54,7 @@ def lines_of(loki: Receiver) -> list[dict[str, Any]]:
 async def test_lines_arrive_in_order_and_the_last_ones_at_the_end(
     world: World, loki: Receiver
 ) -> None:
-    """What stands on stderr is at Loki too, in order and once, up to the signal that ends the agent."""
+    """Every line on stderr is in Loki too, in order and once, up to the signal that ends the agent."""
     agent = await world.started(loki={"url": f"http://127.0.0.1:{loki.port}", "tenant": "t1"})
     await until(lambda: lines_of(loki), "a first push")
     assert loki.attempts[0]["headers"]["x-scope-orgid"] == "t1"
@@ -64,7 +64,7 @@ async def test_lines_arrive_in_order_and_the_last_ones_at_the_end(
 
 
 async def test_an_environment_variable_is_enough(world: World, loki: Receiver) -> None:
-    """WATCHDOG_LOKI_URL turns shipping on without a word in the document."""
+    """WATCHDOG_LOKI_URL enables shipping without a setting in the document."""
     agent = world.agent()
     agent.extra["WATCHDOG_LOKI_URL"] = f"http://127.0.0.1:{loki.port}"
     await agent.start()
@@ -74,7 +74,7 @@ async def test_an_environment_variable_is_enough(world: World, loki: Receiver) -
 async def test_loki_that_is_busy_is_asked_again_and_told_nothing_twice(
     world: World, loki: Receiver
 ) -> None:
-    """A 429 with Retry-After is waited for, and then all lines come once."""
+    """After a 429 the agent waits for Retry-After, and then all lines arrive once."""
     loki.status, loki.headers = 429, "Retry-After: 2\r\n"
     agent = await world.started(loki={"url": f"http://127.0.0.1:{loki.port}"})
     await until(lambda: loki.attempts, "a first push")
@@ -89,7 +89,7 @@ async def test_loki_that_is_busy_is_asked_again_and_told_nothing_twice(
 async def test_what_loki_refuses_for_good_is_counted_and_not_repeated(
     world: World, loki: Receiver
 ) -> None:
-    """A batch that is answered 400 is not sent again, and the count is in /metrics."""
+    """A batch answered with 400 is not sent again, and the count is in /metrics."""
     loki.status = 400
     agent = await world.started(loki={"url": f"http://127.0.0.1:{loki.port}"})
 
@@ -103,14 +103,14 @@ async def test_what_loki_refuses_for_good_is_counted_and_not_repeated(
 
 
 async def test_loki_away_harms_nobody(world: World) -> None:
-    """With nobody at Loki's address the agent watches, reports, and ends in time."""
+    """With Loki down the agent watches, reports, and ends in time."""
     agent = await world.started(loki={"url": f"http://127.0.0.1:{free_port()}"})
     await world.peer.saw("ready", ready=True)
     assert await agent.signal(signal.SIGTERM) == 143
 
 
 def test_a_full_buffer_drops_the_oldest_and_counts() -> None:
-    """Beyond MOST lines the oldest go; memory stays bounded however long Loki is away."""
+    """Beyond MOST lines the oldest are dropped; memory stays bounded however long Loki is down."""
     config = check(document(probes=[probe(80)], loki={"url": "http://127.0.0.1:1"}))
     loop = Loop()
     shipper = shipping.LokiShipper(loop, config)

@@ -1,4 +1,4 @@
-"""What an agent shows of itself: metrics in two forms, its history, and probes on demand."""
+"""What an agent exposes: metrics in two formats, its history, and probes on demand."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ async def ask(agent: Agent, method: str, path: str, *headers: str) -> tuple[int,
 
 
 async def test_openmetrics_for_who_asks_and_text_for_others(world: World) -> None:
-    """As Prometheus asks, the answer is OpenMetrics that its strict parser takes, with the same samples as
-    the text that everybody else gets."""
+    """A request like that of Prometheus gets OpenMetrics that its strict parser accepts, with the same samples as the
+    text that other clients get."""
     agent = await world.started()
     await world.peer.saw("ready", ready=True)
     _, head, body = await ask(agent, "GET", "/metrics", f"Accept: {PROMETHEUS}")
@@ -64,12 +64,12 @@ async def test_openmetrics_for_who_asks_and_text_for_others(world: World) -> Non
     ],
 )
 def test_accept_is_read_as_http_means_it(accept: str, is_wanted: bool) -> None:
-    """OpenMetrics is wanted where it is named, unless with the weight 0."""
+    """OpenMetrics is served where Accept names it, unless with the weight 0."""
     assert wanted(accept) is is_wanted
 
 
 def test_only_counters_lose_their_suffix() -> None:
-    """A gauge whose name ends in _total keeps it; a counter's family loses it, its sample does not."""
+    """A gauge whose name ends in _total keeps it; a counter's family loses the suffix, its sample does not."""
     text = (
         b"# HELP a_total A.\n# TYPE a_total counter\na_total 1\n# TYPE b_total gauge\nb_total 2\n"
     )
@@ -84,7 +84,7 @@ def test_only_counters_lose_their_suffix() -> None:
 
 
 async def test_status_remembers_the_changes_of_state(world: World) -> None:
-    """/status has the states in their order with time and reason, and never more than 32."""
+    """/status lists the states in their order with time and reason, and at most 32."""
     agent = await world.started()
     await agent.is_in("ok", state="ok", was_ready=True)
     await world.device.stop()
@@ -99,7 +99,7 @@ async def test_status_remembers_the_changes_of_state(world: World) -> None:
 
 
 async def test_probes_on_demand_show_and_do_not_convict(world: World) -> None:
-    """POST /probe runs each probe and confirmation once; what it finds is shown, and counts for no miss."""
+    """POST /probe runs each probe and confirmation once; the results are displayed, and do not count as misses."""
     slow = {"interval_s": 60.0}
     agent = await world.started(probes=[{"kind": "tcp", "port": world.device.port, **slow}])
     await world.peer.saw("ready", ready=True)
@@ -119,7 +119,7 @@ async def test_probes_on_demand_show_and_do_not_convict(world: World) -> None:
 
 
 async def test_asking_too_often_is_refused(world: World) -> None:
-    """Of many requests at once one is taken in a second, and the others get 429."""
+    """Of many simultaneous requests one is accepted per second, and the others get 429."""
     agent = await world.started()
     began = time.monotonic()
     answers = await asyncio.gather(*(ask(agent, "POST", "/probe") for _ in range(10)))
@@ -130,7 +130,7 @@ async def test_asking_too_often_is_refused(world: World) -> None:
 
 
 async def test_post_is_for_probes_alone(world: World) -> None:
-    """No other page takes a POST."""
+    """No other page accepts a POST."""
     agent = await world.started()
     for path in ("/healthz", "/metrics", "/status", "/"):
         assert (await ask(agent, "POST", path))[0] == 404

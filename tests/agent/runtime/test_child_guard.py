@@ -1,4 +1,4 @@
-"""Programs that an agent starts end with it, however it ends."""
+"""Programs that an agent starts end when it ends, however it ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NULL = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
 
 
 def gone(pid: int) -> bool:
-    """Whether no such process runs; a corpse does not."""
+    """Whether no process with this PID runs; a zombie does not count."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -29,13 +29,13 @@ def gone(pid: int) -> bool:
 
 
 def stubborn(pids: Path) -> list[str]:
-    """A program with a child, both deaf to SIGTERM, that write their numbers and end after ten minutes."""
+    """A program with a child that both ignore SIGTERM, write their PIDs and end after ten minutes."""
     child = f"trap '' TERM; echo $$ >> {pids}; sleep 600"
     return ["sh", "-c", f"trap '' TERM; echo $$ >> {pids}; sh -c \"{child}\" & sleep 600"]
 
 
 async def killed(world: World, pids: Path, **changes: Any) -> None:
-    """Start an agent, wait for its program and the program's child, kill -9 the agent, see both gone."""
+    """Start an agent, wait for its program and the program's child, kill -9 the agent, and expect both gone."""
     agent = await world.started(**changes)
     if "repairs" in changes:
         await world.peer.saw("accepted", state="ok", ready=True)
@@ -50,7 +50,7 @@ async def killed(world: World, pids: Path, **changes: Any) -> None:
 
 
 async def test_a_probe_ends_with_a_killed_agent(world: World, tmp_path: Path) -> None:
-    """kill -9 of an agent ends the command of a probe that was under way, with its children."""
+    """kill -9 of an agent ends the command of a running probe, with its children."""
     pids = tmp_path / "pids"
     spec = {
         "kind": "command",
@@ -63,14 +63,14 @@ async def test_a_probe_ends_with_a_killed_agent(world: World, tmp_path: Path) ->
 
 
 async def test_a_repair_ends_with_a_killed_agent(world: World, tmp_path: Path) -> None:
-    """kill -9 of an agent ends the command of a repair that was under way, with its children."""
+    """kill -9 of an agent ends the command of a running repair, with its children."""
     pids = tmp_path / "pids"
     step = {"kind": "command", "command": stubborn(pids), "timeout_s": 500.0}
     await killed(world, pids, repairs=[step])
 
 
 def test_what_a_finished_program_leaves_behind_lives() -> None:
-    """A program that starts a service and ends is not undone: its child outlives it and its guard."""
+    """If a program starts a service and ends, the service outlives it and its guard."""
     script = "sleep 600 & echo $!"
     read, write = os.pipe()
     program = child_guard.GuardedProcess(
@@ -91,8 +91,8 @@ def test_what_a_finished_program_leaves_behind_lives() -> None:
 def test_a_program_gets_what_it_was_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shell: str
 ) -> None:
-    """Arguments, environment and exit code are the program's own, with a shell for the guard and without;
-    none of our descriptors reaches it but its three."""
+    """Arguments, environment and exit code are the program's own, whether or not the guard uses a shell; none of our
+    descriptors reaches it but its three."""
     monkeypatch.setattr(child_guard, "SHELL", shell)
     out = tmp_path / "out"
     text = (
@@ -109,14 +109,14 @@ def test_a_program_gets_what_it_was_given(
     finally:
         for one in held:
             os.close(one)
-    # what this process itself was started with is inherited by all
+    # all programs inherit what this process itself was started with
     given = [fd for fd in range(3, 64) if Path(f"/proc/self/fd/{fd}").exists()]
     expected = [0, 1, 2, *(fd for fd in given if os.get_inheritable(fd))]
     assert json.loads(out.read_text()) == [words, "x y", expected]
 
 
 def test_a_program_that_is_not_there_is_an_error_of_the_start(tmp_path: Path) -> None:
-    """A missing program, a folder and a file that may not be run are OSErrors with the kernel's word; a null
+    """A missing program, a folder and a file that is not executable are OSErrors with the kernel's message; a null
     character is a ValueError."""
     plain = tmp_path / "plain"
     plain.write_text("x")
@@ -136,8 +136,8 @@ def test_a_program_that_is_not_there_is_an_error_of_the_start(tmp_path: Path) ->
 
 @pytest.mark.slow_because("counts dead children for six seconds of an agent's life")
 def test_no_corpse_stays_where_the_agent_is_process_1(tmp_path: Path) -> None:
-    """In a pid namespace of its own, where orphans become the agent's children, many runs of a program with a
-    child leave no zombie behind."""
+    """In a PID namespace of its own, where orphans become the agent's children, many runs of a program with a child
+    leave no zombie."""
     config = document(
         probes=[
             {

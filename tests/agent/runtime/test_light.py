@@ -1,4 +1,4 @@
-"""The light parts do what the standard library's own modules do."""
+"""The lightweight replacements behave like the standard library's own modules."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ values = st.recursive(
 
 @given(values, st.booleans())
 def test_json_is_written_as_the_module_writes_it(value: Any, in_order: bool) -> None:
-    """Every value is the same text, and comes back as it was."""
+    """Every value is written as the same text, and read back unchanged."""
     text = json_light.dumps(value, sort_keys=in_order)
     assert text == json.dumps(value, sort_keys=in_order)
     assert json_light.loads(text) == json_light.loads(text.encode()) == value
@@ -37,7 +37,7 @@ def test_json_is_written_as_the_module_writes_it(value: Any, in_order: bool) -> 
 
 @given(st.text() | st.text(alphabet='{}[]",:0123456789.-eEtruefalsn \n\\u'))
 def test_json_is_read_as_the_module_reads_it(text: str) -> None:
-    """What the module takes is taken, and gives the same; what it refuses is refused with a ValueError."""
+    """What the module accepts is accepted with the same result; what it rejects is rejected with a ValueError."""
     try:
         wanted = json.loads(text)
     except ValueError:
@@ -52,8 +52,8 @@ BROKEN = ['{"a": 1', "{", '"abc', "[1 2]", '{"a" 1}', "[1,]", '"\\x"', '"\\u12"'
 
 
 def test_broken_json_is_a_value_error_in_a_process_without_the_module() -> None:
-    """Text that begins as JSON and is cut or wrong is a ValueError where `json` was never imported, as in the
-    agent: there Python 3.10 and 3.11 find no class for the error they want to raise."""
+    """Text that begins as JSON and is truncated or wrong is a ValueError where `json` was never imported, as in the
+    agent: there Python 3.10 and 3.11 lack the class of the error they want to raise."""
     text = (
         "import sys; sys.path.insert(0, sys.argv[1]); from watchdog_agent.runtime import json_light as light_json\n"
         "assert 'json' not in sys.modules\n"
@@ -69,13 +69,13 @@ def test_broken_json_is_a_value_error_in_a_process_without_the_module() -> None:
 
 @given(st.binary())
 def test_bytes_that_are_no_json_are_a_value_error(data: bytes) -> None:
-    """Whatever bytes come, they are a value or a ValueError."""
+    """Any bytes give a value or a ValueError."""
     with contextlib.suppress(ValueError):
         json_light.loads(data)
 
 
 def test_what_is_no_json_is_refused_and_defaults_are_asked() -> None:
-    """A value that JSON has not is a TypeError, or what `default` makes of it; nesting without end is a
+    """A value that JSON does not support is a TypeError, or converted by `default`; endless nesting is a
     RecursionError, as in the module."""
     with pytest.raises(TypeError):
         json_light.dumps({"a": {1}})
@@ -86,8 +86,8 @@ def test_what_is_no_json_is_refused_and_defaults_are_asked() -> None:
 
 
 def test_the_light_parts_are_used_here_and_the_modules_where_there_are_none() -> None:
-    """On this Python the C parts are taken; where they can't be had the agent has the modules, and its
-    configuration is read as before."""
+    """On this Python the C parts are used; where they are missing the agent uses the modules, and its configuration is
+    read as before."""
     assert stdlib_light.json is json_light
     script = """
 import sys
@@ -108,7 +108,7 @@ print(light.json.dumps(config.check({"v": 1, "device_id": "a", "slug": "a", "epo
 
 
 def test_a_request_comes_with_its_descriptors() -> None:
-    """What `socket.send_fds` sends, with no, one or two descriptors, is received with them."""
+    """Messages from `socket.send_fds` with no, one or two descriptors are received with them."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     null = os.open(os.devnull, os.O_RDONLY)
     with ours, theirs:
@@ -125,7 +125,8 @@ def test_a_request_comes_with_its_descriptors() -> None:
 
 
 def test_a_socket_that_was_closed_by_somebody_else_is_dropped() -> None:
-    """A watched socket that somebody closes keeps nobody busy, and who gets its number is not taken for it."""
+    """A watched socket that is closed elsewhere does not make the loop spin, and a new socket with its number is not
+    taken for it."""
     loop = Loop()
     heard: list[str] = []
     ours, theirs = socket.socketpair()
@@ -155,7 +156,7 @@ def test_a_socket_that_was_closed_by_somebody_else_is_dropped() -> None:
 
 
 def test_a_hang_up_wakes_readers_and_writers() -> None:
-    """Whoever waits to read or to write is called when the other side is gone, with what it waits for."""
+    """A reader or a writer is called when the peer is gone, with the event it waits for."""
     for wanted in (READ, WRITE, READ | WRITE):
         loop = Loop()
         ours, theirs = socket.socketpair()

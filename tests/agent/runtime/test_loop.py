@@ -1,4 +1,4 @@
-"""The loop under the agent."""
+"""The agent's event loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from watchdog_agent.runtime.loop import FEW, Loop
 
 
 def test_a_socket_closed_in_the_same_batch_is_left_alone() -> None:
-    """When one callback closes the socket of another that is ready too, the loop goes on."""
+    """When one callback closes the socket of another that is ready too, the loop continues."""
     loop = Loop()
     pairs = [socket.socketpair() for _ in range(2)]
     called = []
@@ -32,7 +32,7 @@ def test_a_socket_closed_in_the_same_batch_is_left_alone() -> None:
 
 
 def test_cancelled_timers_are_not_called() -> None:
-    """A timer whose callback was taken away does nothing; the others come in order."""
+    """A cancelled timer does nothing; the others fire in order."""
     loop = Loop()
     called = []
     gone = loop.later(0.0, lambda: called.append("gone"))
@@ -46,8 +46,8 @@ def test_cancelled_timers_are_not_called() -> None:
 
 
 def test_cancelled_timers_take_no_room() -> None:
-    """Of ten thousand timers cancelled long before they are due a few dozen are kept; those that live all
-    come, in order, also ones set from a timer."""
+    """Of ten thousand timers cancelled long before they are due, a few dozen are kept; the others all fire in order,
+    including ones set from a timer."""
     loop = Loop()
     called: list[int] = []
     for number in range(FEW):

@@ -1,4 +1,4 @@
-"""Devices and servers by name and over IPv6: which addresses are tried, and what the other side is told."""
+"""Devices and servers by name and over IPv6: which addresses are tried, and what is sent to the peer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LOCALHOST = "::1 localhost both.test\n127.0.0.1 localhost both.test\n"
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> Names:
-    """`names("a.test", "::1", "127.0.0.1", port=…)`: a name with these addresses, in the resolver's order."""
+    """`names("a.test", "::1", "127.0.0.1", port=…)`: a name that resolves to these addresses, in this order."""
     known: dict[bytes, tuple[tuple[str, ...], int | None]] = {}
     real = stdlib_light.socket.getaddrinfo
 
@@ -69,8 +69,8 @@ def mqtt(data: bytes) -> Speaker:
 @pytest.mark.parametrize("first", ["::1", "127.9.9.9", "fe80::1%lo", "fe80::1"])
 @pytest.mark.parametrize("kind", ["tcp", "http", "https", "tls", "mqtt"])
 async def test_the_next_address_is_tried(names: Names, kind: str, first: str) -> None:
-    """Where the first address refuses, has no route or is unusable, each kind of probe over TCP reaches the
-    device at its second."""
+    """If the first address refuses, has no route or is unusable, each kind of probe over TCP reaches the device at its
+    second."""
     authority = trustme.CA()
     tls = context_of(authority.issue_cert("both.test")) if kind in ("https", "tls") else None
     names("both.test", first, "127.0.0.1")
@@ -83,7 +83,7 @@ async def test_the_next_address_is_tried(names: Names, kind: str, first: str) ->
 
     async with tcp(served, tls) as port:
         found = await asked("both.test", kind=kind, port=port, timeout_s=20.0, **more)
-        if kind != "tls":  # which is gone before its connection is served
+        if kind != "tls":  # the tls probe's client is gone before its connection is served
             await asyncio.wait_for(met.wait(), 20.0)
     assert found[0], found
 
@@ -91,7 +91,7 @@ async def test_the_next_address_is_tried(names: Names, kind: str, first: str) ->
 @pytest.mark.parametrize("first", ["::1", "fe80::1%lo"])
 @pytest.mark.parametrize("kind", ["dns", "snmp"])
 async def test_the_next_address_is_asked_over_udp(names: Names, kind: str, first: str) -> None:
-    """Over UDP too the second address is asked where the first refuses or has no route."""
+    """Over UDP too the second address is tried if the first refuses or has no route."""
     names("both.test", first, "127.0.0.1")
     async with udp(DATAGRAMS[kind]) as port:
         more = {"name": "pump.example"} if kind == "dns" else {}
@@ -104,7 +104,7 @@ SLOW_S = 2.0
 
 @pytest.fixture
 def slow_resolver(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It answers after longer than a probe's timeout, as where the first of two name servers is down."""
+    """A resolver that takes longer than a probe's timeout, as when the first of two name servers is down."""
     real = stdlib_light.socket.getaddrinfo
 
     def resolve(host: Any, *more: Any, **options: Any) -> Any:
@@ -121,7 +121,7 @@ def slow_resolver(monkeypatch: pytest.MonkeyPatch) -> None:
     "the resolver takes longer than the timeout, which a loaded machine must keep"
 )
 async def test_the_time_of_a_slow_resolver_is_not_the_devices() -> None:
-    """A device that answers is found, however long its name takes: that is neither a miss nor a slow answer."""
+    """A device that answers is found, however long name resolution takes: it is neither a miss nor a slow answer."""
     mute = asyncio.Event()
 
     async def silent(_reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
@@ -154,7 +154,7 @@ async def test_the_time_of_a_slow_resolver_is_not_the_devices() -> None:
 
 
 def took_s(name: str, port: int) -> float:
-    """How long a TCP probe of this name says that the device took, seconds."""
+    """The response time that a TCP probe of this name measures, seconds."""
     loop, times = Loop(), []
 
     def done(ok: bool | None, reason: str, seconds: float, _warning: str) -> None:
@@ -169,7 +169,7 @@ def took_s(name: str, port: int) -> float:
 
 
 async def test_a_magic_packet_goes_to_every_address(names: Names) -> None:
-    """A device is woken at the address that can be sent to, and the step fails only where there is none."""
+    """The packet is sent to each address that can be reached, and the step fails only if there is none."""
     packets: list[bytes] = []
     names("both.test", "fe80::1%lo", "127.0.0.1")
     names("none.test", "fe80::1%lo")
@@ -217,7 +217,7 @@ DATAGRAMS: dict[str, Callable[[bytes], bytes | None]] = {"dns": _dns, "snmp": _s
 
 @pytest.fixture
 def silent_port() -> Iterator[int]:
-    """A port of 127.0.0.2 where connections are neither made nor refused: its queue is full."""
+    """A port of 127.0.0.2 that neither accepts nor refuses connections: its queue is full."""
     with ExitStack() as stack:
         server = stack.enter_context(socket.socket())
         server.bind(("127.0.0.2", 0))
@@ -233,7 +233,8 @@ def silent_port() -> Iterator[int]:
 def test_a_silent_address_does_not_use_up_the_timeout(
     names: Names, silent_port: int, timeout_s: float
 ) -> None:
-    """While the first address is silent the second is tried, well within the timeout; both are left closed."""
+    """While the first address is silent the second is tried, well within the timeout; both connections are closed
+    afterwards."""
     with socket.create_server(("127.0.0.1", silent_port)):
         names("both.test", "127.0.0.2", "127.0.0.1")
         ok, reason = asyncio.run(
@@ -243,7 +244,7 @@ def test_a_silent_address_does_not_use_up_the_timeout(
 
 
 def test_a_silent_first_address_may_still_win(names: Names, silent_port: int) -> None:
-    """An address that was silent stays in the race: where the other refuses, the timeout is the reason."""
+    """A silent address stays in the race: if the other refuses, the timeout is the reason."""
     names("both.test", "127.0.0.2", "127.0.0.1")
     ok, reason = asyncio.run(asked("both.test", kind="tcp", port=silent_port, timeout_s=0.5))
     assert (ok, reason) == (False, "no answer within 0.5 s")
@@ -252,7 +253,7 @@ def test_a_silent_first_address_may_still_win(names: Names, silent_port: int) ->
 def test_a_refusal_of_any_address_is_a_sign_that_the_host_is_there(
     names: Names, silent_port: int
 ) -> None:
-    """Where reachability alone is asked, a refusal by one address counts although another is silent."""
+    """If only reachability is probed, a refusal by one address counts although another is silent."""
     names("both.test", "127.0.0.2", "127.0.0.1")
     loop, found = Loop(), []
 
@@ -288,7 +289,7 @@ async def test_the_reason_is_what_the_device_says(
 def test_a_name_has_at_most_eight_addresses_and_nobody_is_called_after_the_end(
     names: Names,
 ) -> None:
-    """Of a name with 50 addresses eight are tried, in order; a cancelled connection calls nobody."""
+    """Of a name with 50 addresses eight are tried, in order; a cancelled connection invokes no callback."""
     names("many.test", *(f"127.0.1.{n}" for n in range(1, 51)))
     loop, seen, over = Loop(), [], []
     turns = Turns(
@@ -313,11 +314,11 @@ def test_a_name_has_at_most_eight_addresses_and_nobody_is_called_after_the_end(
     assert len(over) == 1
 
 
-# -- everything under another /etc/hosts
+# -- everything with a different /etc/hosts
 
 
 def elsewhere(folder: Path, *argv: str) -> list[str]:
-    """The command with `localhost` and `both.test` as ::1 first and 127.0.0.1 second."""
+    """The command, with `localhost` and `both.test` resolving to ::1 first and 127.0.0.1 second."""
     hosts = folder / "hosts"
     hosts.write_text(LOCALHOST)
     return [
@@ -335,7 +336,7 @@ def elsewhere(folder: Path, *argv: str) -> list[str]:
 async def test_an_agent_reaches_servers_at_the_second_address(
     world: World, tmp_path: Path, name: str
 ) -> None:
-    """With a name that is ::1 first, and servers on 127.0.0.1 only, an agent finds its device, registers in
+    """With a name that resolves to ::1 first, and servers on 127.0.0.1 only, an agent reaches its device, registers in
     Consul, reports, ships its log and sends an alert."""
     urls = {}
     for key in ("consul", "loki", "sink"):
@@ -389,7 +390,7 @@ for base in sys.argv[1:]:
 
 
 async def test_the_control_plane_reaches_servers_at_the_second_address(tmp_path: Path) -> None:
-    """The clients of Consul, Nomad and the API, and those of replicas and metrics, go on to 127.0.0.1."""
+    """The clients of Consul, Nomad and the API, and those of replicas and metrics, fall back to 127.0.0.1."""
 
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while head := await reader.readuntil(b"\r\n\r\n"):
@@ -435,8 +436,8 @@ for address in sys.argv[1:]:
 
 @pytest.mark.parametrize("raw", [True, False], ids=["raw", "datagram"])
 def test_an_echo_over_ipv6(raw: bool) -> None:
-    """Over a raw and over a datagram socket ::1, a link-local address with its zone and an address of another
-    interface answer as device and as gateway; their dead neighbours do not."""
+    """Through a raw and through a datagram socket ::1, a link-local address with its zone and an address of another
+    interface answer as device and as gateway; unused addresses next to them do not."""
     setup = [
         "ip link set lo up",
         "ip link add v0 type veth peer name v1 && ip link set v0 up && ip link set v1 up",
@@ -465,7 +466,7 @@ def test_an_echo_over_ipv6(raw: bool) -> None:
 
 @pytest.mark.parametrize("first", ["fe80::1%lo", "127.255.255.255"])
 async def test_an_echo_of_the_next_address(names: Names, first: str) -> None:
-    """A device whose first address cannot be reached is found by an echo of its second, in either order."""
+    """A device whose first address is unreachable is found by an echo of its second, in either order."""
     names("both.test", first, "127.0.0.1")
     names("back.test", "::1", first)
     for name in ("both.test", "back.test"):
@@ -476,11 +477,11 @@ async def test_an_echo_of_the_next_address(names: Names, first: str) -> None:
     assert reason in ("network is unreachable", "permission denied")
 
 
-# -- A6, A7: what the other side is told
+# -- A6, A7: what is sent to the peer
 
 
 async def sent(names: Names, address: str, listen: str = "127.0.0.1", **spec: Any) -> list[str]:
-    """The lines of the request that a device at this address gets, wherever the name leads."""
+    """The lines of the request that a device at this address receives, wherever the name resolves."""
     heads: list[bytes] = []
 
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -506,8 +507,8 @@ async def sent(names: Names, address: str, listen: str = "127.0.0.1", **spec: An
     ],
 )
 async def test_host_over_http(names: Names, address: str, port: int, host: str) -> None:
-    """Host has neither zone nor final dot, and a port only where it is not the default of http; the request says
-    which program sends it."""
+    """Host has neither zone nor final dot, and a port only if it is not the default of http; the request names the
+    program that sends it."""
     lines = await sent(names, address, kind="http", port=port)
     assert [one for one in lines if one.startswith("Host:")] == [f"Host: {host}"]
     assert "User-Agent: watchdog-agent" in lines
@@ -546,8 +547,8 @@ async def test_host_over_https(names: Names, address: str, port: int, host: str)
 async def test_server_name_of_tls(
     names: Names, kind: str, address: str, named: str | None, sni: str | None
 ) -> None:
-    """The certificate of dev.test is good for `dev.test.`, and one of an address for the address with a zone;
-    SNI has no final dot, and is not sent for addresses."""
+    """The certificate of dev.test is valid for `dev.test.`, and one of an address for the address with a zone; SNI has
+    no final dot, and is not sent for addresses."""
     authority, seen = trustme.CA(), []
     context = context_of(authority.issue_cert("dev.test", "fe80::1", "10.0.0.9"))
     context.sni_callback = lambda _socket, name, _context: seen.append(name)
@@ -572,7 +573,7 @@ async def test_server_name_of_tls(
     ],
 )
 def test_addresses_of_servers(text: str, host: str, port: int, header: str) -> None:
-    """A URL gives where to connect, with the zone, and what the server is told, without."""
+    """A URL gives the address to connect to, with the zone, and the host name to send, without it."""
     url = Url(text, tls=True)
     assert (url.host, url.port, url.host_header) == (host, port, header)
 
@@ -581,13 +582,13 @@ def test_addresses_of_servers(text: str, host: str, port: int, header: str) -> N
     "port", ["9" * 5000, "0", "65536", "+80", " 80", "8_0", "²", "-1"], ids=itertools.count()
 )
 def test_ports_of_servers(port: str) -> None:
-    """What is no port is a ValueError, however long it is."""
+    """An invalid port is a ValueError, however long it is."""
     with pytest.raises(ValueError):
         Url(f"http://localhost:{port}/")
 
 
 def test_a_server_at_another_default_port_is_told_it() -> None:
-    """Consul's own default port is not http's, so Host names it."""
+    """Consul's default port is not that of http, so Host includes it."""
     assert Url("http://consul.test", 8500).host_header == "consul.test:8500"
     assert http.host_header("a.test.", 443, secure=True) == "a.test"
     assert http.host_header("a.test.", 443, secure=False) == "a.test:443"

@@ -23,8 +23,8 @@ def install(folder: Path, name: str, module: str) -> None:
 def test_all_that_is_installed_is_read_once_a_minute_at_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A plugin that is missing, one whose module can't be imported and one that is there are each looked for
-    once; the missing one is found when a minute has passed."""
+    """A missing plugin, one whose module can't be imported and one that is installed cause one scan each; a missing one
+    is found after a minute."""
     monkeypatch.setattr(plugins, "_points", {})
     monkeypatch.setattr(plugins, "_missing", {})
     monkeypatch.syspath_prepend(tmp_path)

@@ -1,4 +1,4 @@
-"""The agent's one way to read a secret from a file."""
+"""How the agent reads a secret from a file."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from watchdog_agent.runtime import secrets
 def test_a_secret_that_is_not_safe_is_not_used(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """One that everybody can write, or of another user, is no secret; why is logged once, without the secret.
-    Changed in place it is read anew."""
+    """A file that everyone can write, or that belongs to another user, is not used; the reason is logged once, without
+    the secret. A file changed in place is read again."""
     path = tmp_path / "token"
     path.write_text("a-token\n")
-    path.chmod(0o644)  # as in a Secret of Kubernetes
+    path.chmod(0o644)  # as in a Kubernetes Secret
     assert secrets.token(str(path)) == "a-token"
     path.write_text("b-token\n")
     assert secrets.token(str(path)) == "b-token"
@@ -36,7 +36,7 @@ def test_a_secret_that_is_not_safe_is_not_used(
 
 
 def test_what_is_no_file_is_no_secret(tmp_path: Path) -> None:
-    """Nothing there, a folder, a pipe without a writer, and bytes that no header takes."""
+    """A missing file, a folder, a pipe without a writer, and bytes that are not allowed in a header give no secret."""
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     for path in (

@@ -1,4 +1,4 @@
-"""The agent over https: what it trusts, what it shows of itself, and what it costs."""
+"""The agent over https: what it trusts, what it reveals, and what it costs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CREDENTIAL = "wda1.pump-7-abc.3.c0ffee-secret"
 
 @pytest.fixture
 async def secure(tmp_path: Path) -> Any:
-    """A world whose peer speaks TLS, and the authority of its certificate."""
+    """A world whose peer serves TLS, and the CA of its certificate."""
     authority = trustme.CA()
     async with a_world(tmp_path) as world:
         await world.peer.stop()
@@ -39,8 +39,8 @@ def agent_of(world: World, ca: str, **changes: Any) -> Agent:
 
 
 async def test_reports_over_https_with_its_credential(secure: Any, tmp_path: Path) -> None:
-    """The single-file agent trusts the authority in its document, sends its credential instead of the
-    token in a file, says goodbye, and shows the credential nowhere (S10)."""
+    """The single-file agent trusts the CA in its document, sends its credential instead of the token in a file, sends
+    its last report, and reveals the credential nowhere (S10)."""
     world, ca = secure
     build_agent(tmp_path / "agent.pyz")
     (tmp_path / "token").write_text("shared-token")
@@ -76,7 +76,7 @@ async def test_other_ways_to_trust(secure: Any, tmp_path: Path, way: str) -> Non
 
 
 async def test_a_server_that_is_not_trusted_gets_nothing(secure: Any) -> None:
-    """With another authority nothing is sent, the log says why, and the agent goes on watching."""
+    """With another CA nothing is sent, the log states why, and the agent keeps watching."""
     world, _ = secure
     agent = agent_of(world, trustme.CA().cert_pem.bytes().decode())
     await agent.start()
@@ -91,8 +91,8 @@ async def test_a_server_that_is_not_trusted_gets_nothing(secure: Any) -> None:
 
 
 async def test_wedged_handshakes_hold_up_nothing(secure: Any) -> None:
-    """A peer that takes the connection and never shakes hands, then one that speaks no TLS: the agent
-    stays answering, and ends within 3 s of a signal."""
+    """With a peer that accepts the connection and never shakes hands, then one that does not speak TLS, the agent keeps
+    answering, and ends within 3 s of a signal."""
     world, ca = secure
     await world.peer.stop()
     world.peer.tls, met = None, asyncio.Event()
@@ -132,7 +132,7 @@ async def test_wedged_handshakes_hold_up_nothing(secure: Any) -> None:
 async def test_what_can_not_be_used_is_said_at_start(
     secure: Any, change: dict[str, Any], words: str
 ) -> None:
-    """A wrong authority or credential is exit 64 with a line that names it, and never the credential."""
+    """A wrong CA or credential ends the start with exit code 64 and a line that names it, and never the credential."""
     world, ca = secure
     agent = agent_of(world, ca, **change)
     with pytest.raises(AssertionError):
@@ -144,7 +144,7 @@ async def test_what_can_not_be_used_is_said_at_start(
 
 
 async def test_tls_costs_only_who_uses_it(secure: Any, tmp_path: Path) -> None:
-    """An agent with an http address has not loaded the library of TLS; one with https has at most 22 MB."""
+    """An agent with an http address has not loaded the TLS library; one with https uses at most 22 MB."""
     world, ca = secure
     build_agent(tmp_path / "agent.pyz")
     argv = [sys.executable, "-I", "-S", str(tmp_path / "agent.pyz")]
@@ -162,8 +162,8 @@ async def test_tls_costs_only_who_uses_it(secure: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_pem_files_with_a_byte_order_mark_are_taken(tmp_path: Path, mark: str) -> None:
-    """What the control plane takes, its agents take as well: an authority as a file and as text, and a client
-    certificate with its key in one file or in two, with a comment that is not ASCII."""
+    """Files that the control plane accepts, its agents accept too: a CA as a file and as text, and a client certificate
+    with its key in one file or in two, with a comment that is not ASCII."""
     authority = trustme.CA()
     leaf = authority.issue_cert("agent.test")
     chain = b"".join(pem.bytes() for pem in leaf.cert_chain_pems).decode()
@@ -191,6 +191,6 @@ def test_pem_files_with_a_byte_order_mark_are_taken(tmp_path: Path, mark: str) -
 
 
 def test_a_number_of_the_tls_library_is_not_taken_for_one_of_the_kernel() -> None:
-    """A TLS error whose number is also an errno (8, ENOEXEC) is told in words of TLS."""
+    """A TLS error whose number is also an errno (8, ENOEXEC) is reported as a TLS error."""
     hung_up = ssl.SSLEOFError(8, "EOF occurred in violation of protocol")
     assert reason_of(hung_up) == "TLS: eof occurred in violation of protocol"
