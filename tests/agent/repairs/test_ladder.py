@@ -293,7 +293,7 @@ def test_s3_no_step_without_an_acceptance_that_stands(
 ) -> None:
     """Whatever the answers: an agent that may act was accepted at most `alone_s` ago, and no rejection came since."""
     standing, now, accepted, against = ActAuthority(4.0, 60.0), 0.0, None, True
-    for status, passed in heard:
+    for count, (status, passed) in enumerate(heard, 1):
         now += passed
         standing.report_answered(status, now)
         if status == 200:
@@ -304,7 +304,7 @@ def test_s3_no_step_without_an_acceptance_that_stands(
             assert accepted is not None
             assert not against
             assert now - accepted <= 60.0
-            assert 410 not in [one for one, _ in heard[: heard.index((status, passed)) + 1]]
+            assert 410 not in [one for one, _ in heard[:count]]
 
 
 def test_standing_is_of_one_run() -> None:
