@@ -1,6 +1,6 @@
-"""Walks registry, Nomad, Consul and processes, and says which promise does not hold.
+"""Checks registry, Nomad, Consul and processes, and reports which promise does not hold.
 
-Everything is read from the stores themselves, nothing from what the control plane says of itself.
+Everything is read from the stores themselves, nothing from the control plane's own reports.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LIVE = {"running", "pending"}
 
 @dataclass(frozen=True, slots=True)
 class AgentProcess:
-    """One process that is an agent, as /proc has it."""
+    """One agent process, as shown in /proc."""
 
     pid: int
     slug: str
@@ -42,7 +42,7 @@ class Where:
     """One installation, and the stores that it shares with others."""
 
     root: Path
-    """Of Nomad's data folder: below it the agents have theirs."""
+    """Nomad's data folder: the agents' folders are below it."""
     consul: str
     nomad: str
     job_prefix: str = "device-watchdog"
@@ -52,7 +52,7 @@ class Where:
 
 @dataclass(slots=True)
 class Findings:
-    """What was asked of each promise, and what does not hold."""
+    """Which promises were checked, and what does not hold."""
 
     asked: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -64,14 +64,14 @@ class Findings:
 
 
 def processes(root: Path) -> list[AgentProcess]:
-    """The agents that run with a task folder below root."""
+    """The running agents with a task folder below root."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         with contextlib.suppress(OSError, ValueError, KeyError):
             environment = (entry / "environ").read_bytes()
-            if b"WATCHDOG_CONFIG" not in environment:  # most others, at a fifth of the price
+            if b"WATCHDOG_CONFIG" not in environment:  # skips most others at a fifth of the cost
                 continue
             words = environment.decode(errors="replace").split("\0")
             values = dict(word.split("=", 1) for word in words if "=" in word)
@@ -95,18 +95,20 @@ def processes(root: Path) -> list[AgentProcess]:
 
 
 def is_of(job_id: str, prefix: str) -> bool:
-    """Whether a job is of this installation: a dispatched child of a parent, or one of a device (`register`)."""
+    """Whether a job belongs to this installation: a dispatched child of a parent, or a device's own
+    job (`register`)."""
     return job_id.startswith((f"{prefix}/", f"{prefix}-"))
 
 
 def doubled(root: Path, job_prefix: str = "") -> list[AgentProcess]:
-    """Agents of devices that have more than one process at the same moment (S3)."""
+    """Agents of devices that have more than one process at the same time (S3)."""
     first = [one for one in processes(root) if not job_prefix or is_of(one.job, job_prefix)]
     counts = Counter(one.slug for one in first)
     suspects = [one for one in first if counts[one.slug] > 1]
     if not suspects:
         return []
-    # /proc is not read in one moment: whoever has ended meanwhile was never beside the other.
+    # /proc is not read atomically: a process that has ended meanwhile may never have run beside the
+    # other.
     alive = {one.pid for one in processes(root)}
     still = [one for one in suspects if one.pid in alive]
     counts = Counter(one.slug for one in still)
@@ -120,7 +122,7 @@ async def get(session: aiohttp.ClientSession, url: str) -> Any:
 
 
 async def records(session: aiohttp.ClientSession, where: Where) -> dict[str, DeviceRecord]:
-    """The registry's records by slug, read from Consul; those that make no sense are left out."""
+    """The registry's records by slug, read from Consul; invalid ones are left out."""
     found: dict[str, DeviceRecord] = {}
     folder = f"{where.kv_prefix}/devices/"
     for row in await get(session, f"{where.consul}/v1/kv/{folder}?recurse&consistent"):
@@ -134,7 +136,8 @@ async def records(session: aiohttp.ClientSession, where: Where) -> dict[str, Dev
 
 
 async def agents_jobs(session: aiohttp.ClientSession, where: Where) -> list[Any]:
-    """The jobs of agents, stopped ones too, without the parents that children are dispatched from."""
+    """The agents' jobs, including stopped ones, without the parents that children are dispatched
+    from."""
     found = await get(session, f"{where.nomad}/v1/jobs?prefix={where.job_prefix}&meta=true")
     return [
         job for job in found if is_of(job["ID"], where.job_prefix) and "slug" in (job["Meta"] or {})
@@ -144,9 +147,10 @@ async def agents_jobs(session: aiohttp.ClientSession, where: Where) -> list[Any]
 async def audit(
     root: Path, consul: str, nomad: str, present: Collection[str], known: Collection[str]
 ) -> list[str]:
-    """What does not hold of the promises that can be seen from outside when all is still.
+    """The promises that do not hold, among those visible from outside once nothing changes any
+    more.
 
-    `present`: ids that are wanted; `known`: all that were ever registered."""
+    `present`: ids that should have an agent; `known`: all that were ever registered."""
     async with aiohttp.ClientSession() as session:
         where = Where(root, consul, nomad)
         return (await examine(session, where, present, known)).wrong
@@ -158,7 +162,7 @@ async def examine(
     present: Collection[str],
     known: Collection[str],
 ) -> Findings:
-    """As `audit`, of one installation among others."""
+    """Like `audit`, for one installation among others."""
     findings = Findings()
     stored = await records(session, where)
     running = [one for one in processes(where.root) if is_of(one.job, where.job_prefix)]
@@ -183,7 +187,7 @@ async def audit_pods(
     root: Path, consul: str, objects: Collection[Any], pods: Collection[Any],
     present: Collection[str], known: Collection[str],
 ) -> list[str]:  # fmt: skip
-    """As `audit`, on Kubernetes, of what its API server lists."""
+    """Like `audit`, on Kubernetes, from the lists of its API server."""
     findings = Findings()
     async with aiohttp.ClientSession() as session:
         where = Where(root, consul, "")
@@ -216,7 +220,7 @@ async def audit_both(
     where: Where, objects: Collection[Any], pods: Collection[Any],
     present: Collection[str], known: Collection[str],
 ) -> list[str]:  # fmt: skip
-    """As `audit`, of a fleet whose agents live on Nomad and on Kubernetes."""
+    """Like `audit`, for a fleet whose agents run on Nomad and on Kubernetes."""
     findings = Findings()
     async with aiohttp.ClientSession() as session:
         stored = await records(session, where)
@@ -280,10 +284,10 @@ def _jobs(
     *,
     protected: bool,
 ) -> None:
-    """Every start there ever was (and is not collected yet) had its epoch committed before, once.
+    """Every start so far (unless collected) had its epoch committed before, once.
 
-    Where Nomad does not protect against races one start can make several jobs: then all but the oldest
-    are stopped, whichever racer saw them."""
+    Where Nomad does not protect against races, one start can create several jobs: then all but the
+    oldest are stopped, whichever racer found them."""
     starts: dict[tuple[str, str], list[Any]] = defaultdict(list)
     for job in jobs:
         starts[job["Meta"]["slug"], job["Meta"]["epoch"]].append(job)
@@ -350,7 +354,7 @@ def _services(
         record = stored.get(service["ID"])
         failing = [c["CheckID"] for c in entry["Checks"] if c["Status"] != "passing"]
         if service["ID"] not in wanted:
-            # what a killed agent leaves there is critical, and goes by itself after 5 min
+            # a killed agent's entry is critical, and Consul removes it after 5 min
             findings.expect(bool(failing), "L1", f"{service['ID']} still passes in Consul")
             continue
         if record is not None:

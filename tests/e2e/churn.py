@@ -1,5 +1,5 @@
-"""Churn for the tests of it: devices come, go, vanish, reboot and return, agents and the control plane are
-killed; what is seen meanwhile, and an audit when it is over."""
+"""Churn for tests: devices are added, removed, vanish, reboot and return, and agents and the
+control plane are killed. Devices are observed meanwhile, and audited at the end."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from nomad_watchdog.ids import DeviceId, slug_of
 from tests.e2e import audit
 
 Audit = Callable[[AbstractSet[str]], Awaitable[list[str]]]
-"""What does not hold when these devices are wanted."""
+"""What does not hold if these devices should have agents."""
 SEED: Final = int(os.environ.get("WATCHDOG_SEED", "20251"))
 COME_UP_S: Final = 240.0
 SETTLE_S: Final = 120.0
 AUDIT_S: Final = 60.0
-"""Consul asks each agent only every 10 s."""
+"""Consul checks each agent only every 10 s."""
 OFF_IS_OVER_S: Final = 15.0
-"""So long after a device is on again its verdict may still say offline."""
+"""For this time after a device is on again its verdict may still be offline."""
 
 
 @dataclass(slots=True)
 class Watch:
-    """What was seen of every device, once a second, and what must never be seen."""
+    """The observed state of every device, once per second, and any violations."""
 
     stage: Stage
     epochs: dict[str, int] = field(default_factory=dict)
     accepted: dict[tuple[str, int], set[str]] = field(default_factory=lambda: defaultdict(set))
     on_since: dict[str, float] = field(default_factory=dict)
-    """Device → when it was switched on; without an entry it is off."""
+    """Device → when it was switched on; a device without an entry is off."""
     wrong: list[str] = field(default_factory=list)
     looks: int = 0
     may_double_until: float = 0.0
     may_double: AbstractSet[str] = frozenset()
-    """S3: until then (monotonic) a node is lost, and its agents, of these devices by slug, may run beside their
-    successors."""
+    """S3: until then (monotonic) a node is lost, and its agents (of these devices, by slug) may run
+    beside their successors."""
 
     async def run(self) -> None:
         while True:
@@ -76,7 +76,7 @@ class Watch:
 
 @dataclass(slots=True)
 class Churn:
-    """Two minutes of what a fleet does, from one seed."""
+    """Two minutes of typical fleet activity, from one seed."""
 
     stage: Stage
     fleet: SimulatedFleet
@@ -112,7 +112,8 @@ class Churn:
             await self.fleet.devices[name].power_off()
 
     async def _patiently(self, call: Any) -> None:
-        # As any gateway: say it again until the answer is a 2xx; the API is away now and then.
+        # Like any gateway: retry until the answer is a 2xx, because the API is unavailable now and
+        # then.
         async with asyncio.timeout(60.0):
             while True:
                 try:
@@ -164,7 +165,7 @@ class Churn:
             for mark in [m for m in marks if m <= at]:
                 paused = time.monotonic()
                 await marks.pop(mark)()
-                began += time.monotonic() - paused  # the churn goes on for as long after it
+                began += time.monotonic() - paused  # this time does not count as churn
             await self.step()
             await asyncio.sleep(self.chance.uniform(0.1, 1.0))
         assert not marks, f"never played: {marks}"
@@ -190,14 +191,14 @@ class Churn:
 
 
 async def settled(stage: Stage, churn: Churn, timeout_s: float) -> list[str]:
-    """Wait until every verdict is what the world is; what is not so at the end."""
+    """Wait until every verdict matches reality; returns those that do not in the end."""
     deadline = time.monotonic() + timeout_s
     while True:
         with suppress(TransientError):
             verdicts = {item["id"]: item["verdict"] for item in await stage.items()}
             late = []
             for name in churn.known:
-                # one that has never answered an agent is not called offline
+                # a device that has never answered an agent is not called offline
                 off = {"offline", "suspect", "unwatched"}
                 allowed = {"watched"} if name in churn.watch.on_since else off
                 if name not in churn.present:
@@ -214,8 +215,8 @@ async def settled(stage: Stage, churn: Churn, timeout_s: float) -> list[str]:
 async def play(
     churn: Churn, audited: Audit, *, devices: int, churn_s: float, instances: int
 ) -> None:
-    """Let `devices` come up, churn for `churn_s` seconds, settle and be audited. `instances`: so many of one
-    epoch may have been accepted. Raises AssertionError with the seed and all that went wrong."""
+    """Start `devices`, churn for `churn_s` seconds, settle and audit. `instances`: maximum number
+    of accepted instances per epoch. Raises AssertionError with the seed and all violations."""
     stage, watch = churn.stage, churn.watch
     await churn.add(*(f"device-{n:03}" for n in range(devices)))
     watching = asyncio.ensure_future(watch.run())
@@ -241,7 +242,7 @@ async def play(
 
 
 async def still(churn: Churn, audited: Audit) -> list[str]:
-    """The audit, again for AUDIT_S."""
+    """The audit, repeated for up to AUDIT_S until nothing is wrong."""
     deadline = time.monotonic() + AUDIT_S
     while True:
         wrong = await audited(churn.present)

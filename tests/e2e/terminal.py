@@ -33,7 +33,7 @@ class Terminal:
     def __init__(self, master: int, process: subprocess.Popen[bytes]) -> None:
         self.process = process
         self.scrolled_off = 0
-        """Number of lines that left the screen at its top."""
+        """Number of lines that scrolled off the top of the screen."""
         self.widest = 0
         """The longest line so far, on a terminal that is wide enough not to wrap it."""
         self._master = master
@@ -47,7 +47,8 @@ class Terminal:
 
     @property
     def text(self) -> str:
-        """The words of the screen, with one blank between two. A word that was cut counts as two."""
+        """The words of the screen, separated by single blanks. A word that was cut counts as
+        two."""
         return " ".join(" ".join(self.rows).split())
 
     def type(self, keys: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The main job where Nomad, Consul and the API all deny what is not granted, with the shipped policies."""
+"""The main job with Nomad, Consul and the API all denying by default, with the shipped policies."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ async def program(file: Path, *argv: str) -> tuple[int, str]:
 
 @pytest.mark.slow_because("starts servers with ACLs, and waits for Consul's checks of two agents")
 async def test_s10_the_main_job_with_every_door_shut(tmp_path: Path, repository: Path) -> None:
-    """Agents start, register in Consul, report, are replaced and leave, with no more rights than the
-    policies in jobs/ grant; doctor finds nothing broken; no token is told to Nomad or to a log."""
+    """With only the permissions of the policies in jobs/, agents start, register in Consul, report,
+    are replaced and leave. doctor finds no error, and no token appears in Nomad or in a log."""
     policies = repository / "jobs" / "policies"
     device = await asyncio.start_server(lambda _r, w: w.close(), "127.0.0.1", 0)
     device_port = device.sockets[0].getsockname()[1]

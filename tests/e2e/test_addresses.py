@@ -1,4 +1,5 @@
-"""Device addresses are checked where they enter, and what was stored before there was a rule harms nothing."""
+"""Device addresses are validated on input, and addresses stored before there was a rule do no
+harm."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ async def stored(served_api: ServedApi, name: str = "x") -> str | None:
 async def test_addresses_are_stored_in_one_form(
     served_api: ServedApi, text: str, wanted: str
 ) -> None:
-    """PUT, bulk and webhook store the form that agents take; the same address again changes nothing."""
+    """PUT, bulk and webhook store the form that agents use; the same address again changes
+    nothing."""
     item: dict[str, Any] = {"id": "x", "address": text}
     assert (await served_api.ask("PUT", "/v1/devices/x", json={"address": text}))[0] == 201
     assert await stored(served_api) == wanted
@@ -67,7 +69,7 @@ async def test_addresses_are_stored_in_one_form(
 async def test_what_is_no_address_is_refused_at_the_api(
     served_api: ServedApi, text: str, words: str
 ) -> None:
-    """PUT and webhook answer 400 with what to write; in bulk that item alone is refused."""
+    """PUT and webhook answer 400 with the expected form; in bulk only that item is rejected."""
     status, answer = await served_api.ask("PUT", "/v1/devices/x", json={"address": text})
     assert (status, words in answer["error"]["message"]) == (400, True), answer
     event = {"event": "connected", "device": {"id": "x", "address": text}}
@@ -81,7 +83,7 @@ async def test_what_is_no_address_is_refused_at_the_api(
 
 
 async def test_a_device_can_leave_whatever_its_address(served_api: ServedApi) -> None:
-    """A gateway that repeats a wrong address when a device disconnects is understood."""
+    """A gateway that repeats a wrong address when a device disconnects is accepted."""
     await served_api.ask("PUT", "/v1/devices/x", json={"address": "10.0.0.1"})
     gone = {"event": "disconnected", "device": {"id": "x", "address": "10.0.0.9:8080"}}
     assert (await served_api.ask("POST", "/v1/webhook", json=gone))[0] == 200
@@ -89,7 +91,8 @@ async def test_a_device_can_leave_whatever_its_address(served_api: ServedApi) ->
 
 @pytest.mark.parametrize("suffix", ["hcl", "json"])
 def test_inventory_files_follow_the_same_rule(tmp_path: Path, suffix: str) -> None:
-    """Good addresses are taken in their stored form; a bad one is named with its line and what to write."""
+    """Valid addresses are stored in normal form; an invalid one is reported with its line and the
+    expected form."""
     path = tmp_path / f"fleet.{suffix}"
 
     def load(texts: list[str]) -> list[str]:
@@ -111,7 +114,8 @@ def test_inventory_files_follow_the_same_rule(tmp_path: Path, suffix: str) -> No
 def test_the_command_line_sends_no_bad_address(
     tmp_path: Path, text: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`devices add` and `devices import` exit 64 with what to write before they ask any API."""
+    """`devices add` and `devices import` exit 64 with the expected form, without calling the
+    API."""
     assert _code(["devices", "add", "x", f"--address={text}"]) == 64
     assert words in capsys.readouterr().err
     file = tmp_path / "fleet.ndjson"
@@ -123,8 +127,8 @@ def test_the_command_line_sends_no_bad_address(
 
 
 async def test_an_address_that_was_stored_before_the_rule(tmp_path: Path, directory: Path) -> None:
-    """A device with a bad address in the registry is unwatched with that reason and gets no agent, one with
-    brackets gets its agent, and so does a device that is put right."""
+    """A device with an invalid address in the registry is unwatched with that reason and gets no
+    agent. One with brackets gets its agent, and so does a device whose address is fixed."""
     async with control_plane(tmp_path, directory) as plane:
         bad, brackets = DeviceId("bad"), DeviceId("brackets")
         await plane.fleet.records.register(
@@ -146,7 +150,8 @@ async def test_an_address_that_was_stored_before_the_rule(tmp_path: Path, direct
 
 
 def test_the_document_has_the_form_that_agents_take() -> None:
-    """A record with another form of an address gives a document with the agent's; one with none, no document."""
+    """If a record has another form of an address, the document has the agent's form; without a
+    valid address there is no document."""
     record = record_of("pump")
     for text, wanted in GOOD:
         told = agent_document.document(_at(record, text), Epoch(1), {})
@@ -172,7 +177,8 @@ def _at(record: Any, text: str) -> Any:
     ],
 )
 def test_a_class_whose_agents_would_reject_it(change: dict[str, Any], words: str) -> None:
-    """What agents of a class would reject is found when the class is read, without the files of their hosts."""
+    """Settings that agents of a class would reject are found when the class is read, without the
+    files of their hosts."""
     probe = {"kind": "https", "port": 443, "ca_cert": "/nowhere", "client_cert": "/nowhere"}
     good = {"v": 1, "probes": [probe], "consul": "https://x", "consul_tls": {"ca_cert": "/nowhere"}}
     agent_document.check_class(AgentSpec("camera", "1", "h", agent_config=good))

@@ -1,4 +1,5 @@
-"""W3: a changed class is a roll-out in `plan`, and `apply` performs it, with the service and without."""
+"""W3: `plan` shows a changed class as a roll-out, and `apply` performs it, with and without the
+service."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ NAMES = [f"d{number:02}" for number in range(12)]
 
 
 class Patient(Program):
-    """Its commands may take as long as a roll-out does."""
+    """Its commands may take as long as a roll-out."""
 
     async def __call__(self, *argv: str) -> tuple[int, str, str]:
         process = await self.start(*argv)
@@ -36,7 +37,7 @@ class Patient(Program):
 
 @pytest.fixture
 def program(tmp_path: Path, directory: Path) -> Program:
-    """The program; `directory` takes down the agents that it leaves running."""
+    """The program; `directory` stops the agents that it leaves running."""
     return Patient(tmp_path)
 
 
@@ -47,7 +48,7 @@ def change(program: Program, old: str, new: str) -> None:
 
 
 async def plan_of(program: Program) -> tuple[int, Any, str]:
-    """Exit code of `plan --detailed-exitcode`, the plan as JSON, and as a person sees it."""
+    """Exit code of `plan --detailed-exitcode`, the plan as JSON, and as human-readable text."""
     code, out, err = await program("plan", "--detailed-exitcode")
     assert err == ""
     return code, await program.json("plan"), out
@@ -55,9 +56,9 @@ async def plan_of(program: Program) -> tuple[int, Any, str]:
 
 @pytest.mark.slow_because("replaces the agents of twelve devices in three windows, twice")
 async def test_w3_without_the_service(program: Program, directory: Path) -> None:
-    """Memory 96Mi → 80Mi: twelve to replace, five at a time, exit code 2; `apply` replaces them all, in
-    windows, and then there is nothing to do. A change whose agents do not run ends with 75 after the first
-    window, and says which devices wait."""
+    """Memory 96Mi → 80Mi: twelve to replace, five at a time, exit code 2. `apply` replaces them
+    all, in windows, and then nothing is left to do. If the agents of a change do not run, `apply`
+    exits 75 after the first window and names the waiting devices."""
     change(program, 'probe "tcp"', 'memory = "96Mi"\n  probe "tcp"')
     assert (await program("init"))[0] == 0
     await _register(program.root / "registry.db", *NAMES)
@@ -102,10 +103,11 @@ async def test_w3_without_the_service(program: Program, directory: Path) -> None
 
 @pytest.mark.slow_because("replaces the agents of twelve devices in three windows")
 async def test_w3_with_the_service(program: Program, directory: Path) -> None:
-    """The running service is told to read its configuration again, rolls the change out, and `apply` returns
-    when it is done; a probe's interval is named, 5s → 10s. An invalid file changes nothing and exits 64."""
+    """The running service reloads its configuration and rolls the change out; `apply` returns when
+    it is done. A probe's changed interval is shown, 5s → 10s. An invalid file changes nothing and
+    exits 64."""
     change(program, 'probe "tcp"', 'kill_timeout = "2s"\n  probe "tcp"')
-    # These agents never report: the service replaces one that had its time without.
+    # These agents never report: the service replaces one whose time for a report has passed.
     change(program, "api {", f"{SHORT}\napi {{")
     async with program.running():
         await program.import_devices(*NAMES)
@@ -148,8 +150,8 @@ async def test_w3_with_the_service(program: Program, directory: Path) -> None:
 async def test_w3_a_service_with_another_file_is_not_overruled(
     program: Program, directory: Path
 ) -> None:
-    """`apply` from a file that the service does not have changes nothing, exits 75 and names the class; if
-    the service's API is not where the file says, that is said too."""
+    """`apply` from a file that the service does not have changes nothing, exits 75 and names the
+    class; if the service's API is not at the address in the file, that is reported too."""
     async with program.running():
         await program.import_devices("a")
         await eventually(lambda: len(pids_of(directory)) == 1)
@@ -169,8 +171,9 @@ async def test_w3_a_service_with_another_file_is_not_overruled(
 async def test_a_class_that_cannot_be_prepared_holds_up_no_other(
     program: Program, directory: Path
 ) -> None:
-    """Without the service and with it: the other class's agents are started and replaced, `apply` names the
-    class that is wrong and exits 64, also if there is nothing else to do; mended, all is well."""
+    """With and without the service: the other class's agents are started and replaced, and `apply`
+    names the wrong class and exits 64, even if there is nothing else to do. Once the class is
+    fixed, everything is applied."""
     bad = 'agent_class "other" {\n  kill_timeout = "2s"\n  variables = { comand = "x" }\n  probe "tcp" { port = 81 }\n}\n'
     change(
         program, 'agent_class "default" {', f'{bad}agent_class "default" {{\n  kill_timeout = "2s"'

@@ -1,4 +1,4 @@
-"""`apply` with several replicas: one configuration is in force, and all of them carry it out."""
+"""`apply` with several replicas: one configuration is in force, and all replicas carry it out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def change(plane: ControlPlane, old: str, new: str) -> None:
 
 
 async def hashes(world: World) -> dict[str, str]:
-    """Device → the spec of its agent that runs."""
+    """Device → the spec hash of its running agent."""
     return {
         job["Meta"]["device_id"]: job["Meta"]["spec_hash"]
         for job in await world.jobs()
@@ -38,9 +38,10 @@ async def hashes(world: World) -> dict[str, str]:
 async def test_w3_apply_has_all_replicas_go_by_the_new_configuration(
     tmp_path: Path, nomad: NomadServer, consul: ConsulServer
 ) -> None:
-    """A change in the file of one replica: `apply` returns 0 when the agents of both replicas' shards are replaced.
-    The other replica says that it is configured differently, and its file changes nothing back; with the change in
-    its file, too, nothing is left to do and nothing is replaced again."""
+    """After a change in the file of one replica, `apply` returns 0 when the agents of both
+    replicas' shards are replaced. The other replica reports that it is configured differently, and
+    its file reverts nothing. With the change in its file, too, nothing is left to do and nothing is
+    replaced again."""
     async with replicas(tmp_path, nomad, consul, "a", "b", shards=2) as world:
         one, two = world.planes
         for plane in world.planes:

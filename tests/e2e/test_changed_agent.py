@@ -1,4 +1,4 @@
-"""An agent file that somebody has changed on its way to a Nomad client (H15)."""
+"""An agent file that was changed on its way to a Nomad client (H15)."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ agent_class "default" {
 async def test_h15_a_changed_agent_file_is_not_run_on_nomad(
     nomad: NomadServer, tmp_path: Path, attack: Attack
 ) -> None:
-    """Nomad fetches a file that is not the one whose SHA-256 the job carries, runs nothing of it, and `explain` says
-    why; once the right file is back, the agent starts."""
+    """If the file that Nomad fetches does not match the SHA-256 in the job, none of it is run, and
+    `explain` gives the reason; once the right file is back, the agent starts."""
     ran = tmp_path / "ran"
     config = CONFIG.replace("NOMAD", nomad.http_addr).replace("PYTHON", sys.executable)
     async with ControlPlane(tmp_path, "plane", config) as plane:

@@ -1,7 +1,7 @@
-"""The churn of test_churn_nomad on Kubernetes, with a node that is cut off in the middle.
+"""The churn of test_churn_nomad on Kubernetes, with a node that is cut off halfway.
 
-As Deployments, which is what agents are by default; and as StatefulSets, so that «never two agents of one
-device» must hold at every moment, the lost node included.
+Once as Deployments, the agents' default, and once as StatefulSets, where "never two agents of one
+device" must hold at every moment, including while the node is lost.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ GIVEN_UP_S = 60.0
 PODS = "/api/v1/namespaces/nomad-watchdog/pods"
 OBJECTS = "/apis/apps/v1/namespaces/nomad-watchdog/{}s"
 STOPS_WITHIN_S = 15.0
-"""So long after it is back a node may still run pods that were started elsewhere meanwhile: it hears of it,
-and they have 10 s to end."""
+"""For this time after it is back a node may still run pods that were started elsewhere meanwhile:
+it has to receive the deletions, and the pods have 10 s to end."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class KubernetesChurn(Churn):
     workload: str
 
     async def drain(self) -> None:
-        # the scheduler may have put all of them on one node
+        # the scheduler may have put all pods on one node
         pods = await self.pods()
         where = Counter(pod["spec"].get("nodeName") for pod in pods)
         lost = max(self.stage.nodes, key=lambda node: where[node.node])
@@ -69,7 +69,7 @@ class KubernetesChurn(Churn):
             self.watch.may_double_until = time.monotonic() + STOPS_WITHIN_S
 
     async def pods(self) -> list[Any]:
-        """Those that Kubernetes has not given up."""
+        """Pods that Kubernetes has not given up."""
         found = (await self.client.list(PODS)).items
         return [pod for pod in found if not pod["metadata"].get("deletionTimestamp")]
 
@@ -95,10 +95,11 @@ async def fleet() -> AsyncIterator[SimulatedFleet]:
 async def test_promises_hold_on_kubernetes_after_churn_and_a_lost_node(
     tmp_path: Path, fleet: SimulatedFleet, workload: str
 ) -> None:
-    """Devices come, go, vanish, reboot and return, agents and the reconciler get kill -9, a node is cut off
-    for longer than is tolerated: never two agents of one device at once but those that a Deployment has by
-    design while a node is lost, no false offline, and at the end exactly one agent a present device in the
-    registry, Kubernetes, Consul and the process table."""
+    """Devices are added, removed, vanish, reboot and return, agents and the reconciler get kill -9,
+    and a node is cut off for longer than its pods tolerate. A device never has two agents at once,
+    except those that a Deployment starts by design while a node is lost. None is falsely offline,
+    and at the end each present device has exactly one agent in the registry, Kubernetes, Consul and
+    the process table."""
     async with (
         open_stage("kubernetes", tmp_path, fleet.port, clients=2, strategy=workload) as stage,
         client_of(stage) as client,
@@ -114,8 +115,8 @@ async def test_promises_hold_on_kubernetes_after_churn_and_a_lost_node(
                 stage.root, stage.consul, objects, pods, present, churn.known
             )
 
-        # a pod that its node has given up is followed by another one at the same epoch
+        # a pod that its node has given up is replaced at the same epoch
         await play(churn, audited, devices=30, churn_s=30.0, instances=2)
-        # The auditor itself: a device that should not be there is four broken promises.
+        # Check the audit itself: an unexpected device is four broken promises.
         found = await audited(churn.present - {min(churn.present)})
         assert sorted(line.split(":")[0] for line in found) == ["L1", "L1", "L1", "S4"]

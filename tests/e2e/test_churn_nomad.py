@@ -1,6 +1,6 @@
-"""Real input: 200 devices on a Nomad with two clients, two minutes of churn, then an audit.
+"""200 devices on a real Nomad with two clients, two minutes of churn, then an audit.
 
-Out of scope here: partitions and server crashes, which need more servers than one.
+Out of scope here: partitions and server crashes, which need more than one server.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ async def fleet() -> AsyncIterator[SimulatedFleet]:
 async def test_promises_hold_after_two_minutes_of_churn(
     tmp_path: Path, fleet: SimulatedFleet
 ) -> None:
-    """Devices come, go, vanish, reboot and return, agents and the reconciler get kill -9, a node is
-    drained: never two agents of one device at once, no false offline, and at the end exactly one agent a
-    present device in the registry, Nomad, Consul and the process table."""
+    """Devices are added, removed, vanish, reboot and return, agents and the reconciler get kill -9,
+    and a node is drained. A device never has two agents at once, none is falsely offline, and at
+    the end each present device has exactly one agent in the registry, Nomad, Consul and the process
+    table."""
     async with open_stage("nomad", tmp_path, fleet.port, clients=2) as stage:
         churn = Churn(stage, fleet, Watch(stage), random.Random(SEED))
 
@@ -42,6 +43,6 @@ async def test_promises_hold_after_two_minutes_of_churn(
             return await audit.audit(stage.root, stage.consul, stage.nomad, present, churn.known)
 
         await play(churn, audited, devices=200, churn_s=120.0, instances=1)
-        # The auditor itself: a device that should not be there is three broken promises.
+        # Check the audit itself: an unexpected device is three broken promises.
         found = await audited(churn.present - {min(churn.present)})
         assert sorted(line.split(":")[0] for line in found) == ["L1", "L1", "S4"]

@@ -1,4 +1,4 @@
-"""A Nomad node that is drained or made ineligible under a control plane that runs."""
+"""A Nomad node is drained or made ineligible while the control plane runs."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ agent_class "default" {
 
 @pytest.mark.slow_because("starts a Nomad of its own, as no node of a shared one may be drained")
 async def test_a_drain_is_reported_when_it_begins_and_when_it_ends(tmp_path: Path) -> None:
-    """With a resync of ten minutes: `status` and `explain` show the drain from the scheduler's event on, an event
-    is published once per change, and a restart of the control plane publishes nothing again. An agent that no node
-    takes has that reason in `status` and in its device's verdict, without a start being held."""
+    """With a resync of ten minutes, `status` and `explain` show the drain as soon as the
+    scheduler's event arrives. Each change is one event, and a restart of the control plane does not
+    publish it again. An agent that no node takes has that reason in `status` and in its device's
+    verdict, and no start is put on hold."""
     async with NomadServer(tmp_path / "nomad") as nomad:
         config = CONFIG.replace("NOMAD", nomad.http_addr).replace("TEMPLATE", str(TEMPLATE))
         async with ControlPlane(tmp_path, "plane", config) as plane:

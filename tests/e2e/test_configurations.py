@@ -1,4 +1,5 @@
-"""Replicas with different class specs on one Nomad and one Consul, as processes: one set is in force for all agents."""
+"""Replica processes with different class specs on one Nomad and one Consul: one set is in force for
+all agents."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ agent_class "default" {
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two replicas, each with a template of its own; what differs is the memory that it asks for, in MB."""
+    """Two replicas, each with its own template; they differ in the requested memory, in MB."""
 
     nomad: NomadServer
     prefix: str
@@ -83,7 +84,7 @@ class Pair:
         return {job["ID"]: job for job in found}
 
     async def memory(self) -> list[int]:
-        """What each agent that is not stopped really has."""
+        """The memory that each agent that is not stopped actually has."""
         found = []
         for job in (await self.jobs()).values():
             if job.get("ParentID") and not job["Stop"]:
@@ -101,7 +102,7 @@ class Pair:
         return dict((await plane.call("GET", "/v1/status"))["classes_in_force"])
 
     async def number(self) -> int:
-        """Of the set in force, as both see it."""
+        """The number of the set in force, as both see it."""
 
         async def agreed() -> int:
             one, two = [(await self.in_force(p))["number"] for p in (self.one, self.two)]
@@ -118,14 +119,14 @@ class Pair:
     async def nothing_moves(self) -> None:
         """No job is written while both prepare theirs several times."""
         before = {name: job["JobModifyIndex"] for name, job in (await self.jobs()).items()}
-        # Three rounds of `resync`: what is not written can't be waited for.
+        # Three rounds of `resync`: the absence of a write can't be waited for.
         await asyncio.sleep(3.5)
         after = {name: job["JobModifyIndex"] for name, job in (await self.jobs()).items()}
         assert after == before
 
 
 async def command(plane: ControlPlane, *argv: str) -> tuple[str, str]:
-    """What a command that reads the replica's file prints, and what on stderr."""
+    """Standard output and standard error of a command that reads the replica's file."""
     whole = [sys.executable, "-m", "nomad_watchdog", "--config", str(plane.file), *argv]
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
@@ -169,10 +170,11 @@ async def pair(folder: Path, nomad: NomadServer, consul: ConsulServer) -> AsyncI
 async def test_a_rolling_upgrade_and_a_crash_in_the_middle(
     tmp_path: Path, nomad: NomadServer, consul: ConsulServer
 ) -> None:
-    """The first upgraded replica brings its classes into force for the devices of both, once, and nothing is written
-    after that while the other is configured differently, which reports it; a crash of either, and a restart with the
-    old file, change nothing; when the second is upgraded all is well. A replica that has lost its template file goes
-    on with the text in the registry, also alone."""
+    """The first upgraded replica brings its classes into force for the devices of both, once.
+    Nothing is written after that while the other is configured differently, which it reports; a
+    crash of either, and a restart with the old file, change nothing. Once the second is upgraded,
+    both agree. A replica that has lost its template file continues with the text in the registry,
+    even if it is the only replica left."""
     async with pair(tmp_path, nomad, consul) as both:
         assert await both.number() == 1
         await both.nothing_moves()
@@ -228,8 +230,9 @@ async def test_a_rolling_upgrade_and_a_crash_in_the_middle(
 async def test_a_rollback_counts_with_the_last_replica(
     tmp_path: Path, nomad: NomadServer, consul: ConsulServer
 ) -> None:
-    """By reloads: both go to a newer template; the first that goes back changes nothing and reports it, and so does a
-    crash of the other one; with the last one the older template is back for all."""
+    """By reloads: both change to a newer template. The first to go back changes nothing and reports
+    it, and a crash of the other one changes nothing either. When the last one goes back, the older
+    template is in force for all."""
     async with pair(tmp_path, nomad, consul) as both:
         for plane in (both.one, both.two):
             both.ask_for(plane, 12)

@@ -47,18 +47,19 @@ SCREEN = [
     r"a new device is registered: watched after \d+\.\d s",
     r"the reconciler is killed and restarted: same verdicts, 0 actions, all 20 agents kept running",
 ]
-"""What the local demo prints of its steps, with one blank between two words."""
+"""The steps that the local demo prints, with words separated by single blanks."""
 
 
 def environment(folder: Path, cache: Path) -> dict[str, str]:
-    """Ours, with temporary folders below `folder`, servers built in `cache`, and as if not run by make."""
+    """Our environment, with temporary folders below `folder`, servers built in `cache`, and as if
+    not run by make."""
     ours = {name: value for name, value in clean_environment().items() if name != "MAKELEVEL"}
     return {**ours, "TMPDIR": str(folder), "NOMAD_WATCHDOG_CACHE": str(cache)}
 
 
 @asynccontextmanager
 async def demo(tmp_path: Path, backend: str | None, *options: str) -> AsyncIterator[Process]:
-    """The demo as a process of its own, with its temporary folders below tmp_path."""
+    """The demo as a separate process, with its temporary folders below tmp_path."""
     chosen = ["--backend", backend] if backend else []
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "nomad_watchdog", *chosen, "demo", *options,
@@ -68,7 +69,7 @@ async def demo(tmp_path: Path, backend: str | None, *options: str) -> AsyncItera
         yield child
     finally:
         if child.returncode is None:  # the test failed or was interrupted
-            # killed at once it would leave its servers
+            # if it were killed at once, its servers would stay
             with suppress(ProcessLookupError, TimeoutError):
                 child.send_signal(signal.SIGINT)
                 async with asyncio.timeout(60.0):
@@ -79,7 +80,7 @@ async def demo(tmp_path: Path, backend: str | None, *options: str) -> AsyncItera
 
 
 def left_behind(folder: Path) -> list[Any]:
-    """Processes that name the folder, mounts and files below it."""
+    """Processes that refer to the folder, and mounts and files below it."""
     needle = str(folder).encode()
     found: list[Any] = [path.name for path in folder.iterdir()]
     found += [line for line in Path("/proc/self/mounts").read_text().split() if str(folder) in line]
@@ -87,16 +88,17 @@ def left_behind(folder: Path) -> list[Any]:
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with suppress(OSError):
                 words = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
-                # a forked agent has its nursery's of both, and the log that it writes for itself
+                # a forked agent has its nursery's command line and environment, and a log of its
+                # own
                 words += str([fd.readlink() for fd in (entry / "fd").iterdir()]).encode()
-                # our own TMPDIR alone says nothing: pytest's children have it too
+                # our own TMPDIR is not enough: pytest's children have it too
                 if needle + b"/nomad-watchdog-demo-" in words:
                     found.append((entry.name, (entry / "cmdline").read_bytes()))
     return found
 
 
 async def wait_for(child: Process, text: str, timeout_s: float = 60.0) -> None:
-    """Wait until a printed line holds text."""
+    """Wait until a printed line contains the text."""
     assert child.stdout is not None
     async with asyncio.timeout(timeout_s):
         while text not in (line := (await child.stdout.readline()).decode()):
@@ -122,7 +124,7 @@ async def run_to_the_end(tmp_path: Path, backend: str | None, devices: int) -> A
 
 
 def story_height(summary: Any) -> int:
-    """Number of lines that the steps of a run need on a terminal of 80 columns."""
+    """Number of lines that a run's steps take on a terminal of 80 columns."""
     show = Show()
     show.console = Console(file=io.StringIO(), force_terminal=True, width=COLUMNS, height=ROWS)
     for step in summary["steps"]:
@@ -134,7 +136,7 @@ def story_height(summary: Any) -> int:
 
 @pytest.mark.slow_because("plays the whole demo")
 async def test_local_demo_converges_and_leaves_nothing(tmp_path: Path) -> None:
-    """All seven steps converge without a server, and no process, file or mount stays."""
+    """All seven steps converge without a server, and no process, file or mount is left."""
     summary = await run_to_the_end(tmp_path, "local", 20)
 
     assert [step["converged"] for step in summary["steps"]] == [True] * STEPS
@@ -150,15 +152,15 @@ async def test_nomad_demo_converges_and_leaves_nothing(tmp_path: Path) -> None:
 
     assert [step["converged"] for step in summary["steps"]] == [True] * STEPS
     assert (summary["backend"], summary["devices"]) == ("nomad", 20)
-    assert story_height(summary) <= ROWS - 12  # what is printed around it takes that many
+    assert story_height(summary) <= ROWS - 12  # number of lines printed around it
     assert left_behind(tmp_path) == []
 
 
 @pytest.mark.servers
 @pytest.mark.slow_because("plays the whole demo, with servers of its own")
 async def test_kubernetes_demo_converges_and_leaves_nothing(tmp_path: Path) -> None:
-    """The same on a real Kubernetes control plane: the agent runs from its pod's own spec, is probed as
-    written, restarted in place, and stopped by SIGTERM."""
+    """The same on a real Kubernetes control plane: the agent runs from its pod's own spec, is
+    probed as written there, restarted in place, and stopped by SIGTERM."""
     summary = await run_to_the_end(tmp_path, "kubernetes", 10)
 
     assert [step["converged"] for step in summary["steps"]] == [True] * STEPS
@@ -182,8 +184,8 @@ def bare(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow_because("plays the whole demo")
 def test_whole_story_stands_on_one_screen(folder: Path) -> None:
-    """Without servers the demo runs locally: at the end its terminal of 80x24 shows each step once with no
-    word cut, the result, and how to go on; no line scrolled away or was wider."""
+    """Without servers the demo runs locally. At the end its 80x24 terminal shows each step once,
+    the result and the next steps; no word is cut, no line scrolled off or was wider."""
     with terminal([".venv/bin/nomad-watchdog", "demo"], cwd=folder, env=bare(folder)) as it:
         it.read()
         code = it.process.wait(10.0)
@@ -203,8 +205,8 @@ def test_whole_story_stands_on_one_screen(folder: Path) -> None:
 
 @pytest.mark.slow_because("plays the whole demo, and runs five commands")
 def test_kept_demo_takes_commands_until_ctrl_c(folder: Path) -> None:
-    """With --keep all still fits on the screen, the page answers, each printed command works when it is
-    pasted in another terminal, and a Ctrl-C ends it with 0 and leaves nothing behind."""
+    """With --keep everything still fits on the screen, the page answers, each printed command works
+    when pasted into another terminal, and Ctrl-C ends the demo with 0 and leaves nothing behind."""
     env = bare(folder)
     argv = [".venv/bin/nomad-watchdog", "demo", "--keep"]
     with terminal(argv, cwd=folder, env=env) as it:
@@ -235,11 +237,11 @@ def test_kept_demo_takes_commands_until_ctrl_c(folder: Path) -> None:
 
 
 def test_live_view_fits_the_terminal() -> None:
-    """While 200 devices are starting, the view names no more than there is room for, counts the others,
-    and shortens a reason between words."""
+    """While 200 devices are starting, the view lists as many as fit, counts the others, and
+    shortens a reason between words."""
     show = Show()
     show.console = Console(file=io.StringIO(), force_terminal=True, width=COLUMNS, height=ROWS)
-    for _ in range(13):  # what is above it during the last step
+    for _ in range(13):  # lines above it during the last step
         show.line("printed")
     reason = "agent running, no report of it " * 5
     show.devices([{"id": f"d-{n}", "verdict": "starting", "reason": reason} for n in range(200)])

@@ -1,4 +1,4 @@
-"""`doctor` asks Nomad as the control plane does: the same region, namespace and jobs."""
+"""`doctor` queries Nomad like the control plane: with the same region, namespace and jobs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.servers]
 async def told(
     nomad: NomadServer, folder: Path, variables: str = "", **env: str
 ) -> dict[str, Check]:
-    """What doctor finds of Nomad, by the name of each check."""
+    """What doctor finds about Nomad, by name of check."""
     file = folder / "w.hcl"
     file.write_text(
         f'backend = "nomad"\ndata_dir = "{folder}"\nregistry {{\n  kind = "sqlite"\n}}\n'
@@ -30,7 +30,7 @@ async def told(
 
 
 async def test_a_region_that_does_not_exist_is_named(nomad: NomadServer, tmp_path: Path) -> None:
-    """NOMAD_REGION reaches doctor's questions, and the regions that there are are named (C5)."""
+    """doctor uses NOMAD_REGION, and names the existing regions (C5)."""
     found = (await told(nomad, tmp_path, NOMAD_REGION="globl"))["nomad region"]
     assert found.status == "fail"
     assert "no region 'globl'; did you mean global? there are: global" in found.found
@@ -38,7 +38,8 @@ async def test_a_region_that_does_not_exist_is_named(nomad: NomadServer, tmp_pat
 
 
 async def test_a_namespace_that_does_not_exist_is_named(nomad: NomadServer, tmp_path: Path) -> None:
-    """Nomad lists no job of such a namespace instead of refusing: doctor asks for it by name (C5)."""
+    """Nomad lists no jobs for such a namespace instead of an error: doctor checks it by name
+    (C5)."""
     found = (await told(nomad, tmp_path, NOMAD_NAMESPACE="nosuch"))["nomad namespace"]
     assert (found.status, found.found) == ("fail", "there is no namespace 'nosuch'")
 
@@ -50,14 +51,14 @@ async def test_a_namespace_that_does_not_exist_is_named(nomad: NomadServer, tmp_
         (
             'template = "{mock}"\n variables = {{ memory = "x" }}',
             "variable",
-        ),  # of several problems Nomad names any first
+        ),  # which of several problems Nomad names first is random
         ('variables = {{ pyhton = "python3" }}', "did you mean python?"),
     ],
 )
 async def test_a_class_that_nomad_refuses_is_named_and_no_other(
     nomad: NomadServer, tmp_path: Path, setting: str, words: str
 ) -> None:
-    """A node pool that does not exist, a value that the template can't use, a misspelt variable (C6)."""
+    """A missing node pool, a value that the template can't use, a misspelt variable (C6)."""
     mock = Path(__file__).parents[1] / "schedulers" / "mock.nomad.hcl"
     found = await told(nomad, tmp_path, setting.format(mock=mock))
     assert "class good" not in found

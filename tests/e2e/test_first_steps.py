@@ -1,4 +1,5 @@
-"""The first commands of README on a new Consul, and what the same commands say when Consul was wiped (W5)."""
+"""The first commands of README on a new Consul, and the same commands after Consul was wiped
+(W5)."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ agent_class "default" {
 
 
 async def registry_by_doctor(plane: ControlPlane) -> tuple[int, dict[str, Any]]:
-    """The exit code of doctor, and its finding of the registry."""
+    """The exit code of doctor, and its finding for the registry."""
     code, said = await cli(plane, "doctor", "-o", "json")
     (found,) = [one for one in json.loads(said)["checks"] if one["name"] == "registry"]
     return code, found
@@ -53,9 +54,9 @@ async def registry_by_doctor(plane: ControlPlane) -> tuple[int, dict[str, Any]]:
 async def test_readme_works_as_written_and_a_wiped_consul_is_not_a_new_one(
     tmp_path: Path, directory: Path, consul: ConsulServer
 ) -> None:
-    """`doctor` before `init` warns with `not initialised yet` and exits 0. When Consul is wiped under the running
-    control plane, status and doctor ask for `registry import` and never for `init`, the agent goes on, and the
-    import brings everything back at the same epoch."""
+    """`doctor` before `init` warns with `not initialised yet` and exits 0. When Consul is wiped
+    under the running control plane, status and doctor ask for `registry import` and never for
+    `init`, the agent keeps running, and the import restores everything at the same epoch."""
     prefix = f"w{uuid.uuid4().hex[:8]}"
     config = CONFIG.replace("CONSUL", consul.http_addr).replace("PREFIX", prefix)
     plane = ControlPlane(tmp_path, "plane", config.replace("DIRECTORY", str(directory)))

@@ -1,4 +1,5 @@
-"""Twelve devices behind one gateway that is killed: one anomaly, told once, and nobody is repaired for it."""
+"""Twelve devices behind one killed gateway: one anomaly, reported once, and no device is repaired
+for it."""
 
 from __future__ import annotations
 
@@ -73,7 +74,7 @@ class Behind:
         self.gateway: Process | None = None
 
     async def open(self) -> None:
-        """Have the gateway run, and wait until it lets through."""
+        """Start the gateway, and wait until it forwards connections."""
         argv = [sys.executable, "-P", forwarding.__file__, str(self.port), str(MANY)]
         self.gateway = Process.start(argv, log=self.folder / "gateway.log", env=clean_environment())
 
@@ -94,9 +95,10 @@ class Behind:
 async def test_twelve_agents_behind_a_killed_gateway(
     tmp_path: Path, directory: Path, consul: ConsulServer
 ) -> None:
-    """The gateway of twelve watched devices is killed with -9: one alert names the gateway and all twelve, the
-    control plane has one incident of it, no device is called offline and none is repaired. With the gateway
-    back all of that ends, and a device that dies then is repaired: the ladder was there."""
+    """The gateway of twelve watched devices gets kill -9: one alert names the gateway and all
+    twelve, the control plane opens one incident, and no device is called offline or repaired. Once
+    the gateway is back, all of that ends. A device that dies then is repaired, so the repair steps
+    were available."""
     receiver = Receiver()
     behind = Behind(tmp_path)
     names = [f"pump-{number + 1}" for number in range(MANY)]

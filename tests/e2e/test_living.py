@@ -1,4 +1,5 @@
-"""No agent depends on the replica that started it: real agents, which report, are placed again after it is gone."""
+"""No agent depends on the replica that started it: real, reporting agents are placed again after
+that replica is gone."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ consul {
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where a fleet lives: a configuration but for the port, and a device that answers."""
+    """A fleet's environment: a configuration except for the port, and a device that answers."""
 
     folder: Path
     config: str
@@ -85,7 +86,7 @@ class Site:
         return found
 
     async def running(self) -> Counter[tuple[str, str]]:
-        """Device and node of each allocation that runs."""
+        """Device and node of each running allocation."""
         assert self.nomad is not None
         names = {job["ID"]: (job["Meta"] or {}).get("device_id", "") for job in await self.jobs()}
         allocs = await self.nomad.request("GET", "/v1/allocations")
@@ -98,7 +99,7 @@ class Site:
 
 @asynccontextmanager
 async def device() -> AsyncIterator[int]:
-    """The port of something that answers."""
+    """The port of a server that answers."""
     server = await asyncio.start_server(lambda _r, w: w.close(), "127.0.0.1", 0)
     async with server:
         yield server.sockets[0].getsockname()[1]
@@ -165,8 +166,8 @@ async def node(nomad: NomadServer, index: int) -> str:
 async def test_agents_are_placed_after_the_replica_that_registered_them_is_killed(
     tmp_path: Path, consul: ConsulServer, strategy: str
 ) -> None:
-    """The holder is killed and its node drained: the agents that it started and new ones run on the second
-    node, which fetches them from the replica that is left, and report to it. No device has two."""
+    """The holder is killed and its node drained: its agents and new ones run on the second node,
+    which fetches them from the remaining replica, and they report to it. No device has two."""
     async with (
         NomadServer(tmp_path / "nomad", clients=2) as nomad,
         on_nomad(tmp_path, nomad, consul, strategy) as site,
@@ -209,8 +210,8 @@ async def test_agents_are_placed_after_the_replica_that_registered_them_is_kille
 async def test_agents_report_again_after_the_control_plane_has_moved(
     tmp_path: Path, nomad: NomadServer, consul: ConsulServer, backend: str
 ) -> None:
-    """The control plane ends and starts at another port: agents that know only the old address are replaced
-    at the next epoch, and report."""
+    """The control plane stops and starts on another port: agents that know only the old address are
+    replaced at the next epoch, and report."""
     async with AsyncExitStack() as stack:
         if backend == "local":
             port = await stack.enter_async_context(device())
@@ -238,8 +239,8 @@ async def test_agents_report_again_after_the_control_plane_has_moved(
 async def test_equal_replicas_never_write_each_others_parents(
     tmp_path: Path, nomad: NomadServer, consul: ConsulServer
 ) -> None:
-    """Two replicas with addresses of their own share four shards, in which one agent runs: once they have
-    settled, Nomad is not written at all."""
+    """Two replicas with different addresses share four shards, in which one agent runs: once they
+    have settled, nothing is written to Nomad."""
     async with (
         on_nomad(tmp_path, nomad, consul, "dispatch", shards=4) as site,
         site.plane("a") as one,
@@ -259,7 +260,7 @@ async def test_equal_replicas_never_write_each_others_parents(
 
         settled = await parents()
         assert len(settled) == 4
-        # Real time: nothing can be waited for where nothing is to happen. It is five resyncs.
+        # Real time, because the absence of a change can't be waited for. It is five resyncs.
         await asyncio.sleep(5.0)
         assert await parents() == settled
         await one.call("DELETE", "/v1/devices/pump")

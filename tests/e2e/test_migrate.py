@@ -1,6 +1,7 @@
-"""Real input: 200 devices move from a real Nomad to a real Kubernetes control plane while they are watched.
+"""200 watched devices move from a real Nomad to a real Kubernetes control plane.
 
-Pods run as processes (`servers/kubelet/__main__.py`); a lost scheduler is the simulation's (`tests/controllers/migration`).
+Pods run as processes (`servers/kubelet/__main__.py`); a lost scheduler is simulated in
+`tests/controllers/migration`.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ COME_UP_S = 240.0
 PODS = "/api/v1/namespaces/nomad-watchdog/pods"
 DEPLOYMENTS = "/apis/apps/v1/namespaces/nomad-watchdog/deployments"
 STOP_S = 5.0 + 2.0 + 5.0
-"""kill_timeout, the second look at a dead job, and a resync should the first event be lost."""
+"""kill_timeout, the second check of a dead job, and a resync in case the first event is lost."""
 START_S = 18.0
-"""From the dispatch to the first report that is accepted, with two cores for everything."""
+"""From the dispatch to the first accepted report, with two cores for everything."""
 
 
 @dataclass
 class Watch:
-    """What the API says of every device, several times a second, and what must never be seen."""
+    """What the API reports for every device, several times per second, and any violations."""
 
     stage: Stage
     wrong: list[str] = field(default_factory=list)
@@ -48,7 +49,8 @@ class Watch:
     gaps: list[float] = field(default_factory=list)
     looks: int = 0
     blind: bool = False
-    """The control plane is down, or has been until now: what is open then says nothing of a move."""
+    """The control plane is down, or was until now: a device without an accepted agent says nothing
+    about a move."""
     _accepted: dict[tuple[str, int], set[str]] = field(default_factory=dict)
     _since: dict[str, float] = field(default_factory=dict)
     _spoiled: set[str] = field(default_factory=set)
@@ -95,7 +97,7 @@ async def fleet() -> AsyncIterator[SimulatedFleet]:
 
 
 async def verb(stage: Stage, *words: str, code: int = 0) -> Any:
-    """What `nomad-watchdog WORDS -o json` prints; the program must end with `code`."""
+    """The output of `nomad-watchdog WORDS -o json`; the program must end with `code`."""
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "nomad_watchdog", "--config", str(stage.config), *words, "-o", "json",
         env=clean_environment(), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
@@ -126,10 +128,10 @@ async def move_of(stage: Stage) -> dict[str, Any]:
 async def test_200_devices_move_to_kubernetes_and_some_back(
     tmp_path: Path, fleet: SimulatedFleet
 ) -> None:
-    """A part moves and is undone half-way; then all move, with a pause and a `kill -9` of the reconciler in
-    the middle: never two agents of one device, no false offline, nobody without an accepted agent for longer
-    than a stop and a start, and at the end one agent a device, all on Kubernetes, in every store; a
-    reconciler that is started with the new `backend` moves nothing."""
+    """A part moves and is undone halfway; then all move, with a pause and a `kill -9` of the
+    reconciler in the middle. A device never has two agents, none is falsely offline, and none lacks
+    an accepted agent for longer than a stop and a start. At the end each device has one agent, all
+    on Kubernetes, in every store. A reconciler started with the new `backend` moves nothing."""
     names = [f"device-{n:03}" for n in range(DEVICES)]
     async with open_stage("nomad", tmp_path, fleet.port, beside=True) as stage:
         assert stage.cluster is not None
@@ -162,7 +164,7 @@ async def test_200_devices_move_to_kubernetes_and_some_back(
             assert (told["to_move"], told["devices"]) == (PART, PART)
             assert (await verb(stage, "migrate", "status"))["items"] == []
 
-            # A part, and half of that back.
+            # Move a part, and half of that back.
             some = ("--from", "nomad", "--to", "kubernetes", "--selector", "part=a")
             await verb(stage, "migrate", *some, "--at-once", "10")
             await verb(stage, "migrate", *some, code=75)  # one at a time
@@ -173,7 +175,7 @@ async def test_200_devices_move_to_kubernetes_and_some_back(
             assert wrong == [], wrong[:10]
             assert (await client.list(DEPLOYMENTS)).items == ()
 
-            # All, with a pause and a kill -9.
+            # Move all, with a pause and a kill -9.
             await verb(stage, "migrate", "--from", "nomad", "--to", "kubernetes")
             await until("a quarter", 240.0, lambda: moved("running", DEVICES // 4))
             assert (await verb(stage, "migrate", "pause"))["state"] == "paused"
@@ -205,7 +207,7 @@ async def test_200_devices_move_to_kubernetes_and_some_back(
             gaps = sorted(watch.gaps)
             print(f"{len(gaps)} gaps: p50 {gaps[len(gaps) // 2]:.1f} s, longest {gaps[-1]:.1f} s")
 
-            # What is left to do is said, and done without a move.
+            # The remaining steps are reported, and carried out without a move.
             hint = (await stage.call("GET", "/v1/status"))["migration"]["hint"]
             assert 'backend = "kubernetes"' in hint
             text = stage.config.read_text()
@@ -227,7 +229,8 @@ async def test_200_devices_move_to_kubernetes_and_some_back(
 
 
 def all_ready_of(stage: Stage) -> Callable[[], Any]:
-    """Nobody is unwatched after a restart: every agent has told the new process that it is ready."""
+    """No device is unwatched after a restart: every agent has reported to the new process that it
+    is ready."""
 
     async def ready() -> bool:
         verdicts = Counter(item["verdict"] for item in await stage.items())
@@ -237,7 +240,8 @@ def all_ready_of(stage: Stage) -> Callable[[], Any]:
 
 
 async def audited(stage: Stage, client: Any, names: list[str]) -> list[str]:
-    """What does not hold in every store; asked again for a minute, as Consul asks agents every 10 s only."""
+    """What does not hold in every store; repeated for a minute, as Consul checks agents every 10 s
+    only."""
     where = audit.Where(stage.root, stage.consul, stage.nomad)
     deadline = time.monotonic() + 60.0
     while True:

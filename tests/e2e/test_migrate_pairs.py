@@ -1,4 +1,5 @@
-"""Real input: a few devices go round all schedulers, so that each of the six moves between them is made once."""
+"""A few devices move through all schedulers, so that each of the six moves between them is made
+once."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ async def fleet() -> AsyncIterator[SimulatedFleet]:
 
 
 def doubled(stage: Stage) -> list[str]:
-    """Devices with two agent processes at the same moment, of whichever scheduler (S3)."""
+    """Devices with two agent processes at the same time, on any scheduler (S3)."""
 
     def twice(agents: Iterable[StageAgent]) -> set[str]:
         return {slug for slug, n in Counter(one.slug for one in agents).items() if n > 1}
@@ -37,14 +38,15 @@ def doubled(stage: Stage) -> list[str]:
     first = stage.agents()
     if not twice(first):
         return []
-    # /proc is not read in one moment: whoever has ended meanwhile was never beside the other.
+    # /proc is not read atomically: a process that has ended meanwhile may never have run beside the
+    # other.
     alive = {one.pid for one in stage.agents()}
     return sorted(twice(one for one in first if one.pid in alive))
 
 
 async def test_each_pair_of_schedulers_moves_a_fleet(tmp_path: Path, fleet: SimulatedFleet) -> None:
-    """After each leg every device has one agent, a process of the scheduler that it went to, and is watched; on
-    the way nobody has two accepted agents or two processes, or is called offline."""
+    """After each leg every device is watched and has one agent, a process of the target scheduler.
+    On the way no device has two accepted agents or two processes, or is called offline."""
     async with open_stage("nomad", tmp_path, fleet.port, beside=True, pace=BRISK) as stage:
         watch = Watch(stage)
 

@@ -1,4 +1,4 @@
-"""The shipped Nomad policy is enough, and doctor tells what a lesser token lacks."""
+"""The shipped Nomad policy is sufficient, and doctor reports what a weaker token lacks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MOCK = Path(__file__).parents[1] / "schedulers" / "mock.nomad.hcl"
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def guarded(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[NomadServer]:
-    """A Nomad that denies what no policy grants."""
+    """A Nomad that denies everything that no policy grants."""
     async with NomadServer(tmp_path_factory.mktemp("guarded"), acl=True) as server:
         yield server
 
@@ -56,7 +56,7 @@ async def checks_with(server: NomadServer, token: str, folder: Path) -> dict[str
 async def test_the_shipped_policy_is_enough(
     guarded: NomadServer, repository: Path, strategy: str
 ) -> None:
-    """Parents, starts, looks, hints, stops and sweeps all work with the policy in jobs/."""
+    """Parents, starts, reads, hints, stops and sweeps all work with the policy in jobs/."""
     rules = (repository / "jobs/policies/nomad-reconciler.hcl").read_text()
     token = await token_for(guarded, "reconciler", rules)
     settings = NomadAccess(address=guarded.http_addr, token=token)
@@ -69,7 +69,7 @@ async def test_the_shipped_policy_is_enough(
         hints = scheduler.watch()
         assert (await anext(hints)).slugs is None
         await scheduler.ensure(record, record.epoch, spec)
-        # a dispatch of Nomad 1.6 is two writes, so that the stream may seem to begin too late: a resync
+        # a dispatch of Nomad 1.6 is two writes, so the stream may seem to begin too late: a resync
         hint = await anext(hints)
         while not hint.slugs:
             hint = await anext(hints)
@@ -92,7 +92,7 @@ async def test_the_shipped_policy_is_enough(
 async def test_doctor_is_content_with_it(
     guarded: NomadServer, repository: Path, tmp_path: Path
 ) -> None:
-    """No check fails; what the token may not see is a warning that says what to grant."""
+    """No check fails; what the token may not read is a warning that says what to grant."""
     rules = (repository / "jobs/policies/nomad-reconciler.hcl").read_text()
     token = await token_for(guarded, "reconciler", rules)
     checks = await checks_with(guarded, token, tmp_path)
@@ -103,7 +103,7 @@ async def test_doctor_is_content_with_it(
 
 
 async def test_doctor_names_what_a_token_lacks(guarded: NomadServer, tmp_path: Path) -> None:
-    """A token that may only read is told each capability that is missing; nothing was changed."""
+    """For a read-only token each missing capability is reported; nothing was changed."""
     token = await token_for(guarded, "reader", READ_ONLY)
     check = (await checks_with(guarded, token, tmp_path))["nomad jobs"]
     assert check.status is CheckStatus.FAIL
@@ -114,7 +114,7 @@ async def test_doctor_names_what_a_token_lacks(guarded: NomadServer, tmp_path: P
 
 
 async def test_a_denied_call_says_which_right_is_missing(guarded: NomadServer) -> None:
-    """The error of a dispatch without the right names the capability."""
+    """The error of a dispatch without permission names the capability."""
     token = await token_for(guarded, "reader", READ_ONLY)
     client = NomadClient(NomadAccess(address=guarded.http_addr, token=token))
     try:
@@ -127,7 +127,8 @@ async def test_a_denied_call_says_which_right_is_missing(guarded: NomadServer) -
 async def test_a_token_that_nomad_does_not_know_is_not_explained_as_lacking_rights(
     guarded: NomadServer, tmp_path: Path
 ) -> None:
-    """By a call and by doctor: after a token was deleted the message names the token, and no capability."""
+    """After a token was deleted, the errors of a call and of doctor name the token, and no
+    capability."""
     body = {"Name": "short", "Type": "management"}
     made = await guarded.request("PUT", "/v1/acl/token", body=body)
     await guarded.request("DELETE", f"/v1/acl/token/{made['AccessorID']}")
@@ -145,7 +146,8 @@ async def test_a_token_that_nomad_does_not_know_is_not_explained_as_lacking_righ
 
 
 async def test_doctor_with_full_sight_counts_drivers(guarded: NomadServer, tmp_path: Path) -> None:
-    """With a token that may see nodes and the agent, version, drivers and connections are checked."""
+    """With a token that may read nodes and the agent, version, drivers and connections are
+    checked."""
     checks = await checks_with(guarded, guarded.token, tmp_path)
     assert "raw_exec on 1" in checks["nomad drivers"].found
     assert checks["nomad version"].status is CheckStatus.OK

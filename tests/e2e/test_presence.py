@@ -1,4 +1,5 @@
-"""Presence with the real program and real processes: leases, blinks, files and pauses."""
+"""Presence with the real program and real processes: leases, short disconnects, files and
+pauses."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ presence {
 
 @pytest.fixture
 def program(tmp_path: Path, directory: Path) -> Program:
-    """The program with a short memory for flapping; `directory` takes down the agents."""
+    """The program with a short flap memory; `directory` stops the agents."""
     return Program(tmp_path)
 
 
@@ -44,11 +45,11 @@ def pids(directory: Path, name: str) -> set[int]:
 async def test_a_silent_device_leaves_and_a_heartbeat_brings_it_back(
     program: Program, directory: Path
 ) -> None:
-    """A beating device stays, a silent one expires, loses its agent after the grace and has one again
-    after one heartbeat."""
+    """A device that sends heartbeats stays. A silent one expires, loses its agent after the grace
+    period, and has one again after one heartbeat."""
     settings(program)
     async with program.running():
-        # at once: a program for each takes as long as the time that they have on a busy machine
+        # concurrently: starting a program for each takes as long as their ttl on a busy machine
         wish = {"class": "default", "address": "127.0.0.1"}
         wishes = [{"id": name, "ttl": "3s", **wish} for name in ("silent", "beats")]
         body = {"devices": [*wishes, {"id": "forever", **wish}]}
@@ -73,8 +74,8 @@ async def test_a_silent_device_leaves_and_a_heartbeat_brings_it_back(
     "a downtime longer than a lease, and then a whole lease, pass in real time"
 )
 async def test_nobody_expires_for_a_restart_of_ours(program: Program, directory: Path) -> None:
-    """After a downtime longer than the ttl the devices and their agents are still there, and they leave
-    no sooner than a whole ttl after the new start."""
+    """After a downtime longer than the ttl the devices and their agents are still there, and they
+    expire no sooner than a whole ttl after the new start."""
     settings(program, grace="0s")
     names = ["a", "b"]
     items = [{"id": name, "address": "127.0.0.1", "ttl": "4s"} for name in names]
@@ -104,8 +105,9 @@ async def test_nobody_expires_for_a_restart_of_ours(program: Program, directory:
 
 @pytest.mark.slow_because("leases of twelve devices pass in real time")
 async def test_s7_too_many_silent_devices_are_held(program: Program, directory: Path) -> None:
-    """Twelve of twelve fall silent: nobody leaves, it is said, one that is heard is held no more, and
-    the operator's word lets those go that were shown."""
+    """Twelve of twelve devices go silent: none leaves, the hold is reported, a device that sends a
+    heartbeat is no longer on hold, and the operator's approval releases only the displayed
+    departures."""
     settings(program, grace="0s")
     async with program.running():
         names = [f"d{n}" for n in range(12)]
@@ -125,7 +127,7 @@ async def test_s7_too_many_silent_devices_are_held(program: Program, directory: 
         assert (await program("departures", "confirm", "0" * 12))[0] == 75
         code, _, err = await program("departures", "confirm", found["id"])
         assert code == 0, err
-        # The breaker of stops reads twice before it lets them go; that takes no operator.
+        # The stop limit needs a second read before it releases them; that takes no operator.
         await eventually(lambda: not pids_of(directory), 60.0)
         gone = await program.json("departures", "ls")
         assert gone["count"] == 0
@@ -137,8 +139,9 @@ async def test_s7_too_many_silent_devices_are_held(program: Program, directory: 
 async def test_a_blink_costs_no_agent_and_flapping_is_held(
     program: Program, directory: Path
 ) -> None:
-    """A device that disconnects and connects keeps its process; one that does it often is said to
-    flap and is kept beyond the grace, until it has settled as it was left."""
+    """A device that disconnects and reconnects keeps its process. One that does so often is
+    reported as flapping and is kept beyond the grace period, until it has settled as
+    disconnected."""
     settings(program, grace="1s")
     device = {"id": "cam", "address": "127.0.0.1"}
     came = {"event": "connected", "device": device}
@@ -163,8 +166,8 @@ async def test_a_blink_costs_no_agent_and_flapping_is_held(
 async def test_an_inventory_is_followed_and_a_bad_file_changes_nothing(
     program: Program, directory: Path
 ) -> None:
-    """What a file lists is watched and what it lists no more is not; torn, empty and vanished files
-    change nothing and are named; a device of the API is not taken over."""
+    """Devices that a file lists are watched, and those no longer listed are not. Truncated, empty
+    and missing files change nothing and are named; a device of the API is not taken over."""
     file, link = program.root / "real.json", program.root / "devices.json"
     file.write_text("")
     link.symlink_to(file)
@@ -176,13 +179,13 @@ async def test_an_inventory_is_followed_and_a_bad_file_changes_nothing(
         new.write_text("\n".join(lines))
         swap = program.root / "swap"
         swap.symlink_to(new)
-        swap.replace(link)  # as configuration managers do
+        swap.replace(link)  # like configuration management tools
 
     async def inventory() -> Any:
         return (await program.ask("GET", "/v1/status"))["inventory"][0]
 
     async with program.running() as service:
-        await eventually(lambda: _says(inventory, "problem"), 20.0)  # it lists nothing yet
+        await eventually(lambda: _says(inventory, "problem"), 20.0)  # it lists no device yet
         await program("devices", "add", "mine", "--address", "127.0.0.1")
         write("a", "b", "c", "mine")
         await eventually(lambda: len(pids_of(directory)) == 4, 60.0)
@@ -224,7 +227,8 @@ async def _silent(ask_for: Any) -> bool:
 async def test_s7_an_inventory_that_lost_most_of_its_lines_is_held(
     program: Program, directory: Path
 ) -> None:
-    """Nine of ten vanish from a good file: nobody leaves, and putting the file right ends the hold."""
+    """Nine of ten lines vanish from a good file: no device leaves, and fixing the file ends the
+    hold."""
     file = program.root / "devices.hcl"
     blocks = [f'device "d{n}" {{ address = "127.0.0.1" }}\n' for n in range(10)]
     file.write_text("".join(blocks))
@@ -247,8 +251,8 @@ async def test_s7_an_inventory_that_lost_most_of_its_lines_is_held(
 async def test_a_paused_device_is_left_alone_until_its_pause_ends(
     program: Program, directory: Path
 ) -> None:
-    """A new one gets no agent, a removed one keeps its, across a restart of ours; resumed, both get
-    what was asked."""
+    """A new device gets no agent and a removed one keeps its agent, even across a restart; once
+    resumed, both get what was requested."""
     settings(program)
     async with program.running():
         await program("devices", "add", "old", "--address", "127.0.0.1", "--label", "site=a")
@@ -273,7 +277,7 @@ async def test_a_paused_device_is_left_alone_until_its_pause_ends(
 
 @pytest.mark.slow_because("a pause of four seconds ends in real time")
 async def test_a_pause_ends_by_itself(program: Program, directory: Path) -> None:
-    """A device in a window of four seconds gets its agent with nobody's help."""
+    """A device in a window of four seconds gets its agent without any action."""
     settings(program)
     async with program.running():
         window = await program.json("maintenance", "add", "--selector", "site=a", "--for", "4s")

@@ -1,4 +1,4 @@
-"""Presence where several control planes share the work, on a real Nomad and a real Consul."""
+"""Presence with several control planes, on a real Nomad and a real Consul."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ pytestmark = [pytest.mark.servers, pytest.mark.asyncio(loop_scope="module")]
 async def test_a_device_may_beat_to_any_replica_and_expires_once(
     tmp_path: Path, nomad: NomadServer, consul: ConsulServer
 ) -> None:
-    """A device that beats to the replica that holds nothing outlives three ttls; a silent one is let go
-    by the holder alone, and a heartbeat to the other replica brings it back."""
+    """A device whose heartbeats go to the replica without the shard outlives three ttls. A silent
+    one is released by the holder alone, and a heartbeat to the other replica brings it back."""
     async with replicas(tmp_path, nomad, consul, "a", "b") as world:
         holder = await world.holder()
         standby = world.other(holder)
@@ -47,8 +47,8 @@ async def test_a_device_may_beat_to_any_replica_and_expires_once(
 async def test_a_pause_made_at_one_replica_holds_at_the_other(
     tmp_path: Path, nomad: NomadServer, consul: ConsulServer
 ) -> None:
-    """The holder dispatches nothing for a device that was paused at the standby, also after it took
-    over; resumed, the device gets its agent."""
+    """The holder dispatches nothing for a device that was paused at the standby, nor does the
+    standby after it took over; once resumed, the device gets its agent."""
     async with replicas(tmp_path, nomad, consul, "a", "b") as world:
         holder = await world.holder()
         standby = world.other(holder)

@@ -1,4 +1,4 @@
-"""What the program writes, whatever the umask of its caller is."""
+"""The permissions of the files that the program writes, whatever the umask of its caller."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ __all__ = ["directory"]
 async def test_h14_nobody_else_can_read_what_the_service_writes(
     tmp_path: Path, directory: Path, attack: Attack
 ) -> None:
-    """Registry, its WAL, events, lease, agent, its state, lock and log are 0600 and every folder is 0700."""
+    """Registry, its WAL, events, lease, agent, its state, lock and log are 0600 and every folder is
+    0700."""
     program = Program(tmp_path)
     data = directory.parent / "made"
     text = program.file.read_text().replace(f'data_dir = "{tmp_path}"', f'data_dir = "{data}"')

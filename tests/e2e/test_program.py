@@ -1,4 +1,4 @@
-"""The program as an operator has it: real processes, the local backend, signals and exit codes."""
+"""The program as an operator runs it: real processes, the local backend, signals and exit codes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Program:
 
     @asynccontextmanager
     async def running(self, **env: str) -> AsyncIterator[asyncio.subprocess.Process]:
-        """`run`, until the end of the block; killed if it is still there."""
+        """`run`, until the end of the block; killed if it is still running."""
         process = await self.start("run", **env)
         log = asyncio.create_task(process.stderr.read() if process.stderr else asyncio.sleep(0))
         try:
@@ -83,7 +83,7 @@ class Program:
             await log
 
     async def get(self, path: str) -> Any:
-        """What the API answers. For what is asked again and again: starting a program takes far longer."""
+        """The API's answer. For repeated reads: starting a program takes far longer."""
         return await self.ask("GET", path)
 
     async def is_ready(self) -> bool:
@@ -93,7 +93,7 @@ class Program:
             return False
 
     async def ask(self, method: str, path: str, body: Any = None) -> Any:
-        """One call of the API; the parsed answer, None where there is none."""
+        """One API call; the parsed answer, or None."""
         url = f"http://127.0.0.1:{self.port}{path}"
         async with aiohttp.ClientSession() as http, http.request(method, url, json=body) as answer:
             assert answer.status < 300, await answer.text()
@@ -108,7 +108,7 @@ class Program:
 
 @pytest.fixture
 def program(tmp_path: Path, directory: Path) -> Program:
-    """The program; `directory` takes down the agents that it leaves running."""
+    """The program; `directory` stops the agents that it leaves running."""
     return Program(tmp_path)
 
 
@@ -116,8 +116,8 @@ def program(tmp_path: Path, directory: Path) -> Program:
 async def test_run_keeps_agents_and_leaves_them_when_it_is_told_to_stop(
     program: Program, directory: Path
 ) -> None:
-    """Three devices get three agents; SIGTERM ends the service with 0 and no agent; a new service
-    finds the same agents."""
+    """Three devices get three agents; SIGTERM ends the service with 0 and stops no agent; a new
+    service finds the same agents."""
     assert (await program("status"))[0] == 69
     async with program.running() as service:
         assert (await program("status"))[0] == 0
@@ -135,10 +135,10 @@ async def test_run_keeps_agents_and_leaves_them_when_it_is_told_to_stop(
 
 @pytest.mark.slow_because("each command is a process of its own")
 async def test_plan_and_apply_without_a_service(program: Program, directory: Path) -> None:
-    """A kept plan is carried out once; when the registry has moved it is refused with 75."""
+    """A saved plan is carried out once; if the registry has changed, it is rejected with 75."""
     assert (await program("init"))[0] == 0
     async with program.running() as service:
-        # What is registered while the service can't act is what `plan` shows later.
+        # Devices registered while the service can't act appear in `plan` later.
         service.send_signal(signal.SIGTERM)
     await _register(program.root / "registry.db", "a", "b")
     code, out, _ = await program("plan", "-o", "json", "--detailed-exitcode")
@@ -180,8 +180,8 @@ async def _register(path: Path, *names: str) -> None:
 
 @pytest.mark.slow_because("each command is a process of its own")
 async def test_held_stops_wait_for_the_operators_word(program: Program, directory: Path) -> None:
-    """A wiped registry stops nothing; status, explain and `stops ls` say what to type, and the word
-    holds only for the stops that were shown."""
+    """A wiped registry stops nothing; status, explain and `stops ls` show the command to type, and
+    the approval covers only the displayed stops."""
     async with program.running():
         names = [f"d{n}" for n in range(12)]
         await program.import_devices(*names)
@@ -217,7 +217,7 @@ async def test_held_stops_wait_for_the_operators_word(program: Program, director
 
 
 async def test_events_are_followed_until_ctrl_c(program: Program) -> None:
-    """`events -f` prints what happens as it happens, and Ctrl-C ends it with 130."""
+    """`events -f` prints events as they happen, and Ctrl-C ends it with 130."""
     async with program.running():
         follower = await program.start("events", "-f", "-o", "json")
         assert follower.stdout is not None
@@ -231,8 +231,8 @@ async def test_events_are_followed_until_ctrl_c(program: Program) -> None:
 
 @pytest.mark.slow_because("each command is a process of its own")
 async def test_events_survive_kill_9_and_a_follower_goes_on(program: Program) -> None:
-    """A service that is killed leaves its events; the next one adds to them under greater numbers, and
-    a follower that was there all the time has each of them once."""
+    """The events of a killed service are kept; the next service continues with higher numbers, and
+    a follower that ran all the time has each event once."""
 
     async def seen(device: str) -> list[dict[str, Any]]:
         code, out, err = await program("events", "-o", "json", "--device", device)
@@ -263,7 +263,7 @@ async def test_events_survive_kill_9_and_a_follower_goes_on(program: Program) ->
 
 
 async def test_systemd_is_told_when_the_fleet_is_known_and_when_it_ends(program: Program) -> None:
-    """READY=1 comes on NOTIFY_SOCKET, STOPPING=1 after the signal."""
+    """READY=1 is sent to NOTIFY_SOCKET, and STOPPING=1 after the signal."""
     path = program.root / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(str(path))

@@ -65,7 +65,8 @@ class Plane:
         return pids_of(self.agents, slug_of(DeviceId(name)) if name else "")
 
     def settled(self) -> bool:
-        """L1: each present device has one running placement at its epoch, and nobody else has any."""
+        """L1: each present device has one running placement at its epoch, and no other device has
+        any."""
         records = self.fleet.records
         for slug, record in records.items():
             live = [
@@ -103,7 +104,8 @@ Until = Callable[..., Awaitable[Any]]
 async def test_l1_each_present_device_gets_one_agent_and_loses_it_when_it_leaves(
     tmp_path: Path, directory: Path
 ) -> None:
-    """Twenty devices come, five leave: twenty, then fifteen processes, one for each."""
+    """Twenty devices are added, five are removed: twenty, then fifteen processes, one per
+    device."""
     async with control_plane(tmp_path, directory) as plane:
         names = [f"d{n}" for n in range(20)]
         await plane.register(*names)
@@ -117,7 +119,7 @@ async def test_l1_each_present_device_gets_one_agent_and_loses_it_when_it_leaves
 async def test_l2_a_new_reconciler_finds_everything_in_order(
     tmp_path: Path, directory: Path
 ) -> None:
-    """A restart of ours starts nothing, stops nothing and writes nothing."""
+    """Restarting the reconciler starts nothing, stops nothing and writes nothing."""
     async with control_plane(tmp_path, directory) as first:
         await first.register(*(f"d{n}" for n in range(10)))
         await eventually(first.settled)
@@ -135,7 +137,8 @@ async def test_l2_a_new_reconciler_finds_everything_in_order(
 async def test_l2_a_crash_between_commit_and_start_uses_the_epoch_that_was_committed(
     tmp_path: Path, directory: Path
 ) -> None:
-    """K5: the epoch is in the registry, nobody was started: the next reconciler starts that one."""
+    """K5: the epoch is in the registry, but no agent was started: the next reconciler starts that
+    epoch."""
     registry = SqliteRegistry(path=tmp_path / "registry.db")
     await registry.initialise()
     fleet = Fleet(registry, LIMITS, SystemClock())
@@ -153,7 +156,8 @@ async def test_l2_a_crash_between_commit_and_start_uses_the_epoch_that_was_commi
 async def test_s7_a_mass_departure_is_held_until_a_second_read_agrees(
     tmp_path: Path, directory: Path
 ) -> None:
-    """Thirty of forty leave at once: nothing stops at first, an event says so, then they go."""
+    """Thirty of forty devices leave at once: nothing stops at first, an event reports it, then they
+    stop."""
     async with control_plane(tmp_path, directory) as plane:
         names = [f"d{n}" for n in range(40)]
         await plane.register(*names)
@@ -170,12 +174,13 @@ async def test_s7_a_mass_departure_is_held_until_a_second_read_agrees(
 async def test_s7_what_a_plan_shows_as_held_can_be_confirmed(
     tmp_path: Path, directory: Path
 ) -> None:
-    """Held are the stops of the last pass; an operator who was shown a younger plan confirms that one."""
+    """The stops of the last pass are on hold; if an operator was shown a newer plan, that one can
+    be approved."""
     async with control_plane(tmp_path, directory) as plane:
         await plane.register(*(f"d{n}" for n in range(12)))
         await eventually(lambda: plane.settled() and len(plane.pids()) == 12)
         reconciler = plane.reconciler
-        # As the watch shows it, before the next pass.
+        # As the watch would report it, before the next pass.
         plane.fleet.records.reset({}, plane.fleet.records.reached)
         shown: Any = reconciler.plan_builder.view()
         assert reconciler.breaker.held_id != shown["held"]["id"]
@@ -187,7 +192,8 @@ async def test_s7_what_a_plan_shows_as_held_can_be_confirmed(
 async def test_s7_a_registry_that_lost_its_keys_stops_nothing_until_an_operator_says_so(
     tmp_path: Path, directory: Path
 ) -> None:
-    """Records wiped behind the sentinel: the agents go on, however often it is read."""
+    """Records are wiped but the sentinel is kept: the agents keep running, however often the
+    registry is read."""
     import sqlite3
 
     async with control_plane(tmp_path, directory) as plane:
@@ -215,7 +221,8 @@ def _record_table(db: Any) -> str:
 
 
 async def test_s9_a_poison_device_delays_nobody(tmp_path: Path, directory: Path) -> None:
-    """A class whose agent cannot start at all costs its own back-off; the others are up at once."""
+    """A class whose agent cannot start at all costs only its own back-off; the other agents start
+    at once."""
     bad = spec("/nonexistent/agent", name="broken")
     async with control_plane(tmp_path, directory, spec(), bad) as plane:
         await plane.register("poison", kind="broken")
@@ -237,7 +244,8 @@ async def test_s9_a_poison_device_delays_nobody(tmp_path: Path, directory: Path)
 async def test_a_new_spec_rolls_through_the_fleet_with_new_epochs(
     tmp_path: Path, directory: Path
 ) -> None:
-    """A changed spec replaces each agent once: epoch 2, the new hash, never two processes at once."""
+    """A changed spec replaces each agent once: epoch 2, the new hash, never two processes at
+    once."""
     async with control_plane(tmp_path, directory) as old:
         await old.register(*(f"d{n}" for n in range(6)))
         await eventually(old.settled)
@@ -260,7 +268,8 @@ async def test_a_new_spec_rolls_through_the_fleet_with_new_epochs(
 async def test_a_killed_agent_comes_back_in_the_same_placement(
     tmp_path: Path, directory: Path
 ) -> None:
-    """kill -9 of the process: the scheduler restarts it, the epoch stays, the verdict says why."""
+    """After kill -9 of the process the scheduler restarts it, the epoch stays, and the verdict has
+    the reason."""
     async with control_plane(tmp_path, directory) as plane:
         await plane.register("a")
         await eventually(plane.settled)
@@ -274,9 +283,9 @@ async def test_a_killed_agent_comes_back_in_the_same_placement(
 async def test_s1_the_second_instance_at_an_epoch_is_refused(
     tmp_path: Path, directory: Path
 ) -> None:
-    """The instance that the scheduler lists is bound; another one at the same epoch gets a refusal as soon
-    as a listing is younger than the binding, also after a restart of ours, because the binding is in the
-    registry; it is accepted at no time."""
+    """The instance that the scheduler lists is bound. Another one at the same epoch is refused as
+    soon as a listing is younger than the binding, even after a restart, because the binding is in
+    the registry; it is never accepted."""
     slug = slug_of(DeviceId("a"))
 
     def told(instance: str, epoch: int = 1) -> Report:
@@ -307,7 +316,8 @@ async def test_s1_the_second_instance_at_an_epoch_is_refused(
 async def test_s2_two_reconcilers_at_once_make_one_agent_each(
     tmp_path: Path, directory: Path
 ) -> None:
-    """Both plan the same thirty starts over one store: compare-and-set lets one of them win each."""
+    """Both plan the same thirty starts over one store: compare-and-set lets only one of them win
+    each start."""
     async with (
         control_plane(tmp_path, directory) as one,
         control_plane(tmp_path, directory) as two,
@@ -322,7 +332,8 @@ async def test_s2_two_reconcilers_at_once_make_one_agent_each(
 async def test_a_wish_is_not_acknowledged_from_an_old_cache(
     tmp_path: Path, directory: Path
 ) -> None:
-    """S4, S8: another process deregistered the device; registering it again really registers it."""
+    """S4, S8: if another process deregistered the device, registering it again really registers
+    it."""
     async with control_plane(tmp_path, directory) as plane:
         await plane.register("a")
         other = Fleet(SqliteRegistry(path=tmp_path / "registry.db"), LIMITS, SystemClock())
@@ -348,7 +359,7 @@ async def test_a_wish_is_not_acknowledged_from_an_old_cache(
 async def test_s4_registered_devices_survive_kill_9(
     tmp_path: Path, directory: Path, number: int
 ) -> None:
-    """A process that registers and is killed the moment it says so has lost nothing."""
+    """If a process is killed the moment it acknowledges registrations, none is lost."""
     code = f"""
 import asyncio, sys
 from pathlib import Path

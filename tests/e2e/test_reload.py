@@ -1,4 +1,4 @@
-"""W4: the configuration is read again while the program runs: real processes, signals and files."""
+"""W4: the configuration is reloaded while the program runs: real processes, signals and files."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ UNIT = Path(__file__).parents[2] / "jobs" / "systemd" / "nomad-watchdog.service"
 
 @pytest.fixture
 def program(tmp_path: Path, directory: Path) -> Program:
-    """The program; `directory` takes down the agents that it leaves running."""
+    """The program; `directory` stops the agents that it leaves running."""
     return Program(tmp_path)
 
 
 def edit(program: Program, old: str, new: str) -> None:
-    """Change the configuration file, by a rename over it as an editor does."""
+    """Change the configuration file, by renaming a new one over it like an editor."""
     text = program.file.read_text()
     assert old in text
     fresh = program.file.with_suffix(".new")
@@ -49,9 +49,10 @@ async def config_of(program: Program) -> Any:
 async def test_w4_sighup_never_ends_the_program_and_reads_its_file(
     program: Program, directory: Path
 ) -> None:
-    """Without TLS and without an inventory: an unchanged file changes nothing; a changed class replaces its
-    agents with the change in words; a new inventory is followed; what needs a restart is named, and not
-    again once the file has the old value; SIGTERM ends the program with 0 as ever."""
+    """Without TLS and without an inventory. An unchanged file changes nothing; a changed class
+    replaces its agents and the change is described; a new inventory is followed. A change that
+    needs a restart is named, and no longer once the file has the old value. SIGTERM still ends the
+    program with 0."""
     async with program.running() as service:
         await program.import_devices("a", "b")
         await eventually(lambda: len(pids_of(directory)) == 2)
@@ -103,7 +104,8 @@ async def test_w4_sighup_never_ends_the_program_and_reads_its_file(
 async def test_w4_an_invalid_file_changes_nothing_and_is_reported(
     program: Program, directory: Path
 ) -> None:
-    """By log, event, metric, status and the API's answer, with the line; the file put right is taken."""
+    """An invalid file is reported with its line by log, event, metric, status and the API's answer;
+    the fixed file is loaded."""
     async with program.running() as service:
         await program.import_devices("a")
         await eventually(lambda: len(pids_of(directory)) == 1)
@@ -132,7 +134,7 @@ async def test_w4_an_invalid_file_changes_nothing_and_is_reported(
         assert pids_of(directory) == before
         fresh = Program(
             program.root
-        )  # writes the file anew, with another port, which needs a restart
+        )  # rewrites the file with another port, which requires a restart
         answer = await program.ask("POST", "/v1/config:reload")
         assert [one.partition(" ")[0] for one in answer["needs_restart"]] == ["api.listen"]
         assert str(fresh.port) in answer["needs_restart"][0]
@@ -152,10 +154,10 @@ async def metric(program: Program, name: str) -> float:
 @pytest.mark.slow_because("starts the program, which imports for seconds")
 async def test_w4_a_signal_before_the_service_is_up_is_not_lost(program: Program) -> None:
     """SIGHUP while the program starts does not end it, and the configuration is read once it is up;
-    systemd is told of the reload and of its end."""
+    systemd is notified of the reload and of its end."""
     service = await program.start("run")
     try:
-        # Imports are the longest part of a start: the signal comes in the middle of them, again and again.
+        # Imports are the longest part of a start: the signal is sent during them, repeatedly.
         async def is_up() -> bool:
             if "nomad_watchdog" in Path(f"/proc/{service.pid}/cmdline").read_text() and _ignores(
                 service.pid
@@ -177,14 +179,15 @@ async def test_w4_a_signal_before_the_service_is_up_is_not_lost(program: Program
 
 
 def _ignores(pid: int) -> bool:
-    """Whether the process ignores or handles SIGHUP: from the moment that the verb runs."""
+    """Whether the process ignores or handles SIGHUP, which it does from the moment the verb
+    runs."""
     status = Path(f"/proc/{pid}/status").read_text().splitlines()
     masks = [int(line.split()[1], 16) for line in status if line.startswith(("SigIgn", "SigCgt"))]
     return any(mask & 1 << (signal.SIGHUP - 1) for mask in masks)
 
 
 def test_w4_systemctl_reload_sends_the_signal() -> None:
-    """The shipped unit runs a verb that exists, waits for READY=1, and reloads by SIGHUP."""
+    """The shipped unit runs an existing verb, waits for READY=1, and reloads by SIGHUP."""
     unit = configparser.ConfigParser(interpolation=None, strict=False)
     unit.optionxform = str  # type: ignore[assignment,method-assign]  # systemd's names have capitals
     unit.read_string(UNIT.read_text())

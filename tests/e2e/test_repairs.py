@@ -1,4 +1,4 @@
-"""A repair as an operator sees it: the program, an agent of its own, and a device that is brought back."""
+"""A repair from the operator's view: the program, an agent, and a device that is brought back."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ agent_class "default" {{
 async def test_a_repair_is_a_verdict_an_event_and_a_part_of_explain(
     tmp_path: Path, directory: Path
 ) -> None:
-    """While a step is taken the device is `repairing`, with the step's name in the reason; when it is back
-    the attempts are events and stand in explain, and it was never called offline."""
+    """While a step runs the device is `repairing`, with the step's name in the reason. Once it is
+    back, the attempts are shown as events and in explain; it was never called offline."""
     device = Listener(says(OK))
     go = asyncio.Event()
 

@@ -1,6 +1,8 @@
-"""Several control planes on one Nomad and one Consul, as processes: who acts, and who takes over.
+"""Several control plane processes on one Nomad and one Consul: which one acts, and which one takes
+over.
 
-Agents are Nomad's mock driver's: what is looked at is who dispatches, and that nobody does it twice.
+Agents use Nomad's mock driver: the tests check which replica dispatches, and that no start is
+dispatched twice.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ class World:
     planes: tuple[ControlPlane, ...]
 
     async def jobs(self) -> list[dict[str, Any]]:
-        """All children that were ever dispatched, stopped ones too."""
+        """All children that were ever dispatched, including stopped ones."""
         found = await self.nomad.request("GET", f"/v1/jobs?prefix={self.prefix}&meta=true")
         return [job for job in found if job.get("ParentID")]
 
@@ -75,7 +77,7 @@ class World:
         return {name for name, _ in await self.placed()}
 
     async def holder(self) -> ControlPlane:
-        """The one that holds shard 0, once there is one."""
+        """The replica that holds shard 0, once there is one."""
 
         async def one() -> ControlPlane | None:
             for plane in self.planes:
@@ -120,7 +122,8 @@ async def replicas(
 async def test_every_replica_takes_wishes_and_one_dispatches(
     tmp_path: Path, nomad: NomadServer, consul: ConsulServer
 ) -> None:
-    """A device that is registered with a replica that leads nothing is dispatched once, by the other."""
+    """A device registered with a replica that holds nothing is dispatched once, by the other
+    replica."""
     async with replicas(tmp_path, nomad, consul, "a", "b") as world:
         holder = await world.holder()
         standby = world.other(holder)
@@ -140,8 +143,9 @@ async def test_every_replica_takes_wishes_and_one_dispatches(
 async def test_l2_who_is_left_goes_on(
     tmp_path: Path, nomad: NomadServer, consul: ConsulServer, end: signal.Signals
 ) -> None:
-    """However the holder ends, the other one dispatches what comes next, and touches nothing else. Its events say
-    which replica went, and who took over its shard; when the other comes back, that it joined."""
+    """However the holder ends, the other replica dispatches what comes next, and touches nothing
+    else. Its events report which replica left, who took over its shard, and that the other joined
+    when it comes back."""
     async with replicas(tmp_path, nomad, consul, "a", "b") as world:
         holder = await world.holder()
         heir = world.other(holder)
@@ -153,7 +157,8 @@ async def test_l2_who_is_left_goes_on(
 
         await eventually(all_up, 60.0)
         gone = (await holder.call("GET", "/v1/leases"))["replica"]
-        # The heir reads who is there every quarter of a second: what it has never seen can't be gone.
+        # The successor reads the members every quarter of a second: a replica that it has never
+        # seen can't be missed.
         await eventually(
             lambda: gone in heir.process.log.read_text().partition("replicas are known")[2], 60.0
         )
@@ -195,7 +200,8 @@ async def test_l2_who_is_left_goes_on(
 async def test_s2_a_frozen_holder_wakes_up_to_nothing(
     tmp_path: Path, nomad: NomadServer, consul: ConsulServer
 ) -> None:
-    """The holder sleeps with wishes before it; its heir acts on them; awake again it adds nothing."""
+    """The holder is suspended with requests pending; its successor carries them out; once resumed
+    it adds nothing."""
     async with replicas(tmp_path, nomad, consul, "a", "b") as world:
         holder = await world.holder()
         heir = world.other(holder)
@@ -227,7 +233,8 @@ async def test_s2_a_frozen_holder_wakes_up_to_nothing(
 async def test_shards_are_shared_and_each_device_is_dispatched_once(
     tmp_path: Path, nomad: NomadServer, consul: ConsulServer
 ) -> None:
-    """Four shards over two replicas, two each; forty devices are placed once each, by both together."""
+    """Four shards over two replicas, two each; forty devices are placed once each, by both
+    together."""
     async with replicas(tmp_path, nomad, consul, "a", "b", shards=4) as world:
 
         async def even() -> bool:
@@ -251,8 +258,8 @@ async def test_shards_are_shared_and_each_device_is_dispatched_once(
 async def test_what_an_agent_says_to_one_replica_all_know(
     tmp_path: Path, nomad: NomadServer, consul: ConsulServer
 ) -> None:
-    """A report that one replica accepts makes the device watched at the other one too; one of an old
-    epoch is refused by both, whoever it was told to first (S1)."""
+    """A report that one replica accepts makes the device watched at the other one too; a report of
+    an old epoch is refused by both, whichever receives it first (S1)."""
     async with replicas(tmp_path, nomad, consul, "a", "b") as world:
         one, two = world.planes
         await one.register("pump")
@@ -299,8 +306,8 @@ async def cli(plane: ControlPlane, *argv: str) -> tuple[int, str]:
 async def test_s7_each_replica_holds_the_stops_of_its_own_shards(
     tmp_path: Path, nomad: NomadServer, consul: ConsulServer
 ) -> None:
-    """When all records vanish no agent is stopped; `stops ls` of any replica shows what both hold, and
-    each id lets go what its replica holds."""
+    """When all records vanish, no agent is stopped. `stops ls` of any replica shows the stops on
+    hold at both, and each id approves its own replica's stops."""
     async with replicas(tmp_path, nomad, consul, "a", "b", shards=2) as world:
 
         async def even() -> bool:
@@ -355,9 +362,9 @@ async def test_s7_each_replica_holds_the_stops_of_its_own_shards(
 async def test_each_change_is_one_event_on_every_replica_also_after_a_crash(
     tmp_path: Path, nomad: NomadServer, consul: ConsulServer
 ) -> None:
-    """Three replicas see devices come and go, and the teller is killed between: both that are left have
-    the same events, each change once, those from before and after the crash and those of the time between,
-    and what was asked of any replica is in it with its author."""
+    """Three replicas see devices come and go, and the publishing one is killed in between. Both
+    remaining ones have the same events, each change once, from before, during and after the crash,
+    and requests to any replica are included with their author."""
     async with replicas(tmp_path, nomad, consul, "a", "b", "c") as world:
         holder = await world.holder()
         left = [plane for plane in world.planes if plane is not holder]

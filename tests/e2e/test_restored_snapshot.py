@@ -1,4 +1,4 @@
-"""Consul's store set back to an old snapshot, under a control plane that runs."""
+"""Consul's store is restored to an old snapshot while a control plane runs."""
 
 from __future__ import annotations
 
@@ -47,8 +47,9 @@ NAMES = [f"pump {number}" for number in range(6)]
     "starts a Consul and a Nomad of its own, and agents are placed three times"
 )
 async def test_s1_epochs_do_not_go_back_with_the_store(tmp_path: Path) -> None:
-    """Agents placed after the snapshot are newer than the registry: they are replaced under epochs that
-    nobody has had, never accepted again under old ones; the rest stays. The restored snapshot is reported."""
+    """Agents placed after the snapshot are newer than the registry: they are replaced under epochs
+    never used before, and never accepted again under old ones; the other agents stay. The restored
+    snapshot is reported."""
     async with (
         ConsulServer(tmp_path / "consul") as consul,
         NomadServer(tmp_path / "nomad") as nomad,

@@ -1,6 +1,6 @@
 """Five thousand devices on Nomad's mock driver: placed exactly once, and nothing is done twice.
 
-Out of scope: agents. The mock driver starts none, so that no verdict gets beyond `unwatched`.
+Out of scope: agents. The mock driver starts none, so no verdict gets beyond `unwatched`.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Plane:
                 }
 
     async def placed(self, wanted: set[str], timeout_s: float) -> dict[str, Any]:
-        """Wait until exactly these devices have a live child; all children then."""
+        """Wait until exactly these devices have a live child; returns all children."""
         deadline = time.monotonic() + timeout_s
         while True:
             children = await self.children()
@@ -137,7 +137,7 @@ async def test_five_thousand_devices_are_placed_exactly_once(tmp_path: Path) -> 
             assert plane.process is not None
             await plane.process.kill()
             await plane.start()
-            await asyncio.sleep(12.0)  # two full looks, by the configuration
+            await asyncio.sleep(12.0)  # two full resyncs, by the configuration
             assert await plane.children() == before
         finally:
             if plane.process is not None:

@@ -1,4 +1,5 @@
-"""The whole door as an operator has it: the real program over TLS, real agents with their credentials."""
+"""API security from the operator's view: the real program over TLS, real agents with their
+credentials."""
 
 from __future__ import annotations
 
@@ -51,7 +52,7 @@ TOKEN, VIEWER, KEY = "operators-s3cret-token", "viewers-s3cret-token", "s3cret-k
 
 @pytest.fixture
 async def device() -> Any:
-    """A port that takes connections."""
+    """A port that accepts connections."""
     server = await asyncio.start_server(lambda _r, w: w.close(), "127.0.0.1", 0)
     yield server.sockets[0].getsockname()[1]
     server.close()
@@ -59,7 +60,8 @@ async def device() -> Any:
 
 @pytest.fixture
 def program(tmp_path: Path, directory: Path, device: int) -> Program:
-    """The program with every guard on; `directory` takes down the agents that it leaves running."""
+    """The program with all security settings on; `directory` stops the agents that it leaves
+    running."""
     program = Program(tmp_path)
     authority = trustme.CA()
     pair = authority.issue_cert("127.0.0.1")
@@ -76,9 +78,9 @@ def program(tmp_path: Path, directory: Path, device: int) -> Program:
 async def test_agents_report_over_tls_with_credentials_of_their_own(
     program: Program, directory: Path, tmp_path: Path
 ) -> None:
-    """A device is watched by a real agent over TLS; its credential speaks for no other device, for no
-    other instance (S1), not after its epoch, and stands nowhere but in its document (S10). A SIGHUP has the
-    certificates read again and ends nothing."""
+    """A device is watched by a real agent over TLS. Its credential is valid for no other device,
+    for no other instance (S1) and not after its epoch, and appears only in its document (S10). A
+    SIGHUP reloads the certificates and ends nothing."""
     trust = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
     api = f"https://127.0.0.1:{program.port}"
     path = "/v1/agents/report"
@@ -127,7 +129,7 @@ async def test_agents_report_over_tls_with_credentials_of_their_own(
                 assert status in (
                     409,
                     410,
-                )  # to wait, until a listing shows that no agent is replaced
+                )  # wait until a listing shows that no agent is replaced
                 return status == 410
 
             await eventually(refused, 60.0)
@@ -180,7 +182,7 @@ async def test_agents_report_over_tls_with_credentials_of_their_own(
 def test_an_open_door_is_refused_unless_it_is_meant(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], api: str, words: str
 ) -> None:
-    """`config check` and `run` exit 64 for a door that would stand open or can't work, with what helps."""
+    """`config check` and `run` exit 64 for an unprotected or unusable API, with a fix."""
     for argv in (("config", "check"), ("run",)):
         assert exit_code(tmp_path, api, *argv) == 64
         said = capsys.readouterr().err
@@ -189,7 +191,8 @@ def test_an_open_door_is_refused_unless_it_is_meant(
 
 
 def exit_code(folder: Path, api: str, *argv: str) -> object:
-    """Of the program in this process, with this block `api`: a process for each would cost half a minute of CPU."""
+    """Exit code of the program in this process, with this `api` block: a process for each would
+    cost half a minute of CPU."""
     file = folder / "nomad-watchdog.hcl"
     file.write_text(f"api {{\n {api}\n}}\n")
     with pytest.raises(SystemExit) as ended:
@@ -218,7 +221,8 @@ def test_a_guarded_or_local_door_is_accepted(tmp_path: Path, api: str) -> None:
 
 
 async def test_a_token_in_the_environment_is_not_taken_for_a_setting(tmp_path: Path) -> None:
-    """NOMAD_WATCHDOG_API_TOKEN does not exist: its name is reported, and its value is never printed (S10)."""
+    """NOMAD_WATCHDOG_API_TOKEN does not exist: its name is reported, and its value is never printed
+    (S10)."""
     program = Program(tmp_path)
     process = await program.start("config", "show", NOMAD_WATCHDOG_API_TOKEN="a-s3cret")
     out, err = await process.communicate()

@@ -1,4 +1,4 @@
-"""The control plane as a job of the cluster that it manages, as jobs/ ships it."""
+"""The control plane as a job in the cluster that it manages, as shipped in jobs/."""
 
 from __future__ import annotations
 
@@ -66,8 +66,10 @@ async def command(*arguments: str) -> str:
 async def test_the_shipped_job_runs_the_control_plane_which_runs_the_agents(
     tmp_path: Path, repository: Path
 ) -> None:
-    """`nomad job run` of jobs/nomad-watchdog.nomad.hcl serves the API to who has the token of the Nomad
-    variable, is found in Consul, starts an agent with a credential of its own for a device, mends a purged parent job (L2), and leaves its agents running when it is stopped (L3)."""
+    """`nomad job run` of jobs/nomad-watchdog.nomad.hcl serves the API to clients with the token of
+    the Nomad variable, and is registered in Consul. It starts an agent with its own credential for
+    a device, restores a purged parent job (L2), and leaves its agents running when it is stopped
+    (L3)."""
     port = free_port()
     device = await asyncio.start_server(lambda _r, w: w.close(), "127.0.0.1", 0)
     device_port = device.sockets[0].getsockname()[1]
@@ -124,7 +126,7 @@ async def test_the_shipped_job_runs_the_control_plane_which_runs_the_agents(
             assert answer.status == 401
         async with session.get(f"{api}/v1/agents") as answer:
             agent = (await answer.json())["items"][-1]
-        # -detach: without, it fails when the job's deployment is still under way
+        # without -detach the command fails while the job's deployment is still in progress
         await command(nomad_program, "job", "stop", at, "-detach", "-purge", "nomad-watchdog")
 
         async def ended() -> bool:
@@ -137,7 +139,7 @@ async def test_the_shipped_job_runs_the_control_plane_which_runs_the_agents(
         await until(ended)
 
         async def runs() -> Any:
-            # Nomad's client tells of a start some tenths of a second after the agent itself has.
+            # Nomad's client reports a start some tenths of a second after the agent itself has.
             found = await nomad.request("GET", f"/v1/allocation/{agent['instance']}")
             return found["ClientStatus"] != "pending" and found
 

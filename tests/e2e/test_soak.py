@@ -1,4 +1,5 @@
-"""A version that starts well and dies late, as an operator sees it: the program, and agents of its own."""
+"""A version that starts well and fails late, from the operator's view: the program, and its
+agents."""
 
 from __future__ import annotations
 
@@ -40,9 +41,10 @@ NAMES = tuple(f"d{number}" for number in range(6))
 async def test_a_version_that_dies_late_is_given_up_by_itself(
     tmp_path: Path, directory: Path
 ) -> None:
-    """Version 1 lasts. Of version 2 four agents get ready and wait for the end of the soak; when three of them
-    die the class goes back to version 1 by itself, the two that never were replaced run through, and it is
-    an event, a metric and in the status. A restart with version 2 changes nothing; version 3 is rolled out."""
+    """Version 1 lasts. Of version 2, four agents become ready and wait for the end of the soak.
+    When three of them die, the class is rolled back to version 1 automatically, and the two that
+    were never replaced keep running throughout. The rollback is an event, a metric and in the
+    status. A restart with version 2 changes nothing; version 3 is rolled out."""
     device = Listener(says(OK))
     program = Program(tmp_path)
 
@@ -69,7 +71,7 @@ async def test_a_version_that_dies_late_is_given_up_by_itself(
     try:
         configure("1", "1s")
         async with program.running():
-            # it is empty before version 1 is watched, and again when that has proved itself
+            # it is empty before version 1 is watched, and again once that version has proved itself
             await eventually(rollouts, 90.0)
             await program.import_devices(*NAMES)
             await eventually(lambda: _is(versions(), ["1"] * 6), 90.0)
@@ -78,7 +80,7 @@ async def test_a_version_that_dies_late_is_given_up_by_itself(
         configure("2", "120s")
         async with program.running():
             await eventually(lambda: _is(versions(), ["1", "1", "2", "2", "2", "2"]), 90.0)
-            await asyncio.sleep(2.0)  # time in which one more could be replaced
+            await asyncio.sleep(2.0)  # time in which another one could be replaced
             assert (await rollouts())["default"]["soaking"] == 4
             kept = first & set(pids_of(directory))
             assert len(kept) == 2

@@ -1,4 +1,5 @@
-"""The token of a control plane that runs loses its rights on the registry in Consul, and gets them back."""
+"""The token of a running control plane loses its permissions for the registry in Consul, and gets
+them back."""
 
 from __future__ import annotations
 
@@ -45,8 +46,9 @@ agent_class "default" {
 async def test_lost_rights_are_reported_at_once_and_stop_nothing(
     tmp_path: Path, repository: Path
 ) -> None:
-    """When the policy of the token is emptied the status is not ready and names the policy that is needed, the log has
-    one line about it, and the agent goes on; when the rights are back everything goes on as before."""
+    """When the policy of the token is emptied, the status is not ready and names the required
+    policy, the log has one line about it, and the agent keeps running. Once the permissions are
+    back, everything continues as before."""
     rules = (repository / "jobs/policies/consul-reconciler.hcl").read_text()
     async with (
         ConsulServer(tmp_path / "consul", acl=True) as consul,
@@ -106,9 +108,10 @@ async def test_a_registry_that_may_only_be_read_and_a_deleted_token_are_reported
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """With read access only the status is not ready and names the missing policy, the metric is 1, the log has one
-    line, and a change exits 77. With a deleted token every command exits 77, each message says that Consul does not
-    know the token and none speaks of rights, and no replica is named as the holder."""
+    """With read access only, the status is not ready and names the missing policy, the metric is 1,
+    the log has one line, and a change exits 77. With a deleted token every command exits 77, each
+    message says that Consul does not know the token and none mentions permissions, and no replica
+    is named as the holder."""
     rules = (repository / "jobs/policies/consul-reconciler.hcl").read_text()
     key = 'key_prefix "nomad-watchdog/" {\n  policy = "{}"'
     async with (

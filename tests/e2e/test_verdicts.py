@@ -1,4 +1,5 @@
-"""Verdicts that people can trust, from outside: real agents, a control plane that is killed, a key that is replaced."""
+"""Correct verdicts, from outside: real agents, a control plane that is killed, a key that is
+replaced."""
 
 from __future__ import annotations
 
@@ -49,11 +50,11 @@ agent_class "default" {{
 }}
 """
 SAME_S = 2.0
-"""Two reads of a beginning differ by what rounding and an agent's clock allow."""
+"""Tolerance between two reads of one start time, for rounding and an agent's clock."""
 
 
 class Case(Program):
-    """The program, one device, and what was read of it."""
+    """The program, one device, and the values read for it."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -61,11 +62,11 @@ class Case(Program):
         self.other = free_port()
         self.keys = ""
         self.seen: list[tuple[str, float]] = []
-        """Verdict, and when it began, of each read."""
+        """Verdict and its start time, for each read."""
         self.write("1")
 
     def write(self, version: str) -> None:
-        """The configuration, with this version of the class."""
+        """Write the configuration, with this version of the class."""
         self.file.write_text(
             CONFIG.format(
                 root=self.root,
@@ -78,7 +79,7 @@ class Case(Program):
         )
 
     async def look(self) -> dict[str, Any]:
-        """The device as the API shows it, kept in `seen`."""
+        """The device as the API shows it, also appended to `seen`."""
         item: dict[str, Any] = await self.get("/v1/devices/a")
         self.seen.append((item["verdict"], time.monotonic() - item["since_s"]))
         return item
@@ -94,7 +95,7 @@ class Case(Program):
         return await eventually(test, 60.0)  # type: ignore[no-any-return]
 
     async def aged(self, verdict: str, least_s: float = 3.0) -> float:
-        """When this verdict began, once that is so long ago that a new beginning would show."""
+        """When this verdict began, once it is old enough for a new start time to show."""
 
         async def test() -> bool:
             item = await self.look()
@@ -105,7 +106,8 @@ class Case(Program):
 
     @asynccontextmanager
     async def watched_closely(self) -> AsyncIterator[None]:
-        """Read the device again and again to the end of the block; a control plane that is away is no answer."""
+        """Read the device repeatedly until the end of the block; ignores an unavailable control
+        plane."""
         self.seen.clear()
 
         async def read() -> None:
@@ -143,8 +145,9 @@ async def _kill(service: asyncio.subprocess.Process) -> None:
 async def test_v1_an_outage_outlives_its_agent_and_the_control_plane(
     case: Case, directory: Path
 ) -> None:
-    """A dead device is offline all the time, since the same moment, while its agent is killed, the control plane
-    is killed, and its class is rolled out; the new agent confirms it, and sees it come back."""
+    """A dead device stays offline with the same start time while its agent is killed, the control
+    plane is killed, and its class is rolled out. The new agent confirms it, and sees the device
+    come back."""
     async with case.running() as service:
         await case.import_devices("a")
         await case.until("watched")
@@ -182,8 +185,8 @@ async def test_v1_an_outage_outlives_its_agent_and_the_control_plane(
 
 @pytest.mark.slow_because("an agent is killed and restarted by its scheduler")
 async def test_a_killed_agent_leaves_an_event(case: Case, directory: Path) -> None:
-    """The local backend restarts an agent that was killed: one event, with the reason, and no change of the verdict
-    to offline or degraded."""
+    """The local backend restarts an agent that was killed: one event, with the reason, and no
+    change of the verdict to offline or degraded."""
     async with case.running():
         await case.import_devices("a")
         await case.until("watched")
@@ -205,8 +208,9 @@ async def test_a_killed_agent_leaves_an_event(case: Case, directory: Path) -> No
 
 @pytest.mark.slow_because("waits until reports are stale")
 async def test_v2_refused_reports_leave_a_device_unwatched(case: Case) -> None:
-    """The agents' key is replaced in place: the device is unwatched with that reason, in the status, the events,
-    the metrics and doctor; with the old key back below the new one it is watched."""
+    """The agents' key is replaced in place: the device is unwatched with that reason, in the
+    status, the events, the metrics and doctor. With the old key back below the new one it is
+    watched."""
     file = case.root / "keys"
     old, new = secrets.token_hex(32), secrets.token_hex(32)
     file.write_text(old)
@@ -250,7 +254,8 @@ async def test_v2_refused_reports_leave_a_device_unwatched(case: Case) -> None:
 
 @pytest.mark.slow_because("waits for a confirmation")
 async def test_v3_a_dead_service_on_a_live_host_is_degraded(case: Case) -> None:
-    """The probe fails and its confirmation succeeds: degraded, not suspect for ever, and watched again after."""
+    """The probe fails and its confirmation succeeds: degraded, not suspect for ever, and watched
+    again afterwards."""
     host = Listener(says(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"))
     case.other = host.port
     case.write("1")
@@ -271,8 +276,8 @@ async def test_v3_a_dead_service_on_a_live_host_is_degraded(case: Case) -> None:
 
 @pytest.mark.slow_because("restarts the control plane twice")
 async def test_v6_since_survives_a_restart(case: Case) -> None:
-    """A watched and an offline device show the same beginning after the control plane was killed, and no event
-    tells their verdicts again."""
+    """A watched and an offline device show the same start time after the control plane was killed,
+    and no event repeats their verdicts."""
     async with case.running() as service:
         await case.import_devices("a")
         await case.until("watched")

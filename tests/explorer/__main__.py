@@ -1,12 +1,13 @@
-"""Every interleaving of a small world: two replicas, two devices, and all that may go wrong.
+"""Explores every interleaving of a small world: two replicas, two devices, and all that may go
+wrong.
 
-Breadth first, so that the first violation has the shortest trace. The deciders are the real ones
-(`core.planner`, `core.presence`, `core.acceptance`, `breaker`); what carries out their decisions is a
-model (`world`). States that differ only in names are one (`packed`), and what only one replica can see (a
-plan, a queue) is no step of its own.
+Breadth first, so the first violation has the shortest trace. The decisions come from the real code
+(`core.planner`, `core.presence`, `core.acceptance`, `breaker`); carrying them out is modelled
+(`world`). States that differ only in names are merged (`packed`), and changes that only one replica
+can see (a plan, a queue) are not separate steps.
 
-``python -m tests.explorer --quick`` runs what the tests run, ``--deep`` more, and
-``--without cas`` shows the shortest way to a broken promise when a guard is missing.
+``python -m tests.explorer --quick`` runs what the tests run, ``--deep`` more, and ``--without cas``
+shows the shortest way to a broken promise when a guard is missing.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from tests.explorer.world import World
 __all__ = ["DEEP", "QUICK", "Found", "Guard", "Scope", "explore"]
 
 MAX_ROUNDS: Final = 60
-"""L1: with faults off a state is settled after so many fair rounds, or never."""
+"""L1: without faults a state is settled after this many fair rounds, or never."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """How large a world."""
+    """The size of a world."""
 
     devices: int = 2
     replicas: int = 2
@@ -43,10 +44,10 @@ class Scope:
     placed: bool = False
     """Begin with every device watched and known to both, instead of with nothing."""
     burials: int = 0
-    """How many tombstones expire."""
+    """Number of tombstones that expire."""
 
     def first(self) -> State:
-        """Where it begins."""
+        """The initial state."""
         rec, jobs = ((1, 1, 1, 1), ((1, "R", 1),)) if self.placed else ((), ())
         device: Dev = (rec, jobs, (), (), int(self.placed))
         views: tuple[View, ...] = ((rec, jobs, 0, 0, ()),) * self.devices
@@ -66,8 +67,8 @@ QUICK: Final = (
     Scope(devices=1, wishes=2, faults=0, placed=True, burials=1),
     Scope(devices=1, replicas=1, wishes=2, faults=1, placed=True, burials=1),
 )
-"""What every test run explores, within half a minute: two devices for what couples them (a crash, a listing,
-the breaker), one device for longer histories."""
+"""The scopes that every test run explores, within half a minute: two devices for what couples them
+(a crash, a listing, the stop limit), one device for longer histories."""
 DEEP: Final = (
     Scope(wishes=3, faults=0, placed=True),
     Scope(wishes=1, faults=1, placed=True),
@@ -77,18 +78,19 @@ DEEP: Final = (
     Scope(wishes=2, faults=1),
     Scope(devices=1, wishes=4, faults=0, placed=True, burials=2),
 )
-"""What `--deep` adds: some minutes and a GB. The second to last has two million states."""
+"""The additional scopes of `--deep`: some minutes and a GB. The second to last has two million
+states."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What an exploration came to. `broken` = "" when every promise held in every state."""
+    """The result of an exploration. `broken` = "" when every promise held in every state."""
 
     states: int
     broken: str = ""
     trace: tuple[str, ...] = ()
     complete: bool = True
-    """Every state was reached; False when the limit of states was."""
+    """Every state was reached; False if the state limit was hit."""
 
     def __str__(self) -> str:
         if not self.broken:
@@ -98,14 +100,14 @@ class Found:
 
 
 class Settling:
-    """L1: whether a state becomes as asked when nothing goes wrong any more."""
+    """L1: whether a state settles as requested without further faults."""
 
     def __init__(self, packed: PackedWorld) -> None:
         self._packed = packed
         self._good: set[Packed] = set()
 
     def check(self, state: Packed) -> None:
-        """Take the first possible step of those that must happen, again and again."""
+        """Repeatedly take the first possible one of the steps that must happen."""
         path = []
         state = self._packed.without_trouble(state)
         for _ in range(MAX_ROUNDS):
@@ -130,7 +132,7 @@ class Settling:
 
 
 class _UnsafeError(Exception):
-    """The way to rest breaks another promise: the search comes by there itself, on the shortest way."""
+    """The way to rest breaks another promise: the search finds that itself, on the shortest way."""
 
 
 def _check_settled(devices: tuple[Dev, ...]) -> None:
@@ -152,7 +154,8 @@ def explore(
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """States are tuples without cycles: looking for some among millions takes a sixth of the time."""
+    """States are tuples without cycles: searching millions of them for garbage takes a sixth of the
+    time."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -199,7 +202,7 @@ def _path(came: dict[Packed, Packed | None], state: Packed) -> list[Packed]:
 def _trace(
     world: World, packed: PackedWorld, first: State, path: list[Packed]
 ) -> tuple[tuple[str, ...], State]:
-    """The steps along a path, in the names that the first state has, and where they lead."""
+    """The steps along a path, in the names of the first state, and their result."""
     said: list[str] = []
     at = first
     for wanted in path[1:]:
@@ -212,7 +215,7 @@ def _trace(
 
 
 def _named(world: World, last: State, error: BrokenError) -> str:
-    """What broke, in the same names."""
+    """The violation, in the same names."""
     try:
         check_devices(last[0])
         for _ in world.steps(last):
@@ -223,7 +226,7 @@ def _named(world: World, last: State, error: BrokenError) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Explore one scope and print what was found."""
+    """Explore one scope and print the result."""
     parser = argparse.ArgumentParser(prog="python -m tests.explorer")
     parser.add_argument("--quick", action="store_true", help="the scopes of every test run")
     parser.add_argument("--deep", action="store_true", help="the larger scopes")

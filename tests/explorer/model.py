@@ -1,14 +1,16 @@
-"""The state of the explorer's small world, as nested tuples, and what the real deciders say of it.
+"""The state of the explorer's small world, as nested tuples, and the real code's decisions on it.
 
-A device is ``(record, jobs, zombies, wire, acked)``: what the registry has, what the scheduler lists,
-processes that it has lost sight of, requests for starts that are still on their way, and the last wish
-that somebody was told is stored. A replica is ``(read, looked, views, listing, confirmed, twice)``.
+A device is ``(record, jobs, zombies, wire, acked)``: the registry's record, the jobs that the
+scheduler lists, processes that it has lost sight of, start requests still in transit, and the last
+request that was acknowledged as stored. A replica is ``(read, looked, views, listing, confirmed,
+twice)``.
 
-A record is ``()`` or ``(present, generation, epoch, instance)``. Each write changes one of the last three
-for good, so that equal content means an equal index, and no counter is needed in the state.
+A record is ``()`` or ``(present, generation, epoch, instance)``. Each write changes one of the last
+three permanently, so equal content means an equal index, and the state needs no counter.
 
-The last part of a state is what is left of deleted tombstones: ``(floor, generation, left, buried)``, the
-registry's floor, how many more may be deleted, and for each device the highest epoch that was.
+The last part of a state is what is left of deleted tombstones: ``(floor, generation, left,
+buried)``, the registry's floor, how many more may be deleted, and for each device the highest epoch
+so far.
 """
 
 from __future__ import annotations
@@ -37,22 +39,24 @@ from nomad_watchdog.model import (
 
 Rec = tuple[Any, ...]
 Job = tuple[int, str, int]
-"""Epoch, state (R running, S stopping, L lost, l lost and told to stop, D dead), instance."""
+"""Epoch, state (R running, S stopping, L lost, l lost and stopping, D dead), instance."""
 Jobs = tuple[Job, ...]
 Dev = tuple[Rec, Jobs, tuple[Any, ...], tuple[int, ...], int]
 View = tuple[Rec, Jobs, int, int, tuple[int, ...]]
-"""Record, jobs, whether the jobs are older than the record, whether a start is unseen, action in hand."""
+"""Record, jobs, whether the jobs are older than the record, whether a start is unseen, action in
+hand."""
 Keys = tuple[tuple[int, int], ...]
 """Stops: device and epoch."""
 Rep = tuple[int, int, tuple[View, ...], tuple[Any, ...], Keys, Keys]
 Graves = tuple[int, int, int, tuple[int, ...]]
 State = tuple[tuple[Dev, ...], tuple[Rep, ...], int, int, Graves]
-"""Devices, replicas, wishes left, faults left, what is left of deleted tombstones."""
+"""Devices, replicas, requests left, faults left, what is left of deleted tombstones."""
 
 START: Final = 1
 STOP: Final = 2
 FIRST: Final = 3
-"""In hand: the floor that was read for the first start of a record, before its epoch is committed."""
+"""In hand: the floor that was read for the first start of a record, before its epoch is
+committed."""
 BURY: Final = 4
 """In hand: the epoch of a tombstone that is to be deleted, now that the floor is raised."""
 NAMES: Final = ("a", "b")
@@ -76,7 +80,7 @@ _STATES: Final = {
 
 @cache
 def record_of(device: int, rec: Rec) -> DeviceRecord:
-    """As the registry would hold it."""
+    """The record as in the registry."""
     present, generation, epoch, instance = rec
     return DeviceRecord(
         slug=SLUGS[device],
@@ -91,7 +95,7 @@ def record_of(device: int, rec: Rec) -> DeviceRecord:
 
 
 def rec_of(record: DeviceRecord) -> Rec:
-    """Back to the small form."""
+    """The inverse of `record_of`."""
     number = int(record.instance.rpartition(".")[2]) if record.instance else 0
     return (
         int(record.presence is Presence.PRESENT),
@@ -107,7 +111,7 @@ def _instance(epoch: int, number: int) -> str:
 
 @cache
 def placements_of(device: int, jobs: Jobs) -> tuple[Placement, ...]:
-    """As the scheduler would list them."""
+    """The placements as the scheduler would list them."""
     return tuple(
         Placement(
             slug=SLUGS[device],
@@ -125,8 +129,9 @@ def placements_of(device: int, jobs: Jobs) -> tuple[Placement, ...]:
 
 @cache
 def registered(device: int, rec: Rec, present: int, generation: int) -> Rec:
-    """`core.presence` on a wish; () = it changes nothing. `generation`: the floor's, as it is now: a replica may
-    know an older one, but the store's index tells the records apart where here only their content does."""
+    """`core.presence` on a request; () = it changes nothing. `generation`: the floor's current one.
+    A replica may know an older one, but the store's index distinguishes the records, where here
+    only their content does."""
     stored = record_of(device, rec) if rec else None
     if present:
         changed = presence.register(stored, _DEVICES[device], WallTime(0.0), generation=generation)
@@ -149,7 +154,7 @@ def first(device: int, rec: Rec, floor: int) -> int:
 
 @cache
 def due(device: int, rec: Rec, jobs: Jobs) -> bool:
-    """`core.tombstones` on a record whose time is over."""
+    """`core.tombstones` on an expired record."""
     listed = {SLUGS[device]} if any(state != "D" for _, state, _ in jobs) else set()
     return bool(tombstones.expired([record_of(device, rec)], listed, WallTime(1.0), 0.0, 1))
 
@@ -193,11 +198,11 @@ def judged(device: int, rec: Rec, epoch: int, number: int, jobs: Jobs) -> Accept
 def planned(
     seen: tuple[tuple[Rec, Jobs], ...], confirmed: Keys, breaker: bool = True
 ) -> tuple[tuple[tuple[int, int, int], ...], Keys, Keys]:
-    """`core.planner` on a replica's views: (kind, device, epoch) of each action, the held stops, and
-    the stops that go. `breaker`: whether it limits them."""
+    """`core.planner` on a replica's views: (kind, device, epoch) of each action, the stops on hold,
+    and the stops that are released. `breaker`: whether it limits them."""
     records = {SLUGS[i]: record_of(i, rec) for i, (rec, _) in enumerate(seen) if rec}
     placements = {SLUGS[i]: placements_of(i, jobs) for i, (_, jobs) in enumerate(seen) if jobs}
-    limits = LIMITS if breaker else NO_BREAKER  # no argument: its hash would be computed each time
+    limits = LIMITS if breaker else NO_BREAKER  # as an argument it would be hashed each time
     made = planner.plan(records, placements, HASHES, limits, confirmed=_stops(confirmed))
     actions = tuple(
         (
@@ -212,7 +217,8 @@ def planned(
 
 
 def settled(rep: Rep, breaker: bool) -> Rep:
-    """The replica after the pass that follows news: `MassStopBreaker.update` on the new plan."""
+    """The replica after the pass that follows a change: `MassStopBreaker.update` on the new
+    plan."""
     read, looked, views, listing, confirmed, twice = rep
     if not (read and looked and (confirmed or twice)):
         return rep
@@ -237,7 +243,7 @@ def _keys(stops: Iterable[tuple[Slug, Epoch, str]]) -> Keys:
 
 
 def swapped(rep: Rep) -> Rep:
-    """A replica with its two devices the other way round."""
+    """A replica with its two devices swapped."""
     read, looked, views, listing, confirmed, twice = rep
 
     def keys(some: Keys) -> Keys:
@@ -251,7 +257,7 @@ class BrokenError(Exception):
 
 
 def worsened(state: State) -> State:
-    """With a fault less to come."""
+    """With one fault fewer to come."""
     return (*state[:3], state[3] - 1, state[4])
 
 
@@ -266,7 +272,7 @@ def with_replica(state: State, r: int, rep: Rep) -> State:
 
 
 def with_view(state: State, r: int, d: int, view: View, *, late: bool = False) -> State:
-    """`late`: a listing that is under way was begun too early to show what was just done."""
+    """`late`: a listing in progress was begun too early to show the latest action."""
     read, looked, views, listing, confirmed, twice = state[1][r]
     if late and listing:
         listing = (*listing[:d], (listing[d][0], 0), *listing[d + 1 :])
@@ -306,7 +312,8 @@ def listed(rep: Rep) -> Rep:
 
 
 def placed(device: Dev, epoch: int, step: str) -> Dev:
-    """`Scheduler.ensure` when it arrives, and what it must not do. `step`: for the message."""
+    """`Scheduler.ensure` when it arrives, and checks of what it must not do. `step`: for the
+    message."""
     rec, jobs, zombies, wire, acked = device
     if any(epoch == one for one, _, _ in jobs):
         return device
@@ -330,8 +337,8 @@ def stopped(device: Dev, epoch: int) -> Dev:
 
 
 def check_write(before: Dev, after: Dev, buried: int, step: str) -> None:
-    """S1 and S2 at each write of a record. `buried`: the highest epoch of a deleted tombstone. `step`: for the
-    message."""
+    """Check S1 and S2 at each write of a record. `buried`: the highest epoch of a deleted
+    tombstone. `step`: for the message."""
     old, new = before[0], after[0]
     if 0 < new[2] <= buried:
         raise BrokenError(f"S2: epoch {new[2]} is committed, and {buried} had been: {step}")
@@ -344,7 +351,7 @@ def check_write(before: Dev, after: Dev, buried: int, step: str) -> None:
 
 
 def check_devices(devices: tuple[Dev, ...]) -> None:
-    """S4 in each state."""
+    """Check S4 in each state."""
     for d, (rec, *_, acked) in enumerate(devices):
         stored = 1 if rec and rec[0] else 2
         if acked and acked != stored:

@@ -1,8 +1,9 @@
-"""States as small tuples of numbers, and their following states from memory.
+"""States as small tuples of numbers, with their successor states cached.
 
-Devices, replicas and graves are each the number under which they were first seen, so that millions of states are
-compared and kept at the price of a few integers. What a replica may do depends on itself, on the devices and on what
-the others have in hand, and is computed once for all states that agree in these; `world.World` computes it.
+Devices, replicas and graves are each represented by the number under which they were first seen, so
+millions of states are compared and kept at the cost of a few integers. What a replica may do
+depends on itself, on the devices and on what the others have in hand, and is computed once for all
+states that agree in these, by `world.World`.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from tests.explorer.model import NO_VIEW, START, Dev, Graves, Rep, State, View
 from tests.explorer.world import Step, World
 
 Packed = tuple[int, tuple[int, ...], int, int, int]
-"""Devices, replicas in ascending order, wishes left, faults left, graves. The same for states that differ only in
-which replica, or which device, is which."""
+"""Devices, replicas in ascending order, requests left, faults left, graves. Equal for states that
+differ only in which replica, or which device, is which."""
 Change = tuple[int, int, int, int]
-"""What a step makes of devices, of its replica, how many faults it costs, and what it makes of the graves."""
+"""The resulting devices and replica of a step, its cost in faults, and the resulting graves."""
 
 _T = TypeVar("_T", bound=Hashable)
 _NOBODY: Final = -1
-"""A step that is no replica's."""
+"""A step of no replica."""
 
 
 class _Numbers(Generic[_T]):
@@ -62,7 +63,7 @@ class PackedWorld:
         )
 
     def unpack(self, packed: Packed) -> State:
-        """One of the states that this stands for."""
+        """One of the states that this represents."""
         devices, reps, wishes, faults, graves = packed
         values = tuple([self._reps.values[rep] for rep in reps])
         return (
@@ -77,7 +78,7 @@ class PackedWorld:
         return self._devices.values[packed[0]]
 
     def without_trouble(self, packed: Packed) -> Packed:
-        """The same with no wish, fault or burial to come."""
+        """The same without requests, faults or burials to come."""
         devices, reps, *_, graves = packed
         epoch, generation, _, buried = self._graves.values[graves]
         calm = self._graves.of((epoch, generation, 0, buried))
@@ -88,7 +89,8 @@ class PackedWorld:
         )
 
     def following(self, packed: Packed, *, calm: bool = False) -> Iterator[Packed]:
-        """All states that may come next, some more than once; `calm`: by what must happen in the end."""
+        """All possible next states, some more than once; `calm`: only through steps that must
+        happen in the end."""
         devices, reps, wishes, faults, graves = packed
         worse = faults > 0
         at = (devices, worse, graves)
@@ -111,7 +113,7 @@ class PackedWorld:
                         after, tuple(sorted((new, *others))), wishes - 1, faults - cost, below
                     )
 
-    # -- steps from memory ----------------------------------------------------------------------
+    # -- cached steps ---------------------------------------------------------------------------
 
     def _from(
         self,
@@ -122,7 +124,8 @@ class PackedWorld:
         *,
         calm: bool = False,
     ) -> list[Change]:
-        """What these steps change; of the replicas only the first is theirs. `key`: all that it depends on."""
+        """The changes of these steps; of the replicas, only the first is affected. `key`:
+        everything they depend on."""
         found = self._changes.get(key)
         if found is None:
             devices, worse, graves = at
@@ -171,7 +174,7 @@ class PackedWorld:
             found = self._hands[rep] = self._reps.of((0, 0, views, (), (), ()))
         return found
 
-    # -- what is the same -----------------------------------------------------------------------
+    # -- equal states ---------------------------------------------------------------------------
 
     def _canonical(
         self, devices: int, reps: tuple[int, ...], wishes: int, faults: int, graves: int
@@ -187,7 +190,7 @@ class PackedWorld:
         return min((devices, reps, wishes, faults, graves), other)
 
     def _swapped(self, kind: int, number: int) -> int:
-        """With its two devices the other way round."""
+        """The state with its two devices swapped."""
         known = self._renamed[kind]
         found = known.get(number)
         if found is None:

@@ -1,8 +1,10 @@
-"""Every interleaving of replicas with different class specs: one set is in force, and nothing flaps.
+"""Every interleaving of replicas with different class specs: one set is in force, and nothing
+flaps.
 
-The rule is the real one (`core.config_precedence`); what carries it out is a model of `in_force.ClassesInForce`: a replica that
-starts or reloads announces what it is configured with, waits until its view of the others shows that, reads what is in
-force, decides once, and writes by compare-and-set.
+The rule is the real one (`core.config_precedence`); carrying it out is modelled on
+`in_force.ClassesInForce`: a replica that starts or reloads announces its configuration, waits until
+its view of the others shows that, reads what is in force, decides once, and writes by
+compare-and-set.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ SETS = ("a", "b")
 @dataclass(frozen=True, slots=True)
 class Replica:
     own: str = ""
-    """What it is configured with and has announced; "" = it is not there."""
+    """The configuration that it has and has announced; "" = it is not running."""
     view: tuple[str, ...] = ()
     """The announcements that it has read, by replica."""
     read: ConfigStanding | None = None
@@ -41,14 +43,14 @@ class World:
 
     @property
     def settled(self) -> bool:
-        """Nothing is to be decided, and all that are there have read what is in force."""
+        """No decision is pending, and all running replicas have read what is in force."""
         there = [one for one in self.replicas if one.own]
         return all(not one.open and one.read == self.standing for one in there)
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What may happen next. `once`, `waits`, `cas`: the guards, one of which a test leaves out."""
+    """Possible next steps. `once`, `waits`, `cas`: the guards, one of which a test leaves out."""
 
     starts: int = 4
     crashes: int = 1
@@ -61,7 +63,7 @@ class Model:
     def steps(self, world: World) -> Iterator[World]:
         for r, one in enumerate(world.replicas):
             if world.starts < self.starts:
-                for own in SETS:  # a start, or a reload of one that is there
+                for own in SETS:  # a start, or a reload of a running one
                     view = () if self.waits else one.view
                     begun = Replica(own, view, one.read if one.own else None, open=True)
                     yield world.put(r, begun, starts=world.starts + 1)
@@ -85,7 +87,7 @@ class Model:
 
 
 def broken(world: World) -> str:
-    """What must never be; "" = all is well."""
+    """The violation; "" = none."""
     if world.standing is not None and world.standing.number > world.starts:
         return "flaps: there were more changes than starts and reloads"
     there = [one for one in world.replicas if one.own]
@@ -100,7 +102,7 @@ def broken(world: World) -> str:
 
 
 def explored(model: Model) -> tuple[int, str]:
-    """The number of states, and the first that is broken."""
+    """The number of states, and the first violation."""
     first = World((Replica(), Replica()))
     seen, left = {first}, [first]
     while left:
@@ -117,8 +119,9 @@ def explored(model: Model) -> tuple[int, str]:
 
 
 def test_one_set_is_in_force_in_every_order() -> None:
-    """However starts, reloads and a crash of two replicas with two configurations interleave, what is in force changes
-    at most once per start or reload, and replicas that are configured alike have their way."""
+    """In any order of starts, reloads and a crash of two replicas with two configurations, the set
+    in force changes at most once per start or reload, and the set of replicas with equal
+    configuration is in force."""
     states, why = explored(Model())
     assert not why
     assert states > 5_000
@@ -133,7 +136,7 @@ def test_one_set_is_in_force_in_every_order() -> None:
     ],
 )
 def test_each_guard_is_needed(model: Model, words: str) -> None:
-    """A replica that decides again, one that knows the others from before its own announcement, and a write without
-    compare-and-set are each found."""
+    """Each of these is detected: a replica that decides again, one whose view of the others
+    predates its own announcement, and a write without compare-and-set."""
     _, why = explored(model)
     assert any(word in why for word in words.split("|")), why

@@ -1,4 +1,5 @@
-"""Every interleaving of a small world: nothing breaks with the guards, and each missing guard is found."""
+"""Every interleaving of a small world: nothing breaks with the guards, and each missing guard is
+found."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ FOUND = {
     Guard.FLOOR: ("S2", Scope(devices=1, wishes=2, faults=0, placed=True, burials=1)),
     Guard.LISTED: ("S3", Scope(devices=1, wishes=3, faults=0, burials=1)),
 }
-"""The promise that goes with each guard, and the smallest world that shows it."""
+"""The promise of each guard, and the smallest world that shows it."""
 
 
 @pytest.mark.slow_because("computes every state of a world")
@@ -47,7 +48,8 @@ def test_every_promise_holds_in_a_larger_world(scope: Scope) -> None:
 @pytest.mark.slow_because("computes every state of a world, with the guard and without")
 @pytest.mark.parametrize("guard", list(Guard))
 def test_a_missing_guard_is_found(guard: Guard) -> None:
-    """Without any one guard the explorer finds its promise broken; with it the same world is whole."""
+    """Without any one guard the explorer finds its promise broken; with it the same world has no
+    violation."""
     promise, scope = FOUND[guard]
     found = explore(scope, frozenset({guard}))
     assert found.broken.startswith(promise), f"{guard}: {found}"
@@ -57,14 +59,15 @@ def test_a_missing_guard_is_found(guard: Guard) -> None:
 
 
 def test_the_trace_is_the_shortest() -> None:
-    """A start without its compare-and-set is found after the four steps that it takes, and no more."""
+    """A start without its compare-and-set is found after the four steps that it takes, and no
+    more."""
     found = explore(Scope(wishes=1, faults=0), frozenset({Guard.CAS}))
     assert len(found.trace) == 4
     assert found.trace[-1] == "r0 fences a start of a/1 with nothing"
 
 
 def test_the_command_prints_the_trace(capsys: pytest.CaptureFixture[str]) -> None:
-    """The command ends with 1 and prints the steps when a promise is broken, and with 0 when none is."""
+    """The command exits 1 and prints the steps when a promise is broken, and 0 when none is."""
     small = ["--devices", "1", "--wishes", "1", "--faults", "0"]
     assert main(small) == 0
     assert "all promises held" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """The steps of the explorer's small world: what may happen next in a state.
 
-The performer is a model that keeps the order of `controllers/agents/executor.py`: fence, then ensure or retire, then the
-expectation. Everything that decides is asked of the real code (`model`).
+The performer is a model that keeps the order of `controllers/agents/executor.py`: fence, then
+ensure or retire, then the expectation. All decisions come from the real code (`model`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class World:
         return guard not in self.without
 
     def steps(self, state: State, *, calm: bool = False) -> Iterator[Step]:
-        """All that may happen next; `calm`: only what must happen in the end."""
+        """All possible next steps; `calm`: only those that must happen in the end."""
         for d in range(len(state[0])):
             yield from self.by_itself(state, d, calm=calm)
         for r in range(len(state[1])):
@@ -61,8 +61,8 @@ class World:
                 yield from self.wishes(state, d)
 
     def by_replica(self, state: State, r: int, *, calm: bool) -> Iterator[Step]:
-        """What a replica reads, does and hears, and what goes wrong with it. Of the other replicas it depends only on
-        the starts that they have in hand."""
+        """What a replica reads, does and receives, and its faults. It depends on the other replicas
+        only by the starts that they have in hand."""
         yield from self._reads(state, r)
         for d in range(len(state[0])):
             yield from self._acts(state, r, d, calm=calm)
@@ -70,10 +70,10 @@ class World:
         if not calm:
             yield from self._replica_faults(state, r)
 
-    # -- what happens by itself -----------------------------------------------------------------
+    # -- steps of scheduler and hosts -----------------------------------------------------------
 
     def by_itself(self, state: State, d: int, *, calm: bool) -> Iterator[Step]:
-        """What the scheduler and the hosts of a device's agents do."""
+        """The steps of the scheduler and of the hosts of a device's agents."""
         rec, jobs, zombies, wire, acked = state[0][d]
         name = model.NAMES[d]
         for epoch in wire:
@@ -108,7 +108,8 @@ class World:
             yield f"the process {name}/{zombie[0]} on the lost node ends", ended
 
     def wishes(self, state: State, d: int) -> Iterator[Step]:
-        """Somebody asks a replica to watch a device, or not to, and is answered or not."""
+        """A client asks a replica to watch a device, or to stop watching it, and is answered or
+        not."""
         rec, *rest = state[0][d]
         fewer = (*state[:2], state[2] - 1, *state[3:])
         present = 0 if rec and rec[0] else 1
@@ -128,7 +129,7 @@ class World:
             unsaid = with_device(worsened(fewer), d, (changed, *rest[:-1], 0))  # type: ignore[arg-type]  # rest is the other four
             yield f"{word}, the answer is lost", unsaid
 
-    # -- what a replica reads -------------------------------------------------------------------
+    # -- reads of a replica ---------------------------------------------------------------------
 
     def _reads(self, state: State, r: int) -> Iterator[Step]:
         devices, replicas = state[0], state[1]
@@ -186,7 +187,7 @@ class World:
                     self._rep(worse, r, partial),
                 )
 
-    # -- what a replica does --------------------------------------------------------------------
+    # -- actions of a replica -------------------------------------------------------------------
 
     def _plan(self, rep: Rep) -> tuple[tuple[tuple[int, int, int], ...], model.Keys, model.Keys]:
         return model.planned(tuple([(v[0], v[1]) for v in rep[2]]), rep[4], self.breaker)
@@ -263,7 +264,7 @@ class World:
         yield from self._commit(state, r, d, (START, epoch), f"{word}, {epoch}", calm=calm)
 
     def _act(self, state: State, r: int, d: int, *, calm: bool) -> Iterator[Step]:
-        """`ActionExecutor._apply`, and what is remembered of it."""
+        """`ActionExecutor._apply`, and the expectation that it leaves."""
         kind, epoch = state[1][r][2][d][4]
         if kind == FIRST:
             yield from self._first(state, r, d, epoch, calm=calm)
@@ -314,7 +315,7 @@ class World:
                 yield f"r{r} sweeps {model.NAMES[d]}/{epoch}", swept
 
     def _under_way(self, state: State, d: int, epoch: int) -> bool:
-        """A request for a start that the scheduler may still get."""
+        """A start request that the scheduler may still receive."""
         return epoch in state[0][d][3] or any(rep[2][d][4] == (START, epoch) for rep in state[1])
 
     def _bury(self, state: State, r: int, d: int) -> Iterator[Step]:
@@ -322,7 +323,7 @@ class World:
         rec, jobs, *_ = state[1][r][2][d]
         if self.has(Guard.REST) and self._under_way(state, d, rec[2]):
             return
-        # What was under way arrived long ago, and the listing is younger.
+        # Requests in progress arrived long ago, and the listing is younger.
         shown = {job[0] for job in jobs}
         old = any(job[0] not in shown for job in state[0][d][1])
         if (old and self.has(Guard.LISTED)) or not model.due(d, rec, jobs):
@@ -376,7 +377,7 @@ class World:
                 yield word, after
 
     def _trusted(self, state: State, r: int, seen: Jobs, unseen: int) -> Jobs:
-        """`Fleet._accept`: a listing older than the record does not say who lives."""
+        """`Fleet._accept`: a listing older than the record does not prove which instance lives."""
         looked = state[1][r][1]
         return seen if looked and not (unseen and self.has(Guard.LISTING)) else ()
 

@@ -1,4 +1,5 @@
-"""Agents that are started, silent, refused or restarted: what is shown and published of them."""
+"""Agents that are started, silent, refused or restarted: the states shown and the events
+published."""
 
 from __future__ import annotations
 
@@ -38,13 +39,13 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 
 def place(site: Site, slug: Slug, state: PlacementState, **changes: object) -> None:
-    """The device's placement is so now."""
+    """Set the state of the device's placement."""
     (found,) = site.fleet.placements[slug]
     site.fleet.placements[slug] = (replace(found, state=state, **changes),)  # type: ignore[arg-type]
 
 
 def judge(site: Site, slug: Slug, seconds: int = 0) -> list[VerdictState]:
-    """The states that the device has now and within so many seconds."""
+    """The states of the device now and within this many seconds."""
     states = [site.fleet.verdicts.judge(slug).state]
     for _ in range(seconds):
         site.clock.now += 1.0
@@ -66,8 +67,8 @@ def begin_anew(site: Site, slug: Slug) -> None:
 
 
 async def test_an_agent_that_waited_for_a_node_is_not_silent_when_it_starts(site: Site) -> None:
-    """Drained, 75 s without a node, then started: nothing is unheard until it has run for `report_stale`. Then it
-    is, and `agent.heard` says that a report has come."""
+    """Drained, 75 s without a node, then started: no silence is reported until the agent has run
+    for `report_stale`. Then it is, and `agent.heard` reports that a report has arrived."""
     (slug,) = site.add(1, "n")
     await site.say(slug)
     begin_anew(site, slug)
@@ -88,8 +89,8 @@ async def test_an_agent_that_waited_for_a_node_is_not_silent_when_it_starts(site
 
 @pytest.mark.parametrize("every_s", [5, 30])
 async def test_restarts_make_no_silence_healthy(site: Site, every_s: int) -> None:
-    """An agent that is ready for its scheduler, restarts again and again and never reports is not watched for
-    longer than `report_stale`."""
+    """An agent that the scheduler reports ready, restarts again and again and never reports is not
+    watched for longer than `report_stale`."""
     (slug,) = site.add(1, "n")
     seen = []
     for number in range(1, 200 // every_s):
@@ -99,7 +100,7 @@ async def test_restarts_make_no_silence_healthy(site: Site, every_s: int) -> Non
 
 
 async def test_a_silence_that_ends_without_a_report_says_so(site: Site) -> None:
-    """The agent is stopped while it is unheard: nothing was heard of it."""
+    """If the agent is stopped while it is silent, the event does not claim a report."""
     (slug,) = site.add(1, "n")
     await site.say(slug)
     judge(site, slug, 50)
@@ -114,8 +115,9 @@ async def test_a_silence_that_ends_without_a_report_says_so(site: Site) -> None:
 async def test_a_watched_device_whose_agent_finds_no_node_is_unwatched_once(
     site: Site, gap_s: int
 ) -> None:
-    """A drain of the only node: unwatched with the scheduler's reason from the start, and not starting in between,
-    however long the scheduler thinks first; starting when a node has it."""
+    """If the only node is drained, the device is unwatched with the scheduler's reason from the
+    start, and not `starting` in between, however long the scheduler takes; it is `starting` once a
+    node takes the agent."""
     (slug,) = site.add(1, "n")
     await site.say(slug)
     site.fleet.attach(FixedLoop(obstacle=lambda _slug: "10 agents wait for a node"))
@@ -144,8 +146,8 @@ async def test_a_watched_device_whose_agent_finds_no_node_is_unwatched_once(
 
 
 async def test_a_new_device_and_an_agent_that_moves_are_starting(site: Site) -> None:
-    """A device that was never watched has its grace while it waits for a node; so has a watched one whose new agent
-    has not been placed for a moment."""
+    """A device that was never watched has its grace period while it waits for a node; so has a
+    watched one whose new agent has not been placed for a moment."""
     new, moved = site.add(2, "n")
     await site.say(moved)
     for slug in (new, moved):
@@ -156,8 +158,9 @@ async def test_a_new_device_and_an_agent_that_moves_are_starting(site: Site) -> 
 
 
 async def test_a_restarted_agent_is_one_event_and_a_loop_is_few(site: Site) -> None:
-    """Killed once: one event with the scheduler's reason. Again and again: at most one per minute, which counts the
-    others. The restarts of before this control plane, and those of another placement, are none."""
+    """A single kill is one event with the scheduler's reason. Repeated restarts are at most one
+    event per minute, which counts the others. Restarts before this control plane started, or of
+    another placement, are not reported."""
     (slug,) = site.add(1, "n")
     place(site, slug, PlacementState.RUNNING, restarts=7)
     await site.say(slug)
@@ -185,8 +188,9 @@ async def test_a_restarted_agent_is_one_event_and_a_loop_is_few(site: Site) -> N
 
 
 async def test_refused_reports_count_at_once_and_decide_nothing_alone(site: Site) -> None:
-    """The first refusal from where the agent is counts; the verdict waits for `report_stale`, as what a refused
-    report claims is not verified. One from elsewhere, or of another epoch, does not count; an accepted one ends it."""
+    """The first refusal from the agent's address counts; the verdict waits for `report_stale`, as
+    the content of a refused report is not verified. One from another address, or of another epoch,
+    does not count; an accepted one ends the silence."""
     here, elsewhere, older = site.add(3, "n")
     for slug in (here, elsewhere, older):
         await site.say(slug, listen="10.0.0.7:8080")
@@ -209,8 +213,8 @@ async def test_refused_reports_count_at_once_and_decide_nothing_alone(site: Site
 
 @pytest.mark.parametrize("left", [Departure.EXPIRED, Departure.DISCONNECTED])
 async def test_nothing_is_kept_where_there_is_no_agent(site: Site, left: Departure) -> None:
-    """A control plane that starts counts the grace of a device that left long ago anew; where its agent is gone,
-    nothing is kept, and where it is there, it is."""
+    """A control plane that starts restarts the grace period of a device that left long ago: without
+    an agent nothing is kept, with one it is."""
     gone, there = site.add(2, "n")
     site.fleet.placements.pop(gone)
     site.fleet.presence.heartbeats.rules = PresenceRules(grace_s=30.0)
@@ -229,8 +233,8 @@ async def test_nothing_is_kept_where_there_is_no_agent(site: Site, left: Departu
 
 @pytest.mark.parametrize("ill", [True, False])
 async def test_the_expiry_of_a_dead_device_names_its_outage(site: Site, ill: bool) -> None:
-    """A device with a ttl dies and expires: the event says that it was offline, and why; that of one that was well
-    says nothing of the kind."""
+    """A device with a ttl dies and expires: the event says that it was offline, and why. For a
+    healthy device it does not."""
     (slug,) = site.add(1, "n")
     site.fleet.records.loaded = True
     record = site.fleet.records[slug]

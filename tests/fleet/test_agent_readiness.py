@@ -1,4 +1,5 @@
-"""Which agents are surely not ready: those make way for the next version without waiting for room."""
+"""Which agents are certainly not ready: they are replaced by the next version without waiting for
+room."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 
 async def test_an_agent_that_has_had_its_time_is_stuck(site: Site) -> None:
-    """One that never reported, one that says after its grace that it is not ready, and one in a crash loop
-    are stuck; within the grace none of them is."""
+    """An agent that never reported, one that reports not ready after its grace period, and one in a
+    crash loop are stuck; within the grace period none of them is."""
     silent, unready, looping = site.add(3, "n")
     site.change(silent, instance="")
     (run,) = site.fleet.placements[looping]
@@ -40,8 +41,8 @@ async def test_an_agent_that_has_had_its_time_is_stuck(site: Site) -> None:
 
 
 async def test_an_agent_that_is_only_not_heard_is_not_stuck(site: Site) -> None:
-    """One that was ready and has fallen silent is unwatched, and yet not stuck: it may be well, and cut off
-    from us. Nor is one that is ready."""
+    """An agent that was ready and has fallen silent is unwatched but not stuck: it may be healthy
+    and cut off from us. A ready one is not stuck either."""
     cut_off, well = site.add(2, "n")
     for slug in (cut_off, well):
         await site.say(slug)
@@ -53,8 +54,8 @@ async def test_an_agent_that_is_only_not_heard_is_not_stuck(site: Site) -> None:
 
 
 async def test_whose_agent_is_being_replaced_is_not_ready_at_once(site: Site) -> None:
-    """The moment that an epoch goes up the device counts as one without a ready agent, so that a roll-out does
-    not go by a judgement from before."""
+    """As soon as an epoch increases, the device counts as one without a ready agent, so that a
+    roll-out does not use an outdated verdict."""
     slugs = site.add(3, "n")
     for slug in slugs:
         await site.say(slug)

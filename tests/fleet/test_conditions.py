@@ -1,4 +1,5 @@
-"""Conditions in the registry: written when they begin and end, kept over agents and restarts of ours."""
+"""Conditions in the registry: written when they begin and end, kept over agents and control plane
+restarts."""
 
 from __future__ import annotations
 
@@ -36,14 +37,14 @@ from tests.fleet.test_event_recorder import Site
 
 
 class Counting(SqliteRegistry):
-    """Counts what is committed, and fails on demand."""
+    """Counts commits, and fails on demand."""
 
     def __init__(self, *, path: Path) -> None:
         super().__init__(path=path)
         self.commits: list[int] = []
         self.away = False
         self.meanwhile: Callable[[], Awaitable[None]] | None = None
-        """What happens while the next commit is under way."""
+        """Called while the next commit is in progress."""
 
     async def commit(
         self, records: Sequence[DeviceRecord], guards: Sequence[CommitGuard] = ()
@@ -59,7 +60,7 @@ class Counting(SqliteRegistry):
 
 
 class Plant(Site):
-    """A site whose records are in the registry; control planes come and go."""
+    """A site with its records in the registry; control planes come and go."""
 
     def __init__(self, registry: Counting) -> None:
         super().__init__(registry)
@@ -79,7 +80,7 @@ class Plant(Site):
         return slugs
 
     async def replace_agents(self, slugs: Sequence[Slug], node: str = "n") -> None:
-        """The next epoch of each, bound to a new instance that runs."""
+        """The next epoch of each, bound to a new running instance."""
         records = [self.fleet.records[slug] for slug in slugs]
         moved = [presence.advance(one, Epoch(one.epoch + 1)) for one in records]
         stored = await self.fleet.records.commit(
@@ -125,8 +126,9 @@ async def plant(tmp_path: Path) -> AsyncIterator[Plant]:
 
 
 async def test_an_outage_outlives_agents_and_control_planes(plant: Plant) -> None:
-    """Through a stop, a roll-out, a lost node and two restarts of the control plane a dead device stays offline
-    since the same moment, without an event, until an accepted agent says that it answers."""
+    """Through a stop, a roll-out, a lost node and two restarts of the control plane a dead device
+    stays offline with the same start time, without an event, until an accepted agent reports that
+    it answers."""
     (dead,) = await plant.grow(1)
     await plant.say(dead)
     plant.clock.now += 50.0
@@ -173,8 +175,8 @@ async def test_an_outage_outlives_agents_and_control_planes(plant: Plant) -> Non
 async def test_a_condition_is_written_when_it_begins_and_ends_and_never_for_a_report(
     plant: Plant,
 ) -> None:
-    """Twenty reports of an outage are one write, and its end is one more; offline that becomes degraded is a
-    new condition with a beginning of its own."""
+    """Twenty reports of an outage are one write, and its end is one more; offline that becomes
+    degraded is a new condition with its own start time."""
     (slug,) = await plant.grow(1)
     plant.registry.commits.clear()
     for state in (AgentState.OK, AgentState.OFFLINE, AgentState.DEGRADED, AgentState.OK):
@@ -186,8 +188,9 @@ async def test_a_condition_is_written_when_it_begins_and_ends_and_never_for_a_re
 
 
 async def test_the_agent_that_confirms_a_condition_renews_its_reason_once(plant: Plant) -> None:
-    """A new agent's own evidence takes the place of its predecessor's, with the same beginning, by one write and
-    one event; other words of the same agent at once after that, and the same words of a third one, are none."""
+    """A new agent's own evidence replaces its predecessor's, with the same start time, by one write
+    and one event. Another reason of the same agent right after that, and the same reason of a third
+    agent, cause none."""
     (slug,) = await plant.grow(1)
     await plant.say(slug, AgentState.OFFLINE, reason="tcp:80: no answer")
     await plant.writer.write()
@@ -221,8 +224,8 @@ async def test_the_agent_that_confirms_a_condition_renews_its_reason_once(plant:
 async def test_what_is_reported_while_a_condition_is_stored_is_newer(
     plant: Plant, renewed: bool, then: AgentState
 ) -> None:
-    """A device comes back, or gets better, while its outage is being stored: there is no second outage, and in the
-    end the registry says the same."""
+    """If a device comes back or improves while its outage is being stored, there is no second
+    outage, and in the end the registry agrees."""
     (slug,) = await plant.grow(1)
     await plant.say(slug)
     await plant.say(slug, AgentState.OFFLINE, reason="tcp:80: no answer")
@@ -251,7 +254,8 @@ async def test_what_is_reported_while_a_condition_is_stored_is_newer(
 async def test_outages_at_once_are_few_transactions(
     plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Devices that go offline at once are one commit for each batch of them, and their end as many."""
+    """Devices that go offline at once cost one commit per batch, and the end of their outages as
+    many."""
     monkeypatch.setattr(condition_writer, "MAX_BATCH", 100)
     slugs = await plant.grow(300)
     for state in (AgentState.OFFLINE, AgentState.OK):
@@ -266,8 +270,8 @@ async def test_outages_at_once_are_few_transactions(
 
 
 async def test_an_outage_of_the_registry_loses_no_condition(plant: Plant) -> None:
-    """What can't be written is shown all the same, and written when the registry is back; a change of the
-    record by another writer costs one more try."""
+    """A condition that can't be written is still shown, and written when the registry is back; if
+    another writer changes the record, one more attempt is needed."""
     (slug,) = await plant.grow(1)
     await plant.say(slug, AgentState.OFFLINE)
     plant.registry.away = True
@@ -297,8 +301,8 @@ class Nobody(SoleOwner):
 
 
 async def test_only_the_holder_of_the_shard_writes(plant: Plant) -> None:
-    """A replica that holds no shard writes nothing; once it holds it, it writes what its agents said last, and
-    nothing that was said too long ago."""
+    """A replica that holds no shard writes nothing. Once it holds the shard, it writes the last
+    reports of its agents, but none that is too old."""
     plant.leases = leases = Nobody()
     plant._serve(plant.fleet)
     fresh, old = await plant.grow(2)
@@ -318,7 +322,8 @@ async def test_only_the_holder_of_the_shard_writes(plant: Plant) -> None:
 
 
 async def test_what_is_handed_down_to_a_new_agent(plant: Plant) -> None:
-    """An agent that has not found out for itself is told what its predecessor knew; one that has, is not."""
+    """An agent that has no result of its own gets what its predecessor knew; one that has does
+    not."""
     (slug,) = await plant.grow(1)
     await plant.say(slug, AgentState.OFFLINE, reason="no answer", misses=4)
     await plant.writer.write()
@@ -341,8 +346,8 @@ async def test_what_is_handed_down_to_a_new_agent(plant: Plant) -> None:
 
 
 async def test_since_is_as_it_was_after_a_restart(plant: Plant) -> None:
-    """V6: every state goes on since it began: from the registry, from the stored events, from the agent. A
-    restart is no news, so that no event tells a state again."""
+    """V6: every state continues from its start time: from the registry, from the stored events,
+    from the agent. A restart is not a change, so no event reports a state again."""
     fine, dead, newer, aged, lonely = slugs = await plant.grow(5)
     for slug in (fine, newer, lonely):
         await plant.say(slug)
@@ -380,9 +385,9 @@ async def test_since_is_as_it_was_after_a_restart(plant: Plant) -> None:
 
 
 async def test_a_restart_of_the_control_plane_is_no_start_of_an_agent(plant: Plant) -> None:
-    """A device that was suspect or unwatched stays so until its agent's first report to the new process, since
-    the same moment and without an event; after `report_stale` without one it is unwatched. A new agent is
-    starting."""
+    """A device that was suspect or unwatched stays so, with the same start time and without an
+    event, until its agent's first report to the new process; after `report_stale` without one it is
+    unwatched. A new agent is starting."""
     doubtful, blind, mute, moved = slugs = await plant.grow(4)
     for slug in slugs:
         await plant.say(slug)
@@ -422,8 +427,9 @@ async def test_a_restart_of_the_control_plane_is_no_start_of_an_agent(plant: Pla
 
 
 async def test_a_reason_of_another_kind_is_stored_told_and_outlives_a_restart(plant: Plant) -> None:
-    """A device comes back with HTTP 503: the condition has the new reason at once, with the same beginning, so that
-    `explain` agrees with itself and the next control plane shows it; one event says it."""
+    """A device comes back with HTTP 503: the condition has the new reason at once, with the same
+    start time, so that `explain` is consistent and the next control plane shows it; one event
+    reports it."""
     (slug,) = await plant.grow(1)
     await plant.say(slug, AgentState.DEGRADED, reason="http:80: no route to host; but icmp answers")
     await plant.writer.write()
@@ -446,8 +452,8 @@ async def test_a_reason_of_another_kind_is_stored_told_and_outlives_a_restart(pl
 
 
 async def test_reasons_that_alternate_or_count_are_few_writes(plant: Plant) -> None:
-    """For an hour a reason changes with each report: two kinds in turn are stored less and less often, one whose
-    numbers differ never."""
+    """For an hour a reason changes with each report: two alternating kinds are stored less and less
+    often, one that differs only in numbers never."""
     turns, counts = await plant.grow(2)
     for slug in (turns, counts):
         await plant.say(slug, AgentState.DEGRADED, reason="tcp:80: no answer")
@@ -467,7 +473,8 @@ async def test_reasons_that_alternate_or_count_are_few_writes(plant: Plant) -> N
 
 
 async def test_a_record_that_can_not_hold_a_condition_holds_up_no_other(plant: Plant) -> None:
-    """A record that would become too large keeps its condition in memory; the others are written."""
+    """A record that would become too large keeps its condition in memory; the others are
+    written."""
     large, small = await plant.grow(2)
     record = plant.fleet.records[large]
     labels = {f"label-{number}": "x" * 150 for number in range(93)}

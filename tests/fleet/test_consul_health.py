@@ -1,6 +1,6 @@
 """Health from a real Consul with real HTTP checks.
 
-Out of scope: what is decided on it (tests/core).
+Out of scope: decisions based on it (tests/core).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Agents:
     async def catalogue(
         self, service_id: str, *, node: str, meta: dict[str, str] | None, **status: str
     ) -> None:
-        """An instance on a node that has no Consul agent; status: check id → status."""
+        """Register an instance on a node without a Consul agent; status: check id → status."""
         checks = [
             {
                 "Node": node,
@@ -131,7 +131,7 @@ async def agents(consul: ConsulServer, targets: Targets) -> AsyncIterator[Agents
 
 
 class Watcher:
-    """All views of one watch, collected by a task of its own."""
+    """All views of one watch, collected by its own task."""
 
     def __init__(self, health: ConsulHealth) -> None:
         self.health = health
@@ -142,7 +142,7 @@ class Watcher:
             self.views.append(view)
 
     async def until(self, holds: Callable[[View], bool], timeout_s: float = 60.0) -> View:
-        """The last view, as soon as holds is true of it."""
+        """The last view, as soon as `holds` is true for it."""
         async with asyncio.timeout(timeout_s):
             while not self.views or not holds(self.views[-1]):
                 await asyncio.sleep(0.02)
@@ -165,7 +165,8 @@ async def watching(
 async def test_health_follows_the_agents(
     agents: Agents, targets: Targets, consul_client: ConsulClient
 ) -> None:
-    """Passing, failing, warning and passing again are each seen, and another agent stays as it is."""
+    """Passing, failing, warning and passing again are each seen, and another agent is
+    unaffected."""
     slug = await agents.register("cam 1", epoch=4)
     other = await agents.register("cam 2")
     async with watching(consul_client, agents.service) as watcher:
@@ -185,7 +186,7 @@ async def test_health_follows_the_agents(
 async def test_newer_epoch_is_seen_by_the_next_full_read(
     agents: Agents, consul_client: ConsulClient
 ) -> None:
-    """A higher epoch registered over a passing entry, which wakes no watch, is seen all the same."""
+    """A higher epoch registered over a passing entry, which wakes no watch, is still seen."""
     slug = await agents.register("again")
     async with watching(consul_client, agents.service, full_every_s=2.0) as watcher:
         await watcher.until(lambda v: slug in v and v[slug].status == "passing")
@@ -194,8 +195,8 @@ async def test_newer_epoch_is_seen_by_the_next_full_read(
 
 
 async def test_new_and_gone_agents_are_seen(agents: Agents, consul_client: ConsulClient) -> None:
-    """An agent that registers, and one that deregisters while passing, which the watch does not
-    show, are seen within seconds."""
+    """An agent that registers, and one that deregisters while passing (which the watch does not
+    show), are seen within seconds."""
     async with watching(consul_client, agents.service) as watcher:
         assert await watcher.until(lambda v: True) == {}
         slug = await agents.register("late")
@@ -207,7 +208,7 @@ async def test_new_and_gone_agents_are_seen(agents: Agents, consul_client: Consu
 async def test_duplicates_resolve_to_the_highest_epoch(
     agents: Agents, consul_client: ConsulClient
 ) -> None:
-    """Of two entries with one id the higher epoch is taken though it is critical, and within one
+    """Of two entries with one id the higher epoch wins even though it is critical, and within one
     epoch the healthier; a node's own failure counts as the agent's."""
     slug = slug_of(parse_device_id("moved"))
     twin = slug_of(parse_device_id("twin"))
@@ -230,10 +231,11 @@ async def test_duplicates_resolve_to_the_highest_epoch(
 async def test_s11_hostile_entries_are_data(
     agents: Agents, consul_client: ConsulClient, epoch: str | None
 ) -> None:
-    """A strange epoch counts as none, an id that is no slug is left out, and the rest is read."""
+    """An invalid epoch counts as none, an id that is not a slug is left out, and the rest is
+    read."""
     odd, good = slug_of(parse_device_id("odd")), slug_of(parse_device_id("good"))
     name = f"n-{uuid.uuid4()}"
-    # what does not fit 512 bytes Consul refuses by itself
+    # Consul itself refuses more than 512 bytes
     meta = None if epoch is None else {"epoch": epoch, "device_id": "\x1b[2J<script>"}
     await agents.catalogue(odd, node=f"{name}-a", meta=meta, own="passing")
     await agents.catalogue('x" or 1==1', node=f"{name}-b", meta={"epoch": "1"}, own="passing")
@@ -248,7 +250,8 @@ async def test_s11_hostile_entries_are_data(
 @pytest.mark.servers
 @pytest.mark.slow_because("a Consul of its own stands still for four seconds")
 async def test_s7_a_frozen_consul_never_empties_the_view(tmp_path: Path, targets: Targets) -> None:
-    """While the server is stopped no view comes and its age grows; afterwards changes are seen."""
+    """While the server is stopped no view arrives and the age of the last one grows; afterwards
+    changes are seen."""
     async with (
         ConsulServer(tmp_path) as server,
         agents_on(server.http_addr, targets) as agents,

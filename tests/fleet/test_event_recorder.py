@@ -1,4 +1,5 @@
-"""What is told of verdicts by a whole fleet: evidence, incidents, measured starts, the state of the store."""
+"""Events about a whole fleet's verdicts: evidence, incidents, measured starts, the state of the
+store."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ BEGAN = time.time()
 
 @dataclass
 class TestClock:
-    """A clock that goes when it is told to."""
+    """A clock that advances on command."""
 
     __test__ = False
     now: float = 1_000.0
@@ -51,7 +52,7 @@ class TestClock:
 
 
 class Site:
-    """A fleet whose placements and reports the test makes; the registry is real."""
+    """A fleet with placements and reports from the test; the registry is real."""
 
     def __init__(self, registry: SqliteRegistry, history: EventLog | None = None) -> None:
         self.clock = TestClock()
@@ -59,7 +60,7 @@ class Site:
         self.sequence = 0
 
     def change(self, slug: Slug, **changes: Any) -> None:
-        """The device's record has these other values."""
+        """The device's record gets these other values."""
         record = self.fleet.records[slug]
         self.fleet.records.learn([replace(record, index=record.index + 1, **changes)])
 
@@ -130,8 +131,8 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 
 async def test_a_host_that_goes_down_is_one_incident_of_marked_events(site: Site) -> None:
-    """1,000 devices of one host turn offline and come back: one opened, one closed, and each of the
-    1,000 single events carries the incident's id."""
+    """1,000 devices of one host turn offline and come back: one incident opened, one closed, and
+    each of the 1,000 device events carries the incident's id."""
     dead = site.add(1_000, "n1")
     others = site.add(600, "n2")
     for slug in (*dead, *others):
@@ -175,8 +176,8 @@ async def test_a_host_that_goes_down_is_one_incident_of_marked_events(site: Site
 
 
 async def test_degraded_devices_of_a_host_are_one_incident(site: Site) -> None:
-    """Ten devices of one host are alive and their services dead: each is degraded with an event, and together they are
-    one incident of the host until the services are back."""
+    """Ten devices of one host are alive but their services dead: each is degraded with an event,
+    and together they are one incident of the host until the services are back."""
     some = site.add(10, "n1")
     others = site.add(30, "n2")
     for slug in (*some, *others):
@@ -198,7 +199,7 @@ async def test_degraded_devices_of_a_host_are_one_incident(site: Site) -> None:
 
 
 async def test_a_verdict_event_carries_its_evidence(site: Site) -> None:
-    """The event of an offline device tells the report that decided, the placement, and how long the
+    """The event of an offline device has the report that decided, the placement, and how long the
     state before had lasted."""
     (slug,) = site.add(1, "n1")
     await site.say(slug)
@@ -227,8 +228,8 @@ async def test_a_verdict_event_carries_its_evidence(site: Site) -> None:
 
 
 async def test_a_device_that_beats_is_suspect_and_told_at_once(site: Site) -> None:
-    """A sign of life of an offline device takes the verdict back with the beat, not at the next look;
-    when it gets old and the agent says the same, the device is offline again."""
+    """A heartbeat from an offline device changes the verdict at once, not at the next check; when
+    the heartbeat is old and the agent still reports the same, the device is offline again."""
     (slug,) = site.add(1, "n1")
     await site.say(slug, AgentState.OFFLINE)
     assert site.fleet.verdicts.counts()[VerdictState.OFFLINE] == 1
@@ -244,8 +245,8 @@ async def test_a_device_that_beats_is_suspect_and_told_at_once(site: Site) -> No
 
 
 async def test_starts_are_measured_from_dispatch_to_the_first_ready_report(site: Site) -> None:
-    """Forty starts of 4 s give a grace of their class; a second report, an agent that is not ready, a
-    later restart and a start that we did not see are no measurements."""
+    """Forty starts of 4 s give a grace period for their class; a second report, an agent that is
+    not ready, a later restart and an unobserved start are not measured."""
     slugs = site.add(40, "n1")
     unseen = site.add(41, "n1")[40]
     for slug in slugs:
@@ -271,8 +272,8 @@ async def test_starts_are_measured_from_dispatch_to_the_first_ready_report(site:
 
 
 async def test_a_start_within_the_measured_grace_is_never_more_than_starting(site: Site) -> None:
-    """With starts measured at about 40 s, an agent dispatched 100 s ago is starting where the setting
-    alone (60 s) would say unwatched."""
+    """With starts measured at about 40 s, an agent dispatched 100 s ago is still starting, where
+    the setting alone (60 s) would make it unwatched."""
     slugs = site.add(61, "n1")
     late = slugs.pop()
     for slug in slugs:
@@ -291,8 +292,8 @@ async def test_a_start_within_the_measured_grace_is_never_more_than_starting(sit
 async def test_what_was_open_when_we_died_goes_on_in_the_next_run(
     site: Site, tmp_path: Path
 ) -> None:
-    """After a restart an incident without an end goes on under its id, with the devices that are still bad, however
-    many events came after it; it ends when they are well again, once."""
+    """After a restart an open incident continues under its id, with the devices that are still bad,
+    however many events came after it; it ends once, when they are healthy again."""
     store = EventStore(tmp_path / "events.db")
     await store.open()
     site.fleet.events.own.store = store
@@ -339,8 +340,8 @@ async def test_what_was_open_when_we_died_goes_on_in_the_next_run(
 async def test_an_incident_of_agents_that_no_node_takes_has_the_reason_of_the_scheduler(
     site: Site,
 ) -> None:
-    """Agents of a class that find no node: event and API carry the scheduler's words, and the next run goes on
-    with the incident all the same. Where reasons differ, or agents run, there is none."""
+    """If agents of a class find no node, event and API have the scheduler's reason, and the next
+    run continues the incident. If reasons differ, or agents run, there is none."""
     fleet, why = site.fleet, "no node can run it: memory (2 nodes)"
     slugs = site.add(10, "n1")
 
@@ -378,7 +379,8 @@ async def test_an_incident_of_agents_that_no_node_takes_has_the_reason_of_the_sc
 
 
 async def test_a_store_that_fails_is_an_event_and_a_metric(site: Site) -> None:
-    """When the disk fails and when it works again there is one event each, and the metrics follow."""
+    """When the disk fails and when it works again there is one event each, and the metrics
+    follow."""
     state: dict[str, object] = {"stored": True, "reason": "", "dropped": 0, "waiting": 0}
     site.fleet.recorder.use_store(lambda: state, {})
     metrics = Metrics()
@@ -397,7 +399,8 @@ async def test_a_store_that_fails_is_an_event_and_a_metric(site: Site) -> None:
 
 
 async def test_devices_that_leave_leave_their_groups(site: Site) -> None:
-    """Forgotten and departed devices count in no group, so that a small rest can still be an incident."""
+    """Forgotten and departed devices count in no group, so that the few remaining ones can still be
+    an incident."""
     slugs = site.add(20, "n1")
     for slug in slugs:
         await site.say(slug)

@@ -26,8 +26,9 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 
 async def test_twelve_devices_behind_a_dead_gateway_are_one_incident(site: Site) -> None:
-    """Twelve of a host's hundred devices, all behind one gateway that dies, are one incident of that
-    gateway; none of them is offline, each says why, and the event names the gateway as dead."""
+    """Twelve of a host's hundred devices, all behind one dead gateway, are one incident of that
+    gateway; none of them is offline, each gives the reason, and the event names the gateway as
+    dead."""
     slugs = site.add(100, "n1")
     for number, slug in enumerate(slugs):
         await site.say(slug, **({"gateway": "10.0.0.1"} if number < 12 else {}))
@@ -50,8 +51,8 @@ async def test_twelve_devices_behind_a_dead_gateway_are_one_incident(site: Site)
 
 
 async def test_what_one_replica_tells_another_keeps_the_gateway(site: Site) -> None:
-    """A report with a gateway goes through the schema of the door and of a peer unchanged; one without is
-    an older agent's, and is taken."""
+    """A report with a gateway passes the schemas of the API and of a peer unchanged; one without is
+    from an older agent, and is accepted."""
     slugs = site.add(1, "n1")
     heard = []
     site.fleet.reports.accepted.connect(heard.append)

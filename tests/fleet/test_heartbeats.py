@@ -1,4 +1,4 @@
-"""What is remembered of coming and going, over any history."""
+"""What is remembered of devices coming and going, over any history."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ steps = st.lists(
 
 @given(steps)
 def test_damping_never_loses_the_last_wish(history: list[tuple[float, str]]) -> None:
-    """At every moment a present or removed device is held by nothing; and once it is quiet, neither
-    is one that left in another way: the planner acts on what was asked last."""
+    """A present or removed device is never kept, nor is one that left in another way once it is
+    quiet: the planner acts on the last request."""
     attendance, stored, now = Heartbeats(RULES), record("a"), 0.0
     attendance.learned(None, stored, Monotonic(now))
     for gap, step in history:
@@ -48,7 +48,8 @@ def test_damping_never_loses_the_last_wish(history: list[tuple[float, str]]) -> 
 
 @given(st.floats(0, 29.9))
 def test_a_blink_within_the_grace_is_nothing(gap: float) -> None:
-    """The agent is kept from the departure to the return, and its reports are accepted meanwhile."""
+    """The agent is kept from the departure to the return, and its reports are accepted
+    meanwhile."""
     attendance, stored = Heartbeats(RULES), record("a", epoch=1, instance="i")
     attendance.learned(None, stored, Monotonic(0.0))
     gone = presence.deregister(stored, NOW, Departure.EXPIRED)
@@ -63,7 +64,7 @@ def test_a_blink_within_the_grace_is_nothing(gap: float) -> None:
 
 
 def test_a_report_of_an_expired_device_is_no_sign_of_life() -> None:
-    """What answers at the address of a device that has left may be another device."""
+    """Whatever answers at the address of a device that has left may be another device."""
     attendance, stored = Heartbeats(RULES), record("a")
     attendance.learned(None, stored, Monotonic(0.0))
     attendance.answers(stored.slug, Monotonic(7.0))

@@ -30,7 +30,8 @@ def start(of: DeviceRecord, epoch: int) -> Action:
 
 
 def test_s8_a_listing_under_way_is_too_old() -> None:
-    """A record that is learned while a listing is under way blocks the next epoch until another one."""
+    """A record that is learned while a listing is in progress blocks the next epoch until another
+    listing."""
     fresh = ListingFreshness()
     fresh.begins()
     assert fresh.learned([BOUND]) == {BOUND.slug}
@@ -42,7 +43,7 @@ def test_s8_a_listing_under_way_is_too_old() -> None:
 
 
 def test_s8_a_partial_listing_tells_of_its_own_devices_only() -> None:
-    """A listing of other devices leaves this one unseen."""
+    """A listing of other devices does not cover this one."""
     fresh = ListingFreshness()
     fresh.learned([BOUND])
     fresh.begins()
@@ -54,7 +55,8 @@ def test_s8_a_partial_listing_tells_of_its_own_devices_only() -> None:
 
 
 def test_s8_a_rival_makes_what_was_listed_old_once() -> None:
-    """What was listed before it was heard of, or was under way, may show the instance that it replaces."""
+    """A listing from before the rival was seen, or in progress then, may show the instance that it
+    replaces."""
     fresh = ListingFreshness()
     fresh.learned([BOUND])
     fresh.begins()
@@ -84,7 +86,8 @@ def test_a_new_device_waits_for_no_listing() -> None:
 
 @given(st.lists(st.sampled_from(["learn", "begin", "list", "forget"]), max_size=30))
 def test_s8_never_fresh_without_a_listing_begun_after(steps: list[str]) -> None:
-    """In any order of steps, fresh means that a listing was begun after the last news, and came."""
+    """In any order of steps, fresh means that a listing was begun after the last change, and has
+    arrived."""
     fresh = ListingFreshness()
     epoch = 0
     begun_after = came = True
@@ -107,8 +110,8 @@ def test_s8_never_fresh_without_a_listing_begun_after(steps: list[str]) -> None:
 async def test_s3_an_epoch_that_another_replica_committed_is_not_started_beside_the_old_agent() -> (
     None
 ):
-    """The old agent runs, and the listing is older and shows none: the next epoch, which a replacement of
-    another replica has just committed, waits for a listing that was begun later."""
+    """The old agent runs, and the listing is older and shows none: the next epoch, which another
+    replica's replacement has just committed, waits for a listing begun later."""
     store, cluster = Store(), Cluster()
     store.initialise("test")
     registry = FakeRegistry(store)
@@ -117,7 +120,7 @@ async def test_s3_an_epoch_that_another_replica_committed_is_not_started_beside_
     scheduler = FakeScheduler(cluster)
     reconciler = Reconciler(fleet, scheduler, {spec.agent_class: spec}, Metrics())
     await scheduler.prepare([spec])
-    await reconciler.informer.read()  # shows nobody yet
+    await reconciler.informer.read()  # shows no agent yet
     (old,) = await registry.commit([replace(BOUND, epoch=Epoch(5), instance="", index=0)])
     assert old is not None
     await scheduler.ensure(old, Epoch(5), spec)
@@ -135,7 +138,7 @@ async def test_s3_an_epoch_that_another_replica_committed_is_not_started_beside_
 
 
 class Behind(NoLoop):
-    """A loop whose listing is as old as the test says."""
+    """A loop whose listing is as old as the test specifies."""
 
     def __init__(self, *, behind: bool, first: bool) -> None:
         self.behind, self.first = behind, first
@@ -150,7 +153,8 @@ class Behind(NoLoop):
 async def judged(
     *, behind: bool, first: bool = False, bound: str = "i-new", says: str = ""
 ) -> AcceptanceKind:
-    """A report of the only instance that is listed, or of `says`, while the registry has `bound`."""
+    """The result for a report of the only listed instance, or of `says`, while the registry has
+    `bound`."""
     store = Store()
     store.initialise("test")
     fleet = Fleet(FakeRegistry(store), Limits(), SystemClock())
@@ -168,13 +172,15 @@ async def judged(
 
 
 async def test_s1_an_old_listing_binds_no_instance_back() -> None:
-    """The listed instance replaces the bound one on a young listing, and is told to wait on an old one."""
+    """The listed instance replaces the bound one on a young listing, and has to wait on an old
+    one."""
     assert await judged(behind=False) is AcceptanceKind.ACCEPTED
     assert await judged(behind=True) is AcceptanceKind.UNSURE
 
 
 async def test_s8_an_old_listing_refuses_no_instance() -> None:
-    """What the scheduler started in the place of the accepted one waits until a younger listing says so."""
+    """An instance that the scheduler started in place of the accepted one waits until a younger
+    listing shows it."""
     bound = placement("cam", 3).instances[0]
     late: dict[str, Any] = {"behind": False, "bound": bound, "says": "i-late"}
     assert await judged(first=True, **late) is AcceptanceKind.UNSURE

@@ -1,4 +1,4 @@
-"""Planned work alerts nobody: what a pause does to verdicts, counts and incidents."""
+"""Planned work raises no alerts: the effect of a pause on verdicts, counts and incidents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nomad_watchdog.registry.sqlite import SqliteRegistry
 
 
 class Clock(SystemClock):
-    """A clock that a test turns on by hand."""
+    """A clock that a test advances manually."""
 
     def __init__(self) -> None:
         self.ahead_s = 0.0
@@ -45,7 +45,7 @@ async def fleet_of(folder: Path, clock: Clock, names: list[str], site: str) -> F
 
 
 async def told(folder: Path, *, paused: bool) -> tuple[Fleet, list[dict[str, Any]]]:
-    """Twelve devices of a site get no agent for an hour; what is told of it."""
+    """Twelve devices of a site get no agent for an hour; returns the fleet and its events."""
     clock = Clock()
     fleet = await fleet_of(folder, clock, [f"d{n}" for n in range(12)], "north")
     if paused:
@@ -61,7 +61,7 @@ async def told(folder: Path, *, paused: bool) -> tuple[Fleet, list[dict[str, Any
 
 
 async def test_a_paused_device_is_told_and_alerts_nobody(tmp_path: Path) -> None:
-    """Its changed verdict is an event with the pause's id; it is in no count that alerts, takes no
+    """The changed verdict is an event with the pause's id; it is in no count that alerts, takes no
     place in a roll-out, and twelve of them are no incident."""
     fleet, events = await told(tmp_path, paused=True)
     changed = [event for event in events if event["kind"] == "verdict.unwatched"]
@@ -74,7 +74,7 @@ async def test_a_paused_device_is_told_and_alerts_nobody(tmp_path: Path) -> None
 
 
 async def test_without_a_pause_the_same_is_an_incident(tmp_path: Path) -> None:
-    """What the pause keeps quiet would have been told as trouble of the whole site."""
+    """What the pause suppresses would have been an incident of the whole site."""
     fleet, events = await told(tmp_path, paused=False)
 
     assert fleet.agents.unready() == 12
@@ -84,7 +84,7 @@ async def test_without_a_pause_the_same_is_an_incident(tmp_path: Path) -> None:
 
 
 async def test_a_pause_ends_with_the_clock_even_when_it_is_set_back(tmp_path: Path) -> None:
-    """A wall clock that jumps moves the end, and never holds the device for ever."""
+    """A wall clock that jumps moves the end, but never keeps the device paused for ever."""
     clock = Clock()
     fleet = await fleet_of(tmp_path, clock, ["d"], "north")
     slug = slug_of(DeviceId("d"))

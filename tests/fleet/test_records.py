@@ -36,7 +36,7 @@ async def two(tmp_path: Path) -> AsyncIterator[tuple[Fleet, Fleet]]:
 
 
 async def _advance(fleet: Fleet) -> None:
-    """What the reconciler of a replica writes when it starts an agent."""
+    """The reconciler's write when it starts an agent."""
     record = fleet.records[SLUG]
     (stored,) = await fleet.records.commit([presence.advance(record, Epoch(record.epoch + 1))])
     assert stored is not None
@@ -57,7 +57,8 @@ async def test_a_repeated_registration_is_no_conflict_while_an_agent_is_started(
 async def test_a_request_that_seems_to_change_nothing_is_decided_on_the_stored_record(
     two: tuple[Fleet, Fleet],
 ) -> None:
-    """The device has left and is back, or is back and has left, and the replica does not know of the last change."""
+    """The device left and returned, or returned and left, and the replica does not know of the last
+    change."""
     behind, other = two
     await other.records.deregister([PUMP.id])
     (done,) = await behind.records.register([PUMP])
@@ -77,7 +78,7 @@ async def test_a_request_that_seems_to_change_nothing_is_decided_on_the_stored_r
 async def test_a_device_that_another_replica_registered_can_be_removed_at_once(
     two: tuple[Fleet, Fleet],
 ) -> None:
-    """This replica has never heard of it."""
+    """This replica does not know the device yet."""
     behind, other = two
     valve = Device(DeviceId("valve"), "default", "10.0.0.2")
     await other.records.register([valve])

@@ -1,4 +1,4 @@
-"""What is remembered of refused reports: bounded, per device and address, and only to explain a silence."""
+"""The memory of refused reports: bounded, per device and address, and only to explain a silence."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def refused(status: int = 401, epoch: int | None = 3, peer: str = "10.0.0.7") ->
 
 
 def test_a_refusal_explains_the_silence_of_its_own_agent_only() -> None:
-    """It is found by device and epoch; an older agent's says nothing of the present one, nor does an old one or
-    one before an accepted report."""
+    """It is found by device and epoch; a refusal of an older agent, an old one, or one before an
+    accepted report does not count."""
     memory = RefusedReports()
     memory.note(CAM, refused())
     assert memory.of(CAM, Epoch(3), [], NOW) == (
@@ -35,7 +35,8 @@ def test_a_refusal_explains_the_silence_of_its_own_agent_only() -> None:
 
 
 def test_who_names_no_device_is_known_by_the_address() -> None:
-    """An agent with a token of its own names no device; its address is where the device's agent listens."""
+    """An agent with a token of its own names no device; its address is where the device's agent
+    listens."""
     memory = RefusedReports()
     memory.note(None, refused(403, None))
     assert memory.of(CAM, Epoch(3), ["10.0.0.7"], NOW).startswith("HTTP 403 from 10.0.0.7: ")
@@ -45,7 +46,7 @@ def test_who_names_no_device_is_known_by_the_address() -> None:
 @settings(max_examples=3, deadline=None)
 @given(st.integers(0, 50))
 def test_memory_is_bounded(more: int) -> None:
-    """Whoever makes up devices and addresses pushes out the oldest, and no more."""
+    """A sender that invents devices and addresses only pushes out the oldest entries."""
     memory = RefusedReports()
     for number in range(MOST + more):
         memory.note(Slug(f"s{number}"), refused())
@@ -55,7 +56,7 @@ def test_memory_is_bounded(more: int) -> None:
 
 @given(st.binary(min_size=32, max_size=32), st.integers(0, 2**62))
 def test_what_a_credential_claims_is_read_without_its_key(key: bytes, epoch: int) -> None:
-    """The claim of a credential that another key made is known, and good for nothing."""
+    """The claim of a credential signed with another key is readable, but not valid."""
     claim = TokenClaim(CAM, Epoch(epoch))
     given_ = issue(key, claim)
     assert claimed(given_) == claim

@@ -1,4 +1,4 @@
-"""When devices are judged for those who read their verdicts."""
+"""When devices are judged for readers of their verdicts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 
 async def test_a_reader_sees_a_verdict_of_the_last_two_seconds(site: Site) -> None:
-    """A view judges nothing by itself. A refresh judges once per FRESH_S, and at once after a change of the record;
-    an unknown device is ignored."""
+    """A view judges nothing by itself. A refresh judges once per FRESH_S, and at once after a
+    change of the record; an unknown device is ignored."""
     (slug,) = site.add(1, "n")
     await site.say(slug)
     verdicts = site.fleet.verdicts

@@ -1,4 +1,4 @@
-"""A local scheduler with everything that it starts taken down again."""
+"""Local schedulers for tests, with cleanup of everything they start."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from nomad_watchdog.testing.conformance import CHECKS, Rig, hostile_ids_map_back
 from servers.ready import pause_s
 
 FEW = 60
-"""Hostile ids that a run of the suite without the long tests places: each kind of them twice."""
+"""Number of hostile ids placed when the long tests are skipped: two of each kind."""
 CHECKS_BY_LENGTH = [
     pytest.param(name, marks=pytest.mark.long) if check is hostile_ids_map_back else name
     for name, check in CHECKS.items()
 ]
-"""For `parametrize`: all names, of which the one that places a thousand devices is long."""
+"""For `parametrize`: all names; the check that places a thousand devices is marked long."""
 
 
 def local_spec(*command: str, **overrides: Any) -> AgentSpec:
@@ -37,8 +37,8 @@ def local_spec(*command: str, **overrides: Any) -> AgentSpec:
 
 
 def pids_of(directory: Path, slug: str = "") -> set[int]:
-    """Live processes with a state directory below this one, told by their environment or, where a nursery
-    forked them, by the lock that they hold."""
+    """Live processes whose state directory is below this one, found by their environment or, if a
+    nursery forked them, by the lock that they hold."""
     lock = str(directory / slug / "lock")
     wanted = f"WATCHDOG_STATE_DIR={directory / slug}".encode()
     found = set()
@@ -60,7 +60,7 @@ def pids_of(directory: Path, slug: str = "") -> set[int]:
 
 
 def agent_spec(**overrides: Any) -> AgentSpec:
-    """A spec of the real agent, whose device is nobody."""
+    """A spec of the real agent, for a device that does not exist."""
     config = {
         "v": 1,
         "probes": [{"kind": "tcp", "port": 9, "interval_s": 30.0}],
@@ -71,7 +71,7 @@ def agent_spec(**overrides: Any) -> AgentSpec:
 
 
 async def eventually(test: Callable[[], Any], timeout_s: float = 60.0) -> Any:
-    """Poll until true, and give that back."""
+    """Poll until the result is true, and return it."""
     loop = asyncio.get_running_loop()
     began = loop.time()
     while True:
@@ -87,7 +87,7 @@ async def eventually(test: Callable[[], Any], timeout_s: float = 60.0) -> Any:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Iterator[Path]:
-    """Where agents live; what is left in it is killed, and our dead children are reaped."""
+    """The agents' directory; processes left in it are killed, and our dead children are reaped."""
     where = tmp_path / "agents"
     yield where
     for pid in pids_of(where):
@@ -103,7 +103,7 @@ def directory(tmp_path: Path) -> Iterator[Path]:
 
 @asynccontextmanager
 async def local_rig(directory: Path, *, fork: bool | None = None) -> AsyncIterator[Rig]:
-    """`fork`: run the real agent, forked or spawned; None = a mere command in its place."""
+    """`fork`: run the real agent, forked or spawned; None = run a plain command instead."""
 
     async def processes(slug: Slug) -> set[int]:
         return await asyncio.to_thread(pids_of, directory, slug)
@@ -146,7 +146,8 @@ async def local_rig(directory: Path, *, fork: bool | None = None) -> AsyncIterat
 async def adopted_tended_and_retired(
     heir: LocalScheduler, directory: Path, before: set[int]
 ) -> None:
-    """The heir finds the five agents of a dead owner, replaces one that is killed, and retires all."""
+    """The successor finds the five agents of a dead owner, replaces one that is killed, and retires
+    all."""
     try:
         seen = (await heir.snapshot()).placements
         assert {one.state for (one,) in seen.values()} == {PlacementState.RUNNING}

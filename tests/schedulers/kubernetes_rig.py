@@ -1,4 +1,4 @@
-"""Agents that stand-in kubelets run, on the session's control plane."""
+"""Agents run by kubelet stand-ins, on the session's control plane."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def spec_of(image: str = "test/agent", **changes: Any) -> AgentSpec:
 
 
 def soon_ready_template(folder: Path) -> str:
-    """The path of the shipped template, but for the readiness probe: it begins after 1 s instead of 10."""
+    """The path of the shipped template with a faster readiness probe: it begins after 1 s instead
+    of 10."""
     text = SHIPPED.read_text()
     assert text.count("initialDelaySeconds: 10") == 1
     template = folder / "soon-ready.yaml"
@@ -76,7 +77,7 @@ def soon_ready(spec: AgentSpec, folder: Path) -> AgentSpec:
 
 
 def processes_of(slug: str) -> set[int]:
-    """Pids of the live processes of a device's pods, on whichever node."""
+    """Pids of the live processes of a device's pods, on any node."""
     found = set()
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():

@@ -1,7 +1,7 @@
-"""Nomad's HTTP API as versions 1.6.3 and 1.11.3 answered it, for what differs between them.
+"""Nomad's HTTP API as versions 1.6.3 and 1.11.3 answered it, where they differ.
 
-Versions from 1.7 on are not open source, so that no test may build one; what they answered was
-recorded on 1.11.3. Whoever has a newer `nomad` on PATH runs the whole suite against it instead.
+Versions from 1.7 on are not open source, so that no test may build one; their answers were recorded
+on 1.11.3. With a newer `nomad` on PATH the whole suite runs against that instead.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from aiohttp.test_utils import TestServer
 from nomad_watchdog.clients.nomad import NomadAccess, NomadClient
 
 PAGE = 2
-"""Rows of a page that is paged by create index."""
+"""Rows per page of a list that is paged by create index."""
 
 
 class RecordedNomad:
-    """One server of a version. `requests` are those that it got: method, path and query."""
+    """One server of a version. `requests` are those that it received: method, path and query."""
 
     def __init__(self, version: str = "1.11.3") -> None:
         self.versions = [version]
@@ -31,7 +31,7 @@ class RecordedNomad:
         self.requests: list[tuple[str, str, dict[str, str]]] = []
 
     def since(self, *version: int) -> bool:
-        """Whether the server that answers is at least of this version."""
+        """Whether the server that answers is of at least this version."""
         return tuple(map(int, self.versions[0].split("."))) >= version
 
     async def members(self, _request: web.Request) -> web.Response:
@@ -83,7 +83,8 @@ class RecordedNomad:
         return web.json_response(found) if found else web.Response(status=404, text="job not found")
 
     async def dispatch(self, request: web.Request) -> web.Response:
-        """A loser of a race: on 1.11.3 it is told a job that does not exist, on 1.6.3 its own second one."""
+        """The answer to the loser of a race: on 1.11.3 a job that does not exist, on 1.6.3 its own
+        second job."""
         body = await request.json()
         parent = request.match_info["job"]
 
@@ -108,7 +109,8 @@ class RecordedNomad:
         return web.json_response(rows, headers={"X-Nomad-Index": "13"})
 
     async def list_allocations(self, request: web.Request) -> web.Response:
-        """By pages, a page begins at the index and id of its first row. 1.6.3 compares these as text."""
+        """Paged: a page begins at the index and id of its first row. 1.6.3 compares these as
+        text."""
         headers = {"X-Nomad-Index": "13"}
         if "per_page" not in request.query:
             return web.json_response(self.allocations, headers=headers)
@@ -130,7 +132,7 @@ class RecordedNomad:
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[NomadClient]:
-        """A client of this server."""
+        """A client for this server."""
 
         @web.middleware
         async def note(request: web.Request, handler: Any) -> web.StreamResponse:

@@ -1,4 +1,5 @@
-"""The conformance suite, unchanged, over the fake scheduler: so that what is proved on it means something."""
+"""The conformance suite, unchanged, over the fake scheduler: what is proved on the fake holds for
+real ones."""
 
 from __future__ import annotations
 
@@ -52,11 +53,11 @@ async def fake_rig() -> AsyncIterator[Rig]:
 
 @pytest.mark.parametrize("name", list(CHECKS))
 async def test_conformance(name: str) -> None:
-    """The fake scheduler keeps every promise of the interface."""
+    """The fake scheduler passes every check of the interface."""
     async with fake_rig() as rig:
         await CHECKS[name](rig)
 
 
 async def test_the_whole_suite_as_a_third_party_runs_it() -> None:
-    """`check_scheduler` itself passes over the fake and runs every check."""
+    """`check_scheduler` itself passes with the fake and runs every check."""
     assert await check_scheduler(fake_rig, hostile_ids=50) == list(CHECKS)

@@ -1,4 +1,5 @@
-"""Code that is not ours: in the working folder, in PYTHONPATH, and in a changed file of the agent (H7, H15)."""
+"""Foreign code is not run: from the working directory, from PYTHONPATH, or from a changed agent
+file (H7, H15)."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ asyncio.run(main())
 
 
 def foreign(folder: Path) -> Path:
-    """A folder of modules that say that they were run; the file in which they do."""
+    """A folder of modules that record that they were run, and the file that they write to."""
     folder.mkdir()
     ran = folder / "ran"
     for name in NAMES:
@@ -59,8 +60,8 @@ def foreign(folder: Path) -> Path:
 async def test_h7_local_agents_run_nothing_from_the_working_folder(
     tmp_path: Path, directory: Path, attack: Attack, how: str
 ) -> None:
-    """An agent that is forked or spawned by a control plane with a hostile working folder and PYTHONPATH starts,
-    and none of the foreign modules is run."""
+    """An agent that is forked or spawned by a control plane with a hostile working directory and
+    PYTHONPATH starts, and no foreign module is run."""
     ran = foreign(tmp_path / "foreign")
     owner = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-c", OWNER, str(directory), how),
@@ -82,7 +83,8 @@ async def test_h7_local_agents_run_nothing_from_the_working_folder(
 def test_h7_the_images_run_nothing_from_the_working_folder(
     repository: Path, tmp_path: Path, attack: Attack, image: str
 ) -> None:
-    """The entry point of each image, run in a hostile working folder, starts our program and no foreign module."""
+    """The entry point of each image, run in a hostile working directory, starts our program and no
+    foreign module."""
     ran = foreign(tmp_path / "foreign")
     text = (repository / image / "Dockerfile").read_text()
     (line,) = (one for one in text.splitlines() if one.startswith("ENTRYPOINT"))
@@ -110,8 +112,8 @@ def test_h7_the_images_run_nothing_from_the_working_folder(
 async def test_h15_a_changed_agent_is_not_started_locally(
     directory: Path, tmp_path: Path, attack: Attack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once a file of the installed agent has changed, no local agent is started, and the reason says which files;
-    the original back, it is."""
+    """After a file of the installed agent has changed, no local agent is started, and the reason
+    names the files; once the original is back, the agent starts."""
     folder = tmp_path / "watchdog_agent"
     shutil.copytree(Path(watchdog_agent.__file__).parent, folder)
     scheduler = LocalScheduler(directory=directory, backoff_initial_s=0.1, poll_s=0.1)

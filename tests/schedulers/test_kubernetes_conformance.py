@@ -1,4 +1,4 @@
-"""The contract of a scheduler on a real Kubernetes control plane, as each kind of workload."""
+"""The scheduler contract on a real Kubernetes control plane, for each kind of workload."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ async def node(
 async def test_kubernetes_keeps_the_contract(
     kube: KubernetesCluster, node: Kubelet, workload: str, name: str
 ) -> None:
-    """Each check of the suite holds on a real API server, scheduler and controllers."""
+    """Each check of the suite passes on a real API server, scheduler and controllers."""
     await CHECKS[name](make_rig(kube, f"conformance-{workload}", workload))
 
 
 async def test_some_hostile_ids_map_back(
     kube: KubernetesCluster, node: Kubelet, workload: str
 ) -> None:
-    """The check of the suite that takes longest, with fewer devices."""
+    """The slowest check of the suite, with fewer devices."""
     await hostile_ids_map_back(make_rig(kube, f"conformance-{workload}", workload), FEW)

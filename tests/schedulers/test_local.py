@@ -1,4 +1,4 @@
-"""What is the local scheduler's own: processes, files and several schedulers at once."""
+"""Behaviour specific to the local scheduler: processes, files and several schedulers at once."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def restarts_in(directory: Path) -> list[int]:
 
 
 async def test_l3_killed_owner_leaves_agents_and_the_next_adopts_them(directory: Path) -> None:
-    """kill -9 of the process that started agents neither stops nor restarts one of them."""
+    """kill -9 of the process that started agents neither stops nor restarts any of them."""
     first = await owner(directory)
     await placed(first)
     before = pids_of(directory)
@@ -74,7 +74,7 @@ async def test_l3_killed_owner_leaves_agents_and_the_next_adopts_them(directory:
 
 
 async def test_s3_two_processes_racing_end_with_one_agent_a_device(directory: Path) -> None:
-    """Two processes that place the same devices at once start one agent for each."""
+    """Two processes that place the same devices at once start one agent per device."""
     both = await asyncio.gather(owner(directory), owner(directory))
     try:
         await asyncio.gather(*(placed(one) for one in both))
@@ -82,7 +82,8 @@ async def test_s3_two_processes_racing_end_with_one_agent_a_device(directory: Pa
         assert len(before) == 5
         os.kill(min(before), signal.SIGKILL)
         await eventually(lambda: len(pids_of(directory)) == 5 and pids_of(directory) != before)
-        # A process is there before the file says so; an owner that is killed in between leaves that.
+        # The process exists before its file is complete; killing the owner in between leaves this
+        # state.
         await eventually(lambda: restarts_in(directory) == [0, 0, 0, 0, 1])
     finally:
         await asyncio.gather(*(killed(one) for one in both))
@@ -92,7 +93,8 @@ async def test_s3_two_processes_racing_end_with_one_agent_a_device(directory: Pa
 async def test_l2_restart_whose_owner_died_before_writing_it_down_is_counted(
     directory: Path,
 ) -> None:
-    """A process started again by an owner that died at once is adopted, and its restart counted."""
+    """If the owner dies right after restarting a process, the process is adopted and its restart is
+    counted."""
     ours = scheduler(directory)
     try:
         await ours.ensure(RECORD, Epoch(1), local_spec())
@@ -115,7 +117,8 @@ async def test_l2_restart_whose_owner_died_before_writing_it_down_is_counted(
 
 
 async def test_s3_reused_pid_is_never_signalled(directory: Path) -> None:
-    """A recorded pid that now belongs to somebody else is neither signalled nor taken for alive."""
+    """A recorded pid that now belongs to another process is neither signalled nor counted as
+    alive."""
     stranger = await asyncio.create_subprocess_exec("sleep", "60")
     await asyncio.sleep(2 / os.sysconf("SC_CLK_TCK"))  # a pid can't be used again in the same tick
     ours = scheduler(directory)
@@ -146,7 +149,8 @@ async def test_s3_reused_pid_is_never_signalled(directory: Path) -> None:
 
 
 async def test_s9_corrupt_placement_costs_only_itself(directory: Path) -> None:
-    """A damaged placement.json is made again around the running agent; others are untouched."""
+    """A damaged placement.json is rewritten around the running agent; other agents are
+    untouched."""
     ours = scheduler(directory)
     try:
         other = record_of("crane-8")
@@ -164,7 +168,7 @@ async def test_s9_corrupt_placement_costs_only_itself(directory: Path) -> None:
 
 
 async def test_retire_kills_what_ignores_sigterm(directory: Path) -> None:
-    """An agent that ignores SIGTERM is gone soon after its grace."""
+    """An agent that ignores SIGTERM is killed soon after its grace period."""
     code = (
         "import signal; signal.signal(15, signal.SIG_IGN); print('up', flush=True); signal.pause()"
     )
@@ -200,7 +204,7 @@ async def test_exit_0_is_dead_for_good(directory: Path) -> None:
 
 
 async def test_s9_log_is_bounded(directory: Path) -> None:
-    """A log past 1 MiB is copied to one old log and cut."""
+    """A log past 1 MiB is copied to a single old log and truncated."""
     code = "import time\nprint('x' * 1500000, flush=True)\ntime.sleep(600)"
     ours = scheduler(directory)
     try:
@@ -226,7 +230,7 @@ async def test_earlier_epoch_still_running_is_transient(directory: Path) -> None
 
 
 async def test_unusable_directory_is_a_user_error(tmp_path: Path) -> None:
-    """A directory that is a file is said in words, as the operator's to mend."""
+    """A file in place of the directory is a readable error for the operator to fix."""
     (tmp_path / "file").write_text("")
     ours = LocalScheduler(directory=tmp_path / "file" / "agents")
     with pytest.raises(UserError, match="writable directory"):
@@ -235,7 +239,8 @@ async def test_unusable_directory_is_a_user_error(tmp_path: Path) -> None:
 
 
 async def test_full_disk_is_transient(directory: Path) -> None:
-    """When a file cannot be written to its end, ensure says so as transient and starts nothing."""
+    """If a file cannot be written completely, ensure raises a transient error and starts
+    nothing."""
     import resource
 
     ours = scheduler(directory)

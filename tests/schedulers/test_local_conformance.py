@@ -15,15 +15,15 @@ WAYS = pytest.mark.parametrize("fork", [None, True, False], ids=["command", "for
 @WAYS
 @pytest.mark.parametrize("name", CHECKS_BY_LENGTH)
 async def test_conformance(name: str, fork: bool | None, directory: Path) -> None:
-    """The local scheduler keeps every promise of the interface, with an operator's command and with our
-    agent, forked or spawned."""
+    """The local scheduler passes every check of the interface, with an operator's command and with
+    our agent, forked or spawned."""
     async with local_rig(directory, fork=fork) as rig:
         await CHECKS[name](rig)
 
 
 @WAYS
 async def test_some_hostile_ids_map_back(fork: bool | None, directory: Path) -> None:
-    """The check of the suite that takes longest, with fewer devices: fewest where each is an interpreter of its
-    own, which take the processor from all other tests."""
+    """The slowest check of the suite, with fewer devices: fewest where each agent is an interpreter
+    of its own, because those take CPU from all other tests."""
     async with local_rig(directory, fork=fork) as rig:
         await hostile_ids_map_back(rig, FEW // 2 if fork is False else FEW)

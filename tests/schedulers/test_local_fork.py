@@ -1,4 +1,4 @@
-"""Agents that a nursery has forked: as good as spawned ones, whoever dies."""
+"""Forked agents behave like spawned ones, whichever process dies."""
 
 from __future__ import annotations
 
@@ -44,14 +44,15 @@ def scheduler(directory: Path, **changes: Any) -> LocalScheduler:
 
 
 def parent_of(directory: Path) -> int:
-    """The process that forked the device's agent, as it stands in its file."""
+    """The process that forked the device's agent, as recorded in its file."""
     entry = read_entry(directory / RECORD.slug)
     assert entry is not None
     return entry.parent
 
 
 async def forked(directory: Path, count: int = 1) -> set[int]:
-    """The pids of so many agents; a fork has its own descriptors a moment after it was answered."""
+    """The pids of this many agents; a fork gets its own descriptors a moment after it was
+    reported."""
     await eventually(lambda: len(pids_of(directory)) == count)
     return pids_of(directory)
 
@@ -62,7 +63,8 @@ async def state_of(ours: LocalScheduler) -> PlacementState:
 
 
 async def test_an_agent_is_forked_with_all_that_a_spawned_one_has(directory: Path) -> None:
-    """A forked agent leads its own session, has the null device, its log and its lock, and no more."""
+    """A forked agent leads its own session, and has the null device, its log and its lock, and
+    nothing else."""
     ours = scheduler(directory)
     try:
         await ours.ensure(RECORD, Epoch(1), agent_spec())
@@ -93,7 +95,7 @@ async def test_an_agent_is_forked_with_all_that_a_spawned_one_has(directory: Pat
 async def test_l3_killed_owner_leaves_forked_agents_and_the_next_adopts_them(
     directory: Path,
 ) -> None:
-    """kill -9 of the owner ends its nursery and not one of the agents, which the next owner adopts."""
+    """kill -9 of the owner ends its nursery but no agent; the next owner adopts the agents."""
     first = await asyncio.create_subprocess_exec(
         sys.executable, "-c", OWNER, str(directory), stdout=asyncio.subprocess.PIPE
     )
@@ -110,7 +112,8 @@ async def test_l3_killed_owner_leaves_forked_agents_and_the_next_adopts_them(
 
 
 async def test_l3_killed_nursery_leaves_its_agents_and_another_takes_over(directory: Path) -> None:
-    """kill -9 of the nursery stops no agent; one that dies later is noticed, and forked by a new nursery."""
+    """kill -9 of the nursery stops no agent; an agent that dies later is noticed, and forked by a
+    new nursery."""
     ours = scheduler(directory)
     try:
         await ours.ensure(RECORD, Epoch(1), agent_spec())
@@ -131,7 +134,8 @@ async def test_l3_killed_nursery_leaves_its_agents_and_another_takes_over(direct
 async def test_hung_nursery_is_killed_and_costs_no_start(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A nursery that answers no more is given up: the next agent is spawned, the one after forked anew."""
+    """A nursery that stops answering is abandoned: the next agent is spawned, the one after that is
+    forked by a new nursery."""
     monkeypatch.setattr("nomad_watchdog.schedulers.local._zygote._ANSWER_S", 0.3)
     ours = scheduler(directory)
     try:
@@ -153,7 +157,7 @@ async def test_hung_nursery_is_killed_and_costs_no_start(
 
 
 async def test_no_nursery_means_spawned_agents(directory: Path) -> None:
-    """Where no nursery can be started agents are plain processes of ours."""
+    """If no nursery can be started, agents are plain child processes."""
     broken = directory.parent / "python"
     broken.write_text(
         f'#!/bin/sh\ncase "$*" in *zygote*) exit 1;; *) exec {sys.executable} "$@";; esac\n'
@@ -170,7 +174,7 @@ async def test_no_nursery_means_spawned_agents(directory: Path) -> None:
 
 
 async def test_bad_configuration_and_a_signal_are_told_as_they_were(directory: Path) -> None:
-    """The exit code of a forked agent comes through its nursery at once: 64, then -9."""
+    """The exit code of a forked agent arrives through its nursery at once: 64, then -9."""
     ours = scheduler(directory, backoff_max_s=0.2)
     try:
         await ours.ensure(RECORD, Epoch(1), agent_spec(config={"probes": []}))
@@ -195,7 +199,8 @@ async def test_bad_configuration_and_a_signal_are_told_as_they_were(directory: P
 
 
 async def test_s3_forked_agent_whose_pid_was_never_written_is_found(directory: Path) -> None:
-    """An owner that died between the fork and the file finds the agent by the lock that it holds."""
+    """If the owner died between the fork and writing the file, the agent is found by the lock that
+    it holds."""
     ours = scheduler(directory)
     try:
         await ours.ensure(RECORD, Epoch(1), agent_spec())
@@ -220,7 +225,7 @@ async def test_s3_forked_agent_whose_pid_was_never_written_is_found(directory: P
 
 
 async def test_s3_a_held_lock_starts_no_second_agent(directory: Path) -> None:
-    """A fork is refused while a process of the device lives, as a spawn is."""
+    """While a process of the device lives, a fork is refused like a spawn."""
     ours = scheduler(directory)
     parents = Parents(python=sys.executable, directory=directory, fork=True)
     try:
@@ -235,7 +240,7 @@ async def test_s3_a_held_lock_starts_no_second_agent(directory: Path) -> None:
 
 
 async def test_forked_agents_have_little_memory_of_their_own(directory: Path) -> None:
-    """Of 8 forked agents each has less than 4 MB that no other process has."""
+    """Each of 8 forked agents uses less than 4 MB that it shares with no other process."""
     ours = scheduler(directory)
     try:
         for number in range(8):

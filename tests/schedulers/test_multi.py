@@ -24,7 +24,7 @@ SPEC = AgentSpec("default", "1", "h")
 
 
 class Site(FakeScheduler):
-    """A fake that can be unreachable."""
+    """A fake that can be made unreachable."""
 
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(cluster)
@@ -60,7 +60,8 @@ class Both:
 
 
 async def test_an_agent_starts_where_its_record_says_and_is_stopped_where_it_is() -> None:
-    """A record without a home is placed on the base, one with a home there; each placement says where."""
+    """A record without a home is placed on the base scheduler, one with a home on that scheduler;
+    each placement names its scheduler."""
     both = Both()
     await both.moving.prepare([SPEC])
     await both.moving.open("south")
@@ -70,7 +71,7 @@ async def test_an_agent_starts_where_its_record_says_and_is_stopped_where_it_is(
     found = (await both.moving.snapshot()).placements
     assert [found[one.slug][0].backend for one in (here, there)] == ["", "south"]
     assert [len(c.jobs) for c in both.clusters.values()] == [1, 1]
-    # each as the class is there
+    # each spec in the scheduler's own version
     assert next(iter(both.clusters["south"].jobs.values())).spec.version == "south"
     await both.moving.retire(found[there.slug][0], 1.0)
     assert next(iter(both.clusters["south"].jobs.values())).stopped
@@ -80,8 +81,8 @@ async def test_an_agent_starts_where_its_record_says_and_is_stopped_where_it_is(
 
 
 async def test_without_all_of_them_there_is_no_snapshot() -> None:
-    """A scheduler that is required and can't be opened, or can't be listed, makes every snapshot fail; when it
-    is back the next one has both."""
+    """If a required scheduler can't be opened or listed, every snapshot fails; when it is back, the
+    next snapshot includes both."""
     both = Both()
     both.refused = "south"
     assert both.moving.require(["south"])
@@ -97,7 +98,7 @@ async def test_without_all_of_them_there_is_no_snapshot() -> None:
 
 
 async def test_a_snapshot_that_began_before_another_came_is_none() -> None:
-    """What was listed without the new scheduler is not taken for everything."""
+    """A listing that began before another scheduler was opened does not count as complete."""
     both = Both()
     waits = both.made["north"].while_listing = asyncio.Event()
     listing = asyncio.ensure_future(both.moving.snapshot())
@@ -109,7 +110,8 @@ async def test_a_snapshot_that_began_before_another_came_is_none() -> None:
 
 
 async def test_one_that_takes_no_agents_is_not_opened() -> None:
-    """When the templates are refused nothing is looked at that was not before, and nothing stays open."""
+    """If the new scheduler rejects the templates, it is closed, and snapshots still cover only the
+    previous one."""
     both = Both()
     await both.moving.prepare([SPEC])
 
@@ -130,7 +132,7 @@ async def test_one_that_takes_no_agents_is_not_opened() -> None:
 
 
 async def test_hints_come_from_one_that_was_opened_later() -> None:
-    """The watch goes on, and says resync for the new scheduler first."""
+    """The watch continues, and emits a resync for the new scheduler first."""
     both = Both()
     await both.moving.prepare([SPEC])
     async with aclosing(both.moving.watch()) as hints, asyncio.timeout(60.0):  # type: ignore[type-var]
@@ -143,7 +145,7 @@ async def test_hints_come_from_one_that_was_opened_later() -> None:
 
 
 async def test_a_watch_that_breaks_is_not_silent() -> None:
-    """A bug in one scheduler's watch reaches whoever reads the hints."""
+    """An exception in one scheduler's watch reaches the reader of the hints."""
     both = Both()
 
     async def broken() -> AsyncIterator[Hint]:
@@ -158,7 +160,8 @@ async def test_a_watch_that_breaks_is_not_silent() -> None:
 
 
 async def test_an_answer_is_only_seen_in_a_snapshot_that_has_it() -> None:
-    """Answers of two schedulers get numbers of their own, as their indexes can't be compared."""
+    """Answers of two schedulers are numbered by a common sequence, as their indexes can't be
+    compared."""
     both = Both()
     await both.moving.prepare([SPEC])
     await both.moving.open("south")
@@ -175,7 +178,7 @@ async def test_an_answer_is_only_seen_in_a_snapshot_that_has_it() -> None:
 
 
 async def test_one_that_is_full_holds_up_no_other() -> None:
-    """There is room as long as one has some, and the full ones are named."""
+    """There is capacity as long as one scheduler has some, and the full ones are named."""
     both = Both()
     await both.moving.open("south")
     both.clusters["south"].blocked = "nodes are full"
@@ -187,7 +190,7 @@ async def test_one_that_is_full_holds_up_no_other() -> None:
 
 @pytest.mark.parametrize("name", list(CHECKS))
 async def test_two_of_them_keep_the_contract_of_one(name: str) -> None:
-    """Every promise of the interface holds with a second scheduler beside, too."""
+    """Every check of the interface also passes with a second scheduler beside the first."""
     async with fake_rig() as rig:
         beside = Cluster()
 

@@ -1,4 +1,4 @@
-"""What is Nomad's own in the backend, on a real Nomad; templates and settings beside it."""
+"""Nomad-specific behaviour of the backend on a real Nomad, with templates and settings."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ async def states(scheduler: NomadScheduler, slug: Any) -> list[PlacementState]:
 
 
 async def test_token_reaches_nomad(nomad: NomadServer, scheduler: NomadScheduler) -> None:
-    """Two dispatches with one token make one child."""
+    """Two dispatches with one token create one child."""
     await scheduler.prepare([mock_spec()])
     record = record_of("twice")
     for _ in range(2):
@@ -86,8 +86,9 @@ async def test_token_reaches_nomad(nomad: NomadServer, scheduler: NomadScheduler
 async def test_a_parent_is_written_by_its_holder_and_only_when_it_names_no_living_replica(
     nomad: NomadServer, scheduler: NomadScheduler
 ) -> None:
-    """Another replica's address in a parent is left while that replica lives, and replaced by our own when it
-    is gone; who does not hold the shard writes nothing; an address of no replica belongs to the spec."""
+    """Another replica's address in a parent job is kept while that replica lives, and replaced by
+    our own when it is gone. A replica that does not hold the shard writes nothing; an address that
+    is no replica's belongs to the spec."""
     ours, theirs = "http://10.0.0.1:9670", "http://10.0.0.2:9670"
     path = f"/v1/job/{scheduler._names.prefix}"
 
@@ -121,8 +122,9 @@ async def test_a_parent_is_written_by_its_holder_and_only_when_it_names_no_livin
 async def test_s10_a_credential_is_in_the_document_and_nowhere_else(
     nomad: NomadServer, tmp_path: Path, strategy: str
 ) -> None:
-    """A child's job, evaluations and allocations hold the agent's credential in its document only: not in
-    the meta, the arguments or the job's id; and a repeated start is still the same child."""
+    """A child's job, evaluations and allocations contain the agent's credential only in its
+    document: not in the meta, the arguments or the job's id. A repeated start still gives the same
+    child."""
     (tmp_path / "keys").write_text("k" * 40)
     keys = SecretFile("keys", tmp_path / "keys", read_keys).required()
     settings, prefix = NomadAccess(address=nomad.http_addr), f"t-{uuid.uuid4().hex[:8]}"
@@ -156,8 +158,8 @@ def _environment(job: dict[str, Any]) -> str:
 
 
 async def test_drained_agent_is_placed_again(nomad: NomadServer, scheduler: NomadScheduler) -> None:
-    """A drained agent runs again. Nomad 1.6 moves it at its epoch, which is no restart; newer ones end the
-    job, and the next epoch runs."""
+    """A drained agent runs again. Nomad 1.6 moves it at the same epoch, which is not a restart;
+    newer versions end the job, and the next epoch runs."""
     await scheduler.prepare([mock_spec()])
     record = record_of("drained")
     await scheduler.ensure(record, Epoch(1), mock_spec())
@@ -190,8 +192,8 @@ async def test_drained_agent_is_placed_again(nomad: NomadServer, scheduler: Noma
 async def test_what_an_agent_really_got_counts_as_its_spec(
     nomad: NomadServer, strategy: Any
 ) -> None:
-    """A child that is dispatched for one version from the parent job of another has neither: it is no agent of the
-    class, whichever of the two is in force. With its own parent job it is."""
+    """A child dispatched for one version from the parent job of another is an agent of neither,
+    whichever of the two is in force. With its own parent job it counts."""
     settings, prefix = NomadAccess(address=nomad.http_addr), f"t-{uuid.uuid4().hex[:8]}"
     scheduler = NomadScheduler(settings=settings, prefix=prefix, strategy=strategy)
     old, new = mock_spec(), replace(mock_spec(), spec_hash="new")
@@ -211,7 +213,7 @@ async def test_what_an_agent_really_got_counts_as_its_spec(
 
 
 async def test_exit_zero_is_dead(scheduler: NomadScheduler, tmp_path: Path) -> None:
-    """An agent that exits 0 is not restarted by Nomad, and the snapshot says DEAD."""
+    """An agent that exits 0 is not restarted by Nomad, and the snapshot reports DEAD."""
     script = tmp_path / "done.py"
     script.write_text("")
     spec = AgentSpec(
@@ -230,8 +232,8 @@ async def test_exit_zero_is_dead(scheduler: NomadScheduler, tmp_path: Path) -> N
 async def test_purged_parent_is_terminal_and_prepare_mends(
     nomad: NomadServer, scheduler: NomadScheduler
 ) -> None:
-    """Without its parent, be it stopped or purged, a dispatch is an UnpreparedError, until prepare registers
-    it again."""
+    """Without its parent, whether stopped or purged, a dispatch raises UnpreparedError until
+    prepare registers the parent again."""
     for number, purge in enumerate(("true", "false")):
         record = record_of(f"orphan {number}")
         await scheduler.prepare([mock_spec()])
@@ -245,7 +247,7 @@ async def test_purged_parent_is_terminal_and_prepare_mends(
 async def test_w6_a_device_added_while_the_parent_is_stopped_is_started_with_the_repair(
     nomad: NomadServer, scheduler: NomadScheduler, tmp_path: Path
 ) -> None:
-    """Its own back-off, of minutes here, and the next resync, of an hour, are not waited for."""
+    """It does not wait for its own back-off (here minutes) or for the next resync (an hour)."""
     registry = SqliteRegistry(path=tmp_path / "registry.db")
     await registry.initialise("test")
     limits = Limits(backoff_initial_s=300.0, resync_s=3600.0)
@@ -282,7 +284,7 @@ async def test_purged_child_is_absent(nomad: NomadServer, scheduler: NomadSchedu
 
 
 async def test_unplaceable_is_pending_with_a_reason(scheduler: NomadScheduler) -> None:
-    """Agents that no node takes are PENDING and say why, and capacity has no room."""
+    """Agents that no node takes are PENDING with a reason, and there is no capacity."""
     spec = AgentSpec("default", "1", "h", variables={"memory": "9000000"})
     await scheduler.prepare([spec])
     records = [record_of("big-1"), record_of("big-2")]
@@ -318,7 +320,8 @@ async def test_watch_resyncs_first_then_hints(scheduler: NomadScheduler) -> None
 async def test_hints_of_a_start_are_calm_and_those_of_an_end_are_not(
     scheduler: NomadScheduler, tmp_path: Path
 ) -> None:
-    """Until an agent runs, each hint of its device only confirms; when it ends by itself, one does not."""
+    """Until an agent runs, every hint of its device is calm; when it exits by itself, at least one
+    is not."""
     gone = tmp_path / "gone"
     script = tmp_path / "agent.py"
     script.write_text(
@@ -353,7 +356,7 @@ async def test_hints_of_a_start_are_calm_and_those_of_an_end_are_not(
 
 
 async def test_oversized_payload_is_refused(scheduler: NomadScheduler) -> None:
-    """A document over 16 KiB is a UserError before Nomad sees it."""
+    """A document over 16 KiB raises a UserError before it is sent to Nomad."""
     spec = AgentSpec("default", "1", "h", template=MOCK, agent_config={"x": "y" * 17000})
     with pytest.raises(UserError, match="16384"):
         await scheduler.ensure(record_of("large"), Epoch(1), spec)
@@ -361,7 +364,7 @@ async def test_oversized_payload_is_refused(scheduler: NomadScheduler) -> None:
 
 @pytest.mark.parametrize("name", ["device-watchdog", "device-watchdog-docker"])
 async def test_builtin_templates_have_no_finding(nomad: NomadServer, name: str) -> None:
-    """What we ship passes our own lint and Nomad's validation."""
+    """The shipped templates pass our own lint and Nomad's validation."""
     client = NomadClient(NomadAccess(address=nomad.http_addr))
     try:
         job = await client.parse(job_templates.load(name).text, "")
@@ -372,8 +375,8 @@ async def test_builtin_templates_have_no_finding(nomad: NomadServer, name: str) 
 
 
 async def test_hostile_variables_stay_text(nomad: NomadServer) -> None:
-    """A variable with HCL in it comes back from Nomad's parser as the same text; one that is text here and a
-    bool there is taken as such."""
+    """A variable that contains HCL is returned by Nomad's parser as the same text; a text value of
+    a bool variable is read as a bool."""
     value = 'a"b\\c ${upper("x")} %{ if true }y%{ endif } \n\t機'
     client = NomadClient(NomadAccess(address=nomad.http_addr))
     try:
@@ -393,14 +396,15 @@ def args_of(job: dict[str, Any]) -> list[str]:
 
 
 async def test_lint_names_what_is_missing() -> None:
-    """A bare service job is refused for type, parameterized and reschedule."""
+    """A bare service job is rejected for type, parameterized and reschedule."""
     found = job_templates.lint({"Type": "service", "TaskGroups": [{"Name": "a", "Tasks": []}]})
     errors = " ".join(str(one) for one in found if one.level == "error")
     assert all(word in errors for word in ("type", "parameterized", "reschedule"))
 
 
 async def test_lint_warns_of_disks_that_are_migrated() -> None:
-    """Of `migrate` alone: an agent that was moved from a purged node would stay pending."""
+    """Only `migrate` causes the warning: an agent that was moved from a purged node would stay
+    pending."""
     for disk, expected in (({"Sticky": True}, []), ({"Migrate": True}, ["warning"])):
         group = {"Name": "a", "Tasks": [], "EphemeralDisk": {"SizeMB": 20, **disk}}
         found = job_templates.lint({"Type": "batch", "TaskGroups": [group]})
@@ -421,12 +425,12 @@ async def test_lint_warns_of_disks_that_are_migrated() -> None:
     ],
 )
 async def test_answers_become_our_errors(status: int, text: str, kind: type[Exception]) -> None:
-    """Each known answer of Nomad is the error that says what to do next."""
+    """Each known answer of Nomad maps to the error that says what to do next."""
     assert type(translate(status, text, "dispatch-job")) is kind
 
 
 async def test_explicit_beats_environment() -> None:
-    """An explicit address wins over NOMAD_ADDR, and a token never shows in a repr."""
+    """An explicit address takes precedence over NOMAD_ADDR, and a token never appears in a repr."""
     env = {"NOMAD_ADDR": "http://other:4646", "NOMAD_TOKEN": "secret-1"}
     found = NomadAccess.from_env(env, address="http://127.0.0.1:1")
     assert (found.address, found.token) == ("http://127.0.0.1:1", "secret-1")
@@ -434,8 +438,9 @@ async def test_explicit_beats_environment() -> None:
 
 
 async def test_a_snapshot_of_a_quiet_nomad_holds(scheduler: NomadScheduler) -> None:
-    """With nothing new the last snapshot still holds. One that shows an agent which has just ended holds only
-    when it was looked at a second time: with nothing new in Nomad the verdict on it changes."""
+    """If nothing is new, the last snapshot still holds. A snapshot with an agent that has just
+    ended holds only after a second check: its verdict changes even though nothing is new in
+    Nomad."""
     spec = mock_spec()
     await scheduler.prepare([spec])
     record = record_of("quiet")

@@ -1,4 +1,4 @@
-"""The contract of a scheduler on a real Nomad, in both strategies."""
+"""The scheduler contract on a real Nomad, in both strategies."""
 
 from __future__ import annotations
 
@@ -107,10 +107,10 @@ pytestmark = [
 async def test_nomad_keeps_the_contract(
     nomad: NomadServer, tmp_path: Path, strategy: str, name: str
 ) -> None:
-    """Each check of the suite holds on a real Nomad."""
+    """Each check of the suite passes on a real Nomad."""
     await CHECKS[name](make_rig(nomad, tmp_path, strategy))
 
 
 async def test_some_hostile_ids_map_back(nomad: NomadServer, tmp_path: Path, strategy: str) -> None:
-    """The check of the suite that takes longest, with fewer devices."""
+    """The slowest check of the suite, with fewer devices."""
     await hostile_ids_map_back(make_rig(nomad, tmp_path, strategy), FEW)

@@ -25,7 +25,7 @@ ROUNDS = 10
 
 
 class Ahead(SystemClock):
-    """The machine's clock, which the test can set ahead."""
+    """The machine's clock, which the test can set forward."""
 
     ahead_s = 0.0
 
@@ -34,7 +34,7 @@ class Ahead(SystemClock):
 
 
 async def forgotten(nomad: NomadServer, prefix: str) -> list[str]:
-    """Jobs that have no evaluation at all."""
+    """Jobs without any evaluation."""
     jobs = await nomad.request("GET", f"/v1/jobs?prefix={prefix}/dispatch-")
     pending = [job["ID"] for job in jobs if job["Status"] == "pending"]
     paths = [f"/v1/job/{quote(one, safe='')}/evaluations" for one in pending]
@@ -46,7 +46,7 @@ async def forgotten(nomad: NomadServer, prefix: str) -> list[str]:
 
 
 async def interrupted(nomad: NomadServer, scheduler: NomadScheduler, number: int) -> None:
-    """Starts of which the server's death interrupts some; nobody repeats them."""
+    """Start agents, some of which the server's death interrupts; no start is repeated."""
     records = [record_of(f"d-{number}-{n}") for n in range(AT_ONCE)]
 
     async def start(record: DeviceRecord) -> None:
@@ -64,8 +64,9 @@ async def interrupted(nomad: NomadServer, scheduler: NomadScheduler, number: int
 
 
 async def test_no_start_is_forgotten_when_server_and_control_plane_crash(tmp_path: Path) -> None:
-    """Jobs that a crashed server left without an evaluation run after a new control plane has seen them,
-    although nobody repeats their starts (L2). Servers that write both at once leave none."""
+    """If a crashed server left jobs without an evaluation, they run after a new control plane has
+    seen them, although their starts are not repeated (L2). Servers that write job and evaluation at
+    once leave no such jobs."""
     prefix = f"t-{uuid.uuid4().hex[:8]}"
     async with NomadServer(tmp_path / "nomad") as nomad:
         client = NomadClient(NomadAccess(address=nomad.http_addr))

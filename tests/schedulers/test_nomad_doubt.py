@@ -1,4 +1,4 @@
-"""Lists of Nomad that leave something out are noticed (S7, S3)."""
+"""Incomplete lists from Nomad are detected (S7, S3)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def alloc(job: str, **changed: object) -> dict[str, object]:
 
 
 def test_a_running_allocation_of_an_unlisted_job_gives_the_list_away() -> None:
-    """Only one that was there before the list was read counts, and only if it is meant to run."""
+    """Such an allocation counts only if it existed before the list was read and is meant to run."""
     rows = [
         alloc("listed"),
         alloc("hidden"),
@@ -32,7 +32,7 @@ def test_a_running_allocation_of_an_unlisted_job_gives_the_list_away() -> None:
 
 
 def test_what_was_alive_and_is_listed_no_more_is_asked_for() -> None:
-    """A full look remembers all that is alive, a narrow one only its own; the dead may go."""
+    """A full read remembers all live jobs, a partial one only its own; dead ones may disappear."""
     a, b = placement("a", 1, ref="job-a"), placement("b", 1, ref="job-b")
     memory = Vanished()
     memory.remember({a.slug: (a,), b.slug: (b,)}, None)
@@ -45,7 +45,7 @@ def test_what_was_alive_and_is_listed_no_more_is_asked_for() -> None:
 
 
 def test_a_whole_fleet_that_vanished_costs_few_questions() -> None:
-    """A thousand missing jobs are not a thousand calls."""
+    """A thousand missing jobs do not cost a thousand calls."""
     memory = Vanished()
     found = [placement(f"d{n}", 1, ref=f"job-{n}") for n in range(1000)]
     memory.remember({one.slug: (one,) for one in found}, None)

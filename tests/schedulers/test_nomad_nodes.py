@@ -1,4 +1,4 @@
-"""What is reported about Nomad's nodes: drains, and two nodes of one name."""
+"""Reports about Nomad's nodes: drains, and two nodes with the same name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ STRATEGY = {"DrainStrategy": {"ForceDeadline": "2026-11-30T05:00:00.123456789Z"}
 
 
 async def doctor(*rows: dict[str, Any]) -> dict[str, tuple[str, str, str]]:
-    """What doctor says of these nodes: status, finding and fix by the name of the check."""
+    """What doctor reports for these nodes: status, finding and fix by name of the check."""
 
     async def ask(_method: str, path: str) -> tuple[int, Any]:
         return (200, list(rows)) if path == "/v1/nodes" else (200, STRATEGY)
@@ -53,7 +53,8 @@ async def doctor(*rows: dict[str, Any]) -> dict[str, tuple[str, str, str]]:
 
 
 async def test_doctor_counts_no_node_that_takes_no_agents() -> None:
-    """Draining, ineligible and down nodes are named with their state, and their drivers do not count."""
+    """Draining, ineligible and down nodes are named with their state, and their drivers do not
+    count."""
     found = await doctor(
         row("a" * 36, "n1"),
         DRAINED,
@@ -70,7 +71,7 @@ async def test_doctor_counts_no_node_that_takes_no_agents() -> None:
 
 
 async def test_doctor_names_both_ids_of_a_name() -> None:
-    """A client that has lost its data directory, beside the node that it was."""
+    """A client that has lost its data directory appears next to its old node."""
     found = await doctor(row(NEW, "n1"), row(OLD, "n1", Status="down"), row("a" * 36, "n2"))
     status, text, mend = found["nomad node names"]
     assert (status, text) == ("warn", "2 nodes are named n1: 3f2a1b7c (down), 8bc19d00 (ready)")
@@ -78,8 +79,8 @@ async def test_doctor_names_both_ids_of_a_name() -> None:
 
 
 def test_the_reason_of_an_agent_tells_of_its_node() -> None:
-    """Of a running agent only a drain is told; of a lost one only another node of the same name; and what
-    is not known of changes nothing."""
+    """For a running agent only a drain is reported, for a lost one only another node of the same
+    name; an unknown node changes nothing."""
     nodes = Nodes.of(
         [node_of(DRAINED, deadline_of(STRATEGY)), Node(OLD, "n1", "down"), Node(NEW, "n1", "ready")]
     )
@@ -98,7 +99,8 @@ def test_the_reason_of_an_agent_tells_of_its_node() -> None:
 
 
 def test_closed_nodes_are_those_that_an_operator_has_closed() -> None:
-    """Drained and ineligible nodes, also one that is down; of two nodes of one name the draining one."""
+    """Drained and ineligible nodes, including one that is down; of two nodes with one name, the
+    draining one."""
     down = row(OLD, "n1", Status="down", SchedulingEligibility="ineligible")
     nodes = [node_of(DRAINED, deadline_of(STRATEGY)), node_of(down), node_of(row("a" * 36, "n3"))]
     assert Nodes.of(nodes).closed() == {
@@ -112,7 +114,8 @@ def test_closed_nodes_are_those_that_an_operator_has_closed() -> None:
 
 
 def test_an_event_of_a_node_is_news_only_if_it_shows_another_state() -> None:
-    """A drain, an eligibility, a new and a removed node; not a node that registers again as it was."""
+    """A drain, an eligibility change, a new or a removed node is a change; a node that registers
+    again unchanged is not."""
     seen = NodeList(NomadClient(NomadAccess(address="http://127.0.0.1:1")))
     seen.now = Nodes.of([node_of(row("a" * 36, "n1")), node_of(DRAINED)])
 
@@ -136,8 +139,8 @@ def test_an_event_of_a_node_is_news_only_if_it_shows_another_state() -> None:
 @pytest.mark.servers
 @pytest.mark.asyncio(loop_scope="session")
 async def test_a_drain_is_seen_by_the_next_look_and_ends(nomad: NomadServer) -> None:
-    """A node that is drained is news for a thrifty look, though nothing has happened to the agent yet; its
-    reason has the deadline that Nomad gave. After the drain it is gone."""
+    """A drained node counts as a change when checking whether a snapshot still holds, before the
+    agent is affected; its reason has Nomad's deadline. After the drain the reason is gone."""
     scheduler = NomadScheduler(
         settings=NomadAccess(address=nomad.http_addr), prefix=f"t-{uuid.uuid4().hex[:8]}"
     )
@@ -179,8 +182,8 @@ async def test_a_drain_is_seen_by_the_next_look_and_ends(nomad: NomadServer) -> 
 @pytest.mark.slow_because("starts a Nomad with two clients, and one of them twice")
 @pytest.mark.asyncio(loop_scope="session")
 async def test_a_client_that_lost_its_data_directory_is_named_by_both_ids(tmp_path: Path) -> None:
-    """It registers under its name with a new id, beside the node that it was. doctor names both, and the
-    scheduler knows of them."""
+    """The client registers under its name with a new id, beside its old node. doctor names both
+    ids, and the scheduler knows them."""
     async with NomadServer(tmp_path / "nomad", clients=2) as nomad:
         old = {one["ID"] for one in await nomad.request("GET", "/v1/nodes")}
         await nomad.kill(1)
@@ -190,7 +193,7 @@ async def test_a_client_that_lost_its_data_directory_is_named_by_both_ids(tmp_pa
         async def twice() -> bool:
             nodes = await nomad.request("GET", "/v1/nodes")
             states = sorted(one["Status"] for one in nodes)
-            # A new node that is slow may be the one that is down for a moment.
+            # A slow new node may look like the one that is briefly down.
             down = {one["ID"] for one in nodes if one["Status"] == "down"}
             return states == ["down", "ready", "ready"] and down < old
 

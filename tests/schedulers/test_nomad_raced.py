@@ -1,6 +1,6 @@
-"""Starts that race on a Nomad whose token does not protect them, and jobs that it forgets to evaluate.
+"""Racing starts on a Nomad whose token does not protect them, and jobs that it forgets to evaluate.
 
-In memory, because a race on a real server cannot be made to take every order; the conformance suite
+In memory, because a race on a real server cannot be forced into every order; the conformance suite
 races a real one (`ensure_raced_is_one`).
 """
 
@@ -38,7 +38,7 @@ class SetClock(SystemClock):
 
 
 class OldNomad:
-    """Nomad 1.6: it looks for the token, later writes the job, and later the job's evaluation.
+    """Nomad 1.6: it checks the token, later writes the job, and later the job's evaluation.
 
     Each step takes a random number of turns of the event loop."""
 
@@ -49,7 +49,7 @@ class OldNomad:
         self.crashes_before_evaluation = False
         self._clock = 0
         self.index = 1
-        """Of the last write."""
+        """Index of the last write."""
 
     async def features(self, *, again: bool = False) -> NomadFeatures:
         return NomadFeatures((1, 6, 3), exact=True)
@@ -68,7 +68,7 @@ class OldNomad:
                 return Answer({"DispatchedJobID": job["ID"], "EvalID": ""}, 1)
         self._clock += self._random.randrange(2)  # two jobs may have the same time
         stamp = self._clock
-        await self._some_turns()  # the leader stamps first and writes later: the order may change
+        await self._some_turns()  # the leader stamps first and writes later: order may change
         suffix = f"1-{self._random.randrange(1 << 32):08x}"
         name = f"{parent}/dispatch-{body['IdPrefixTemplate']}-{suffix}"
         self.index += 1
@@ -120,7 +120,8 @@ def scheduler_on(nomad: OldNomad, clock: SetClock | None = None) -> NomadSchedul
 
 @pytest.mark.parametrize("seed", range(0, 600, 200))
 async def test_of_raced_starts_only_the_oldest_is_left(seed: int) -> None:
-    """In whatever order racers create jobs and list them, exactly the oldest job is left (S2)."""
+    """Whatever the order in which racers create and list jobs, exactly the oldest job is left
+    (S2)."""
     most = 0
     for number in range(seed, seed + 200):
         nomad = OldNomad(number)
@@ -129,7 +130,7 @@ async def test_of_raced_starts_only_the_oldest_is_left(seed: int) -> None:
         left = [one["ID"] for one in nomad.jobs.values() if not one["Stop"]]
         assert left == [nomad.oldest()["ID"]]
         most = max(most, len(nomad.jobs))
-    assert most > 4  # otherwise nothing was raced
+    assert most > 4  # otherwise there was no race
 
 
 @pytest.mark.parametrize("seed", range(0, 600, 200))
@@ -153,7 +154,7 @@ async def test_a_racer_that_dies_never_stops_the_oldest(seed: int) -> None:
 
 
 async def test_the_planner_and_the_backend_keep_the_same_job() -> None:
-    """The job that the backend leaves is the one that the planner would keep of them."""
+    """The backend keeps the same job that the planner would keep."""
     nomad = OldNomad()
     for submitted, suffix in ((2, "b"), (1, "d"), (1, "c")):
         name = f"device-watchdog/dispatch-{RECORD.slug}-1-{suffix * 8}"
@@ -163,7 +164,7 @@ async def test_the_planner_and_the_backend_keep_the_same_job() -> None:
             "Status": "pending", "token": f"{RECORD.slug}:1",
         }  # fmt: skip
     index = await scheduler_on(nomad).ensure(RECORD, Epoch(1), SPEC)
-    assert index == nomad.index  # of the last stop: no plan made by it sees two that run
+    assert index == nomad.index  # of the last stop: a plan based on it never sees two running
     snapshot = await scheduler_on(nomad).snapshot()
     kept = min(snapshot.placements[RECORD.slug], key=lambda one: (one.created_at, one.ref))
     assert kept.ref.endswith("c" * 8)
@@ -171,7 +172,7 @@ async def test_the_planner_and_the_backend_keep_the_same_job() -> None:
 
 
 async def test_a_repeated_start_evaluates_what_the_server_forgot() -> None:
-    """A server that crashes between a job and its evaluation leaves no job that waits for ever."""
+    """If a server crashes between a job and its evaluation, no job waits for ever."""
     nomad = OldNomad()
     nomad.crashes_before_evaluation = True
     await scheduler_on(nomad).ensure(RECORD, Epoch(1), SPEC)
@@ -179,8 +180,8 @@ async def test_a_repeated_start_evaluates_what_the_server_forgot() -> None:
 
 
 async def test_a_successor_evaluates_what_the_server_forgot() -> None:
-    """Where the control plane died as well, its successor finds the job in a snapshot and has it evaluated
-    once it has been so for a while, and not before."""
+    """If the control plane died as well, its successor finds the job in a snapshot, and has it
+    evaluated only after it has been in this state for a while."""
     nomad, clock = OldNomad(), SetClock()
     nomad.crashes_before_evaluation = True
     body = {

@@ -1,4 +1,5 @@
-"""What older servers lack is replaced, and what newer ones have is used (answers recorded on both)."""
+"""Missing features of older servers are replaced, and those of newer ones are used (answers
+recorded on both)."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ HOUR_NS = 3600 * 10**9
     ],
 )
 def test_the_oldest_server_counts(builds: list[str], expected: tuple[int, ...]) -> None:
-    """During an upgrade any server may lead next, so the oldest one decides."""
+    """During an upgrade any server may become leader, so the oldest version decides."""
     members = {"Members": [{"Tags": {"build": build}} for build in builds]}
     found = nomad_features.of_members(members)
     assert found == NomadFeatures(expected, exact=True)
@@ -50,12 +51,12 @@ def test_the_oldest_server_counts(builds: list[str], expected: tuple[int, ...]) 
     ],
 )
 def test_members_without_a_version_are_no_answer(answer: object) -> None:
-    """An answer that names no version, whatever it is, does not make one up."""
+    """An answer without a version yields no version."""
     assert nomad_features.of_members(answer) is None
 
 
 def test_each_feature_begins_at_its_version() -> None:
-    """A feature is there from its first version on, and in none before."""
+    """A feature is available from its first version on, and in none before."""
     for feature in Feature:
         *head, last = feature.since
         before = (*head, last - 1) if last else (head[0], head[1] - 1, 99)
@@ -72,7 +73,7 @@ def test_each_feature_begins_at_its_version() -> None:
 async def test_without_the_right_a_lower_bound_is_used(
     version: str, at_least: tuple[int, ...]
 ) -> None:
-    """A token that may not read the members gets what the parser gives away, and no more."""
+    """If the token may not read the members, only the features that the parser reveals are used."""
     nomad = RecordedNomad(version)
     nomad.members_denied = True
     async with nomad.client() as client:
@@ -82,7 +83,8 @@ async def test_without_the_right_a_lower_bound_is_used(
 
 
 async def test_features_are_read_once() -> None:
-    """Not each call asks for the version; `prepare` does, since the servers may have been upgraded."""
+    """Not every call reads the version; `prepare` does, since the servers may have been
+    upgraded."""
     nomad = RecordedNomad("1.6.3")
     async with nomad.client() as client:
         for _ in range(3):
@@ -91,7 +93,7 @@ async def test_features_are_read_once() -> None:
 
 
 async def test_an_upgrade_of_the_servers_is_noticed() -> None:
-    """The parent job says what happens on a lost node in the terms of the servers that are there now."""
+    """The parent job describes the handling of a lost node in the syntax of the current servers."""
     nomad = RecordedNomad("1.6.3")
     async with nomad.client() as client:
         scheduler = NomadScheduler(client=client)
@@ -114,7 +116,8 @@ async def test_an_upgrade_of_the_servers_is_noticed() -> None:
 def test_replace_lost_means_the_same_on_both(
     meta: dict[str, str] | None, *, disconnect: bool
 ) -> None:
-    """`replace_lost` becomes `replace` of the block, or rescheduling; without it no second agent starts."""
+    """`replace_lost` becomes the block's `replace`, or rescheduling; without it no second agent
+    starts."""
     group = {
         "MaxClientDisconnect": HOUR_NS,
         "Meta": meta,
@@ -132,7 +135,8 @@ def test_replace_lost_means_the_same_on_both(
 
 
 async def test_a_template_with_the_block_gets_a_hint_on_an_old_server(tmp_path: Path) -> None:
-    """A template that only newer servers can parse says what to write instead, and works on newer ones."""
+    """A template that only newer servers can parse causes an error that says what to write instead,
+    and works on newer ones."""
     path = tmp_path / "own.nomad.hcl"
     path.write_text('group "agent" { disconnect { lost_after = "1h" } }')
     spec = AgentSpec("default", "1", "h", template=str(path))
@@ -147,7 +151,8 @@ async def test_a_template_with_the_block_gets_a_hint_on_an_old_server(tmp_path: 
 
 
 def test_an_old_server_must_not_stop_agents_itself() -> None:
-    """`stop_after_client_disconnect` ends a job of Nomad 1.6 while its process may run: an error there."""
+    """`stop_after_client_disconnect` ends a job of Nomad 1.6 while its process may still run, so it
+    is an error there."""
     group = {"Name": "g", "StopAfterClientDisconnect": HOUR_NS}
     job = {"Type": "batch", "TaskGroups": [group]}
     levels = {
@@ -162,8 +167,8 @@ def test_an_old_server_must_not_stop_agents_itself() -> None:
 
 
 async def test_a_protected_token_costs_one_request_per_start() -> None:
-    """On 1.11.3 the answer may name a job that does not exist. The index in it is good, no job is listed,
-    evaluated or stopped for it."""
+    """On 1.11.3 the answer may name a job that does not exist. Its index is valid; no job is
+    listed, evaluated or stopped for it."""
     nomad = RecordedNomad("1.11.3")
     async with nomad.client() as client:
         scheduler = NomadScheduler(client=client)
@@ -184,7 +189,8 @@ async def test_an_unprotected_token_leaves_the_oldest_job() -> None:
 
 @pytest.mark.parametrize("version", ["1.6.3", "1.11.3"])
 async def test_long_lists_are_read_to_their_end(version: str) -> None:
-    """Pages past a power of ten never end on 1.6.3, where the list is read in one response instead."""
+    """Pages past a power of ten never end on 1.6.3, where the list is read in one response
+    instead."""
     nomad = RecordedNomad(version)
     nomad.allocations = [
         {"ID": f"{n:04x}", "CreateIndex": n, "JobID": "other", "ClientStatus": "complete"}
@@ -205,8 +211,8 @@ DRAINED = {
 
 @pytest.mark.parametrize("version", list(DRAINED))
 def test_a_drained_child_ends_or_moves(version: str) -> None:
-    """1.11.3 lets the job of a drained agent die, and the next epoch replaces it. 1.6.3 waits for a node
-    and moves the agent at its epoch, which does not count as a restart."""
+    """1.11.3 lets the job of a drained agent die, and the next epoch replaces it. 1.6.3 waits for a
+    node and moves the agent at the same epoch, which does not count as a restart."""
     moves = version == "1.6.3"
     meta = {"device_id": RECORD.device.id, "slug": RECORD.slug, "epoch": "1"}
     job = {"ID": "j", "Meta": meta, "Status": "pending" if moves else "dead", "SubmitTime": 1}
@@ -230,8 +236,8 @@ def test_a_drained_child_ends_or_moves(version: str) -> None:
 
 
 def test_a_placement_says_since_when_it_waits_and_whether_a_node_has_it() -> None:
-    """From the later of the job's submission and its newest allocation; without an allocation it is in Nomad's
-    queue as long as an evaluation is under way or blocked."""
+    """It waits since the later of the job's submission and its newest allocation. Without an
+    allocation it is in Nomad's queue while an evaluation is pending or blocked."""
     meta = {"device_id": RECORD.device.id, "slug": RECORD.slug, "epoch": "1"}
     job = {"ID": "j", "Meta": meta, "Status": "pending", "SubmitTime": 5_000_000_000}
     who = JobIdentity(RECORD.slug, RECORD.device.id, Epoch(1))

@@ -1,4 +1,5 @@
-"""A class that can't be prepared: its own devices wait with that reason, all others get their agents."""
+"""A class that can't be prepared: its own devices wait with that reason, all others get their
+agents."""
 
 from __future__ import annotations
 
@@ -34,8 +35,8 @@ GOOD, BAD = DeviceId("good"), DeviceId("bad")
 async def test_one_bad_class_of_nomad_keeps_no_other_back(
     scheduler: NomadScheduler, nomad: NomadServer
 ) -> None:
-    """A misspelt variable, a node pool that does not exist and a missing template are named, each with its
-    class; the class beside them has its parent job."""
+    """A misspelt variable, a missing node pool and a missing template are each reported with their
+    class; the valid class gets its parent job."""
     specs = [
         replace(mock_spec(pol="gpu"), agent_class="misspelt"),
         replace(mock_spec(pool="nosuch"), agent_class="nowhere"),
@@ -69,14 +70,15 @@ async def test_one_bad_class_of_nomad_keeps_no_other_back(
 def test_a_variable_that_a_template_does_not_have_is_refused_without_a_server(
     backend: str, variables: dict[str, str], words: str
 ) -> None:
-    """What would be ignored without a word is named before anything runs (C6)."""
+    """A variable that would be ignored silently is reported before anything runs (C6)."""
     with pytest.raises(UserError) as caught:
         check_spec(backend, AgentSpec("default", "1", "h", variables=variables))
     assert words in str(caught.value)
 
 
 def test_variables_of_a_template_file_are_found_in_every_form(tmp_path: Path) -> None:
-    """With and without quotes, on one line and indented; a comment declares nothing."""
+    """Variables are found with and without quotes, on one line and indented; a comment declares
+    nothing."""
     file = tmp_path / "t.hcl"
     file.write_text('variable "one" {}\n  variable two { default = 1 }\n# variable "three" {}\n')
     spec = AgentSpec("default", "1", "h", template=str(file), variables={"one": "1", "two": "2"})
@@ -89,7 +91,8 @@ def test_variables_of_a_template_file_are_found_in_every_form(tmp_path: Path) ->
 async def fleet_with(
     specs: dict[str, AgentSpec], unreadable: dict[str, str], later: dict[str, AgentSpec]
 ) -> dict[str, Any]:
-    """A device of each class, seen after two minutes; `later`: the specs that can be read by then."""
+    """A device of each class, checked after two minutes; `later`: the specs that are readable by
+    then."""
     store, cluster = Store(), Cluster()
     store.initialise("test")
     clock = VirtualClock(asyncio.get_running_loop())
@@ -133,7 +136,8 @@ def states(fleet: Fleet, device_id: DeviceId) -> list[PlacementState]:
 
 
 def test_a_refused_class_has_its_reason_in_status_and_for_its_devices() -> None:
-    """The scheduler refuses one class: the loop goes on, its device has no agent and says why."""
+    """If the scheduler rejects one class, the loop continues; its device has no agent and a
+    reason."""
     refused = replace(OTHER, variables={REFUSED: "no such pool"})
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         found = runner.run(fleet_with({"default": SPEC, "other": refused}, {}, {}))
@@ -147,7 +151,8 @@ def test_a_refused_class_has_its_reason_in_status_and_for_its_devices() -> None:
 
 
 def test_a_class_is_tried_again_until_its_template_is_there() -> None:
-    """A template that can't be read at the start is read again: its devices get their agents then."""
+    """A template that can't be read at the start is read again, and its devices then get their
+    agents."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         found = runner.run(
             fleet_with({"default": SPEC}, {"other": "t.hcl: no such file"}, {"other": OTHER})
@@ -160,7 +165,7 @@ def test_a_class_is_tried_again_until_its_template_is_there() -> None:
 
 
 async def kept_while_refused() -> tuple[int, int]:
-    """Epochs of a running agent before and after its class has got a spec that can't be prepared."""
+    """Epochs of a running agent before and after its class gets a spec that can't be prepared."""
     store, cluster = Store(), Cluster()
     store.initialise("test")
     clock = VirtualClock(asyncio.get_running_loop())
@@ -181,7 +186,7 @@ async def kept_while_refused() -> tuple[int, int]:
 
 
 def test_a_running_agent_is_not_replaced_by_a_version_that_cannot_be_prepared() -> None:
-    """A broken new template stops nothing: the old agent goes on at its epoch."""
+    """A broken new template stops nothing: the old agent keeps running at its epoch."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         before, after = runner.run(kept_while_refused())
     assert before == after

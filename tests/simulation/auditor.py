@@ -1,4 +1,5 @@
-"""Who checks the promises while a simulation runs: from the stores, never from what we say of ourselves."""
+"""Checks the promises while a simulation runs: from the stores, never from the control plane's own
+reports."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ from tests.simulation.fakes import Store
 from tests.simulation.faults import SLOWEST_S
 
 SETTLED_S: Final = 2 * SLOWEST_S
-"""A wish that is older than this is known to everybody whose request is still on its way."""
+"""An older request is known to every replica that has a call in transit."""
 STALE_S: Final = 60.0
-"""S1: a report may be judged by a view of the registry that is at most so old."""
+"""S1: maximum age of the registry view that a report may be judged by."""
 
 
 class BrokenPromiseError(AssertionError):
@@ -29,7 +30,7 @@ class BrokenPromiseError(AssertionError):
 
 @dataclass(slots=True)
 class Bound:
-    """One instance while it was the accepted one."""
+    """The time during which an instance was the accepted one."""
 
     epoch: Epoch
     instance: str
@@ -58,7 +59,7 @@ class Trace:
 
 
 class Auditor:
-    """Looks at every write and every start, and keeps what did not hold."""
+    """Checks every write and every start, and keeps what did not hold."""
 
     def __init__(self, store: Store, cluster: Cluster, limits: Limits) -> None:
         self.store = store
@@ -67,7 +68,7 @@ class Auditor:
         self.trace = Trace()
         self.wrong: list[str] = []
         self.actions = 0
-        """Writes, starts and stops so far."""
+        """Number of writes, starts and stops so far."""
         self._bound: dict[Slug, list[Bound]] = {}
         self._wished_at: dict[Slug, float] = {}
         self._purged_at: dict[Slug, float] = {}
@@ -76,7 +77,7 @@ class Auditor:
         self._names: Callable[[Slug], str] = lambda slug: slug[:12]
 
     def broken(self, promise: str, text: str) -> None:
-        """A promise does not hold."""
+        """Record a broken promise."""
         self.trace.say(f"BROKEN {promise}: {text}")
         self.wrong.append(f"{promise}: {text}")
 
@@ -125,8 +126,9 @@ class Auditor:
     # -- the scheduler --------------------------------------------------------------------------
 
     def purged(self, job: Job) -> None:
-        """An operator purged a job by hand, and with it the scheduler's memory of its token: what is
-        still on the wire may start that epoch again (docs/limits.md). It is never accepted (S1)."""
+        """An operator purged a job manually, and with it the scheduler's memory of its token: a
+        request still on the wire may start that epoch again (docs/limits.md). It is never accepted
+        (S1)."""
         self.trace.say(f"an operator purges {job.device_id}, epoch {job.epoch}")
         self._purged_at[job.slug] = self.now()
 
@@ -146,7 +148,7 @@ class Auditor:
                 self.broken("S3", f"{job.device_id} starts beside epoch {other.epoch} ({state})")
 
     def process_began(self, process: Process) -> None:
-        """A process runs; nobody that the scheduler still sees may run beside it (S3)."""
+        """A process starts; no other one that the scheduler still sees may run beside it (S3)."""
         self.trace.say(f"process {process.pid} of {process.device_id}, epoch {process.epoch}")
         purged = self.now() - self._purged_at.get(process.slug, -2 * SETTLED_S) < 2 * SETTLED_S
         for other in [] if purged else self.cluster.alive(process.slug):
@@ -154,7 +156,8 @@ class Auditor:
                 self.broken("S3", f"{process.device_id}: pid {other.pid} beside {process.pid}")
 
     def stopped(self, who: str, ref: str) -> None:
-        """A stop reaches the scheduler: a wanted agent of an old wish must not be hit (S7)."""
+        """A stop reaches the scheduler: it must not hit the agent of a device whose request to be
+        watched is old (S7)."""
         job = self.cluster.jobs.get(ref)
         if job is None or job.stopped or job.dead:
             return
@@ -171,21 +174,23 @@ class Auditor:
     def planned(
         self, who: str, plan: Plan, confirmed: frozenset[tuple[Slug, Epoch, str]], seen: int
     ) -> None:
-        """One pass's plan: not more stops than the breaker allows, but for the confirmed ones. `seen`: the live
-        agents in the replica's view."""
+        """Check a pass's plan: no more stops than the limit allows, except for confirmed ones.
+        `seen`: the live agents in the replica's view."""
         fresh = [
             action
             for action in plan.actions
             if action.kind is ActionKind.RETIRE and stop_key(action) not in confirmed
         ]
         live = sum(not job.dead for job in self.cluster.jobs.values())
-        # The replica counts what it sees; the cluster may have fewer by now: a whole node may be lost.
+        # The replica counts what it sees; the cluster may have fewer by now, because a whole node
+        # may be lost.
         most = max(self.limits.breaker_min, int(seen * self.limits.breaker_fraction))
         if len(fresh) > most:
             self.broken("S7", f"{who} stops {len(fresh)} of {live} in one pass")
 
     def accepted(self, process: Process, asked_at: float) -> None:
-        """A report was accepted: that instance was the bound one, STALE_S ago at the earliest."""
+        """A report was accepted: its instance must have been the bound one within the last
+        STALE_S."""
         last: float | None = None
         for bound in self._bound.get(process.slug, ()):
             if (bound.epoch, bound.instance) == (process.epoch, process.instance):
@@ -205,7 +210,8 @@ class Auditor:
     # -- at the end -----------------------------------------------------------------------------
 
     def unsettled(self, wanted: dict[Slug, bool], spec_hash: str) -> list[str]:
-        """What is missing for L1: exactly one accepted agent a wanted device, none for another."""
+        """What is missing for L1: exactly one accepted agent per wanted device, none for any
+        other."""
         missing = []
         for slug, present in wanted.items():
             record = self.store.record(slug)

@@ -1,7 +1,7 @@
-"""What a scheduler does on its own: nodes, jobs, runs of agents, and processes that die slowly.
+"""A scheduler's own behaviour: nodes, jobs, runs of agents, and processes that die slowly.
 
 Modelled on Nomad's dispatched children: a token names (device, epoch), and the same token gives the
-same job for as long as that job is listed, dead or alive. Only a purge makes the token free again.
+same job as long as that job is listed, dead or alive. Only a purge makes the token free again.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _MAX_RESTART_DELAY_S: Final = 30.0
 
 
 class News:
-    """Tells any number of ears that something changed. Each hears what it has not heard yet at once."""
+    """Notifies any number of listeners of changes. Each receives all pending changes together."""
 
     def __init__(self) -> None:
         self._ears: list[Ear] = []
 
     def tell(self, slugs: frozenset[Slug]) -> None:
-        """Wake every ear."""
+        """Wake every listener."""
         for ear in self._ears:
             ear.hear(slugs)
 
@@ -46,7 +46,7 @@ class News:
 
 
 class Ear:
-    """What one watcher has not been told yet."""
+    """The changes that one watcher has not received yet."""
 
     def __init__(self) -> None:
         self._slugs: frozenset[Slug] = frozenset()
@@ -58,7 +58,7 @@ class Ear:
         self._event.set()
 
     async def wait(self) -> frozenset[Slug]:
-        """All that was heard since the last call, at least one."""
+        """All changes since the last call, at least one."""
         await self._event.wait()
         self._event.clear()
         slugs, self._slugs = self._slugs, frozenset()
@@ -67,7 +67,7 @@ class Ear:
 
 @dataclass(slots=True, eq=False)
 class Process:
-    """One agent process. `alone_from`: the scheduler has lost sight of it."""
+    """One agent process."""
 
     pid: int
     slug: Slug
@@ -77,12 +77,12 @@ class Process:
     node: str
     alive: bool = True
     term: bool = False
-    """It was told to stop."""
+    """The process was asked to stop."""
 
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """One allocation: where the job is placed, and the process there."""
+    """One allocation: where the job is placed, and its process there."""
 
     instance: str
     node: str
@@ -110,14 +110,14 @@ class Job:
 
 @dataclass(slots=True)
 class Pace:
-    """How long things take, seconds, each drawn from (least, most)."""
+    """How long things take, seconds, each drawn from (minimum, maximum)."""
 
     place: tuple[float, float] = (0.0, 0.02)
     start: tuple[float, float] = (0.0, 0.02)
     die: tuple[float, float] = (0.0, 0.05)
     restart: tuple[float, float] = (0.02, 0.05)
     move: tuple[float, float] | None = None
-    """None = what a lost node had is not started elsewhere (`disconnect { replace = false }`)."""
+    """None = agents of a lost node are not started elsewhere (`disconnect { replace = false }`)."""
 
 
 @dataclass(slots=True)
@@ -127,15 +127,15 @@ class Cluster:
     pace: Pace = field(default_factory=Pace)
     chance: random.Random = field(default_factory=lambda: random.Random(0))
     nodes: dict[str, bool] = field(default_factory=lambda: {"n1": True, "n2": True})
-    """Name → whether the scheduler hears of it."""
+    """Name → whether the scheduler receives its reports."""
     jobs: dict[str, Job] = field(default_factory=dict)
     processes: dict[int, Process] = field(default_factory=dict)
-    """Those that live."""
+    """The live processes."""
     index: int = 1
     broken: bool = False
     """No listing can be read."""
     blocked: str = ""
-    """Why there is no room; "" = there is."""
+    """Why there is no capacity; "" = there is."""
     parents: set[str] = field(default_factory=set)
     news: News = field(default_factory=News)
     on_start: Callable[[Job], None] = lambda _job: None
@@ -143,7 +143,7 @@ class Cluster:
     _pids: int = 0
     _refs: int = 0
 
-    # -- what clients ask -----------------------------------------------------------------------
+    # -- requests of clients --------------------------------------------------------------------
 
     def prepare(self, classes: Sequence[str]) -> None:
         self.parents.update(classes)
@@ -207,7 +207,7 @@ class Cluster:
         )
 
     def state(self, job: Job) -> PlacementState:
-        """What the scheduler says of a job."""
+        """The state that the scheduler reports for a job."""
         if job.dead:
             return PlacementState.DEAD
         if job.run is None:
@@ -228,17 +228,17 @@ class Cluster:
         for job in self.jobs.values():
             newest[job.slug] = max(newest.get(job.slug, Epoch(0)), job.epoch)
         found = [self.jobs[ref] for ref in refs if ref in self.jobs]
-        # The newest stays listed, so that a late request can't bring its epoch back.
+        # The newest stays listed, so that a late request can't reuse its epoch.
         gone = [job for job in found if job.dead and job.epoch < newest[job.slug]]
         for job in gone:
             del self.jobs[job.ref]
             self._changed(job)
         return len(gone)
 
-    # -- what happens to it ---------------------------------------------------------------------
+    # -- events in the cluster ------------------------------------------------------------------
 
     def lose(self, node: str, *, power: bool) -> None:
-        """A node is not heard of any more; with `power` its processes are gone too."""
+        """A node is no longer reachable; with `power` its processes are gone too."""
         self.nodes[node] = False
         for job in self._on(node):
             assert job.run is not None
@@ -252,7 +252,7 @@ class Cluster:
                 self._kill(process)
 
     def find(self, node: str) -> None:
-        """A lost node is back: what was moved away or stopped meanwhile ends there now."""
+        """A lost node is back: jobs that were moved away or stopped meanwhile end there now."""
         self.nodes[node] = True
         kept = set()
         for job in self._on(node):
@@ -271,7 +271,7 @@ class Cluster:
                 self._kill(process)
 
     def exit(self, process: Process, code: int) -> None:
-        """A process ends by itself: 0 is for good, anything else is restarted in place."""
+        """A process exits: 0 is final, anything else is restarted in place."""
         if not process.alive:
             return
         self._kill(process)
@@ -279,7 +279,7 @@ class Cluster:
             if job.run is None or job.run.process is not process:
                 continue
             if not self.nodes[process.node]:
-                return  # nobody hears of it until the node is back
+                return  # unknown to the scheduler until the node is back
             job.run.process = None
             if job.stopped or code == 0:
                 self._end(job, f"exit code {code}")
@@ -287,7 +287,7 @@ class Cluster:
                 self._restart(job, job.run, f"exit code {code}")
 
     def purge(self, ref: str) -> None:
-        """An operator stops and purges a job by hand; its process is told to stop."""
+        """An operator stops and purges a job manually; its process is stopped."""
         job = self.jobs.pop(ref)
         job.dead = True
         if job.run is not None and job.run.process is not None:
@@ -299,7 +299,7 @@ class Cluster:
         return [process for process in self.processes.values() if process.slug == slug]
 
     def is_calm(self, slugs: frozenset[Slug]) -> bool:
-        """Whether all that can be seen of these is as it was asked for: nothing ended or is to end."""
+        """Whether all visible jobs of these slugs are as requested: none ended or is ending."""
         found = [job for job in self.jobs.values() if job.slug in slugs]
         return {job.slug for job in found} == slugs and not any(
             job.dead

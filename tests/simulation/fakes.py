@@ -1,8 +1,8 @@
-"""A registry and a scheduler in memory, for faults that the real ones can't be made to have.
+"""An in-memory registry and scheduler, for faults that the real ones can't be made to have.
 
-They are honest: both pass the suites that the real ones pass (`testing.conformance` and
+They behave correctly: both pass the suites that the real ones pass (`testing.conformance` and
 `tests/registry`). Each is a server (`Store`, `Cluster`) that changes in one step, and a client that
-reaches it over a `Line`. All that can go wrong between the two is a matter of the line.
+reaches it over a `Line`. All faults between the two are faults of the line.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ Written = Callable[[DeviceRecord | None, DeviceRecord], None]
 
 
 class Line:
-    """The way from a client to a server and back. This one is perfect; see `simulation.BadLine`."""
+    """The connection from a client to a server and back. This one is perfect; see
+    `simulation.BadLine`."""
 
     async def call(self, what: str, effect: Callable[[], T]) -> T:  # for subclasses
-        """Have `effect` happen at the server, all at once, and bring back its answer."""
+        """Apply `effect` at the server, atomically, and return its answer."""
         await asyncio.sleep(0)
         return effect()
 
     async def hint(self, what: str) -> bool:  # for subclasses
-        """Whether an event reaches the watcher. False = it was lost, and nobody can tell.
+        """Whether an event reaches the watcher. False = it was lost, undetectably.
 
         Raises TransientError when the connection broke, which the watcher does notice.
         """
@@ -46,7 +47,7 @@ class Line:
 
 
 class Store:
-    """What a registry keeps: a row a device, and one counter for all writes."""
+    """What a registry stores: one row per device, and one counter for all writes."""
 
     def __init__(self) -> None:
         self.installation = ""
@@ -76,7 +77,7 @@ class Store:
         return self.rows.get(slug)
 
     def record(self, slug: Slug) -> DeviceRecord | None:
-        """What is stored of a device."""
+        """The stored record of a device."""
         row = self.rows.get(slug)
         return None if row is None else decode(row[1], slug=slug, index=row[0])
 
@@ -111,7 +112,7 @@ class Store:
         return result
 
     def forget(self, rows: Sequence[tuple[Slug, int]]) -> list[bool]:
-        """Delete each row whose index is still so."""
+        """Delete each row whose index is unchanged."""
         self.check()
         gone = [(row := self.rows.get(slug)) is None or row[0] == at for slug, at in rows]
         for (slug, _), won in zip(rows, gone, strict=True):
@@ -156,7 +157,7 @@ class FakeRegistry:
     async def commit(
         self,
         records: Sequence[DeviceRecord],
-        guards: Sequence[CommitGuard] = (),  # no lock lives in this store
+        guards: Sequence[CommitGuard] = (),  # there are no locks in this store
     ) -> Sequence[DeviceRecord | None]:
         rows = [(record.slug, record.index, encode(record)) for record in records]
         if not rows:
@@ -204,11 +205,11 @@ class FakeRegistry:
         await self._line.call("registry.check_writable", self._store.check)
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to release."""
 
 
 class FakeScheduler:
-    """A scheduler over a cluster in memory: restarts in place, moves what a lost node had."""
+    """A scheduler over a cluster in memory: restarts in place, moves agents of a lost node."""
 
     name = "fake"
     capabilities = Capabilities()
@@ -274,7 +275,7 @@ class FakeScheduler:
                             calm = self._cluster.is_calm(slugs)
                             yield Hint(slugs, self._cluster.index, calm=calm)
                 except TransientError:
-                    await asyncio.sleep(0.5)  # connected again: whatever was said meanwhile is lost
+                    await asyncio.sleep(0.5)  # reconnected: events from before are lost
 
     async def capacity(self) -> Capacity:
         return await self._line.call("scheduler.capacity", self._cluster.capacity)
@@ -284,4 +285,4 @@ class FakeScheduler:
         return await self._line.call("scheduler.sweep", lambda: self._cluster.sweep(refs))
 
     async def close(self) -> None:
-        """Nothing is held; agents are left alone."""
+        """Nothing to release; agents keep running."""

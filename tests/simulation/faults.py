@@ -1,4 +1,4 @@
-"""What goes wrong between clients and servers, drawn from a seed; nothing once it is calm."""
+"""Faults between clients and servers, drawn from a seed; none once it is calm."""
 
 from __future__ import annotations
 
@@ -14,39 +14,41 @@ from tests.simulation.fakes import Line
 T = TypeVar("T")
 
 TIMEOUT_S: Final = 10.0
-"""A client waits so long for an answer."""
+"""How long a client waits for an answer."""
 SLOWEST_S: Final = 14.0
-"""A request may reach the server so long after it was sent, also after its sender gave up or died."""
+"""Maximum time after sending at which a request may reach the server, even after its sender gave up
+or died."""
 _LISTS: Final = frozenset({"registry.read", "registry.watch"})
 
 
 @dataclass(slots=True)
 class Weather:
-    """Chances of each fault per call, and where the chance comes from."""
+    """Probability of each fault per call, and the random source."""
 
     chance: random.Random
     refused: float = 0.0
     """The request does not arrive."""
     lost: float = 0.0
-    """It happened; its answer does not arrive."""
+    """The request takes effect, but its answer does not arrive."""
     slow: float = 0.0
-    """It arrives late, perhaps after the client gave up."""
+    """The request arrives late, perhaps after the client gave up."""
     twice: float = 0.0
-    """It arrives a second time, up to SLOWEST_S later."""
+    """The request arrives a second time, up to SLOWEST_S later."""
     crash: float = 0.0
-    """The client dies: before the request, while it is on its way, or before its answer."""
+    """The client dies: before the request, while it is in transit, or before its answer."""
     partial: float = 0.0
-    """A listing says that it is not complete."""
+    """A listing reports that it is incomplete."""
     short: float = 0.0
-    """A listing of the registry leaves out records and does not say so."""
+    """A listing of the registry omits records and does not report it."""
     gap: float = 0.0
-    """An event is lost unseen; a third of the time the connection breaks, which is seen."""
+    """An event is lost unnoticed; a third of the time the connection breaks, which is noticed."""
     silent: float = 0.0
-    """A watch falls silent for up to a minute."""
+    """A watch sends nothing for up to a minute."""
 
     @classmethod
     def of(cls, chance: random.Random) -> Weather:
-        """Each kind of fault is absent, rare or common: a seed that has all at once hides the rest."""
+        """Each kind of fault is absent, rare or common: a seed with all of them at once would hide
+        the others."""
 
         def some(*levels: float) -> float:
             return chance.choice((0.0, 0.0, *levels))
@@ -65,12 +67,12 @@ class Weather:
         )
 
     def calm(self) -> None:
-        """From now on nothing goes wrong."""
+        """No faults from now on."""
         self.refused = self.lost = self.slow = self.twice = self.crash = 0.0
         self.partial = self.short = self.gap = self.silent = 0.0
 
     def hits(self, odds: float) -> bool:
-        """Whether a fault of these odds happens now."""
+        """Whether a fault of this probability happens now."""
         return odds > 0 and self.chance.random() < odds
 
     def latency(self) -> float:
@@ -81,7 +83,8 @@ class Weather:
 
 
 class BadLine(Line):
-    """A line in this weather. `crash` kills the process that calls; a dead one causes nothing more."""
+    """A line with these faults. `crash` kills the calling process; a dead one has no further
+    effect."""
 
     def __init__(self, weather: Weather, crash: Callable[[], None]) -> None:
         self._weather = weather

@@ -1,7 +1,8 @@
-"""Leases in memory for the simulation: advice that may be wrong.
+"""In-memory leases for the simulation: hints that may be wrong.
 
-Shards are spread by the real `core.shard_assignment`. A holder of a `blurred` board goes on believing for a while
-after its lease has run out, as one does that slept: then two hold one shard, and no guard stops a commit.
+Shards are spread by the real `core.shard_assignment`. A holder on a `blurred` board keeps believing
+in its lease for a while after expiry, like a suspended process: then two hold one shard, and no
+guard stops a commit.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ BLUR_S: Final = 8.0
 
 
 class Board:
-    """Who holds which shard, until when."""
+    """Which replica holds which shard, until when."""
 
     def __init__(self, shards: int, *, blurred: bool) -> None:
         self.blur_s = BLUR_S if blurred else 0.0
@@ -35,7 +36,7 @@ class Board:
         self.taken = 0
 
     def expire(self, now: float) -> None:
-        """Free what was not renewed in time, and forget who was not heard of."""
+        """Free leases that were not renewed in time, and forget replicas without a heartbeat."""
         self.members = {name: until for name, until in self.members.items() if until > now}
         for shard, holder in self.holders.items():
             if holder != shard_assignment.NOBODY and self.until[shard] <= now:
@@ -60,7 +61,7 @@ class BoardLeases:
     def terms(self) -> Mapping[Shard, Term]:
         return self._terms if self._clock.monotonic() < self._until else {}
 
-    def guards(self, slugs: Collection[Slug]) -> Sequence[CommitGuard]:  # as the protocol has it
+    def guards(self, slugs: Collection[Slug]) -> Sequence[CommitGuard]:  # as in the protocol
         return ()
 
     def all(self) -> Sequence[Lease]:
@@ -93,7 +94,7 @@ class BoardLeases:
             await asyncio.sleep(RENEW_S * self._weather.chance.uniform(0.5, 1.5))
 
     async def release(self) -> None:
-        """A simulated process dies; it never lets go."""
+        """Does nothing: a simulated process dies, and never releases its leases."""
 
     def _renew(self) -> None:
         board, now = self._board, self._clock.monotonic()
@@ -109,7 +110,7 @@ class BoardLeases:
         mine = {shard for shard, holder in board.holders.items() if holder == self.replica}
         self._terms = {shard: term for shard, term in self._terms.items() if shard in mine}
         for shard in mine:
-            # A restart takes over what the process before it held, in a term of its own.
+            # A restart takes over its predecessor's shards, in a new term.
             if shard not in self._terms:
                 board.taken += 1
                 self._terms = {**self._terms, shard: Term(board.taken, now)}

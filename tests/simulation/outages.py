@@ -1,12 +1,15 @@
-"""The simulation with devices that break: dead ones, dead services on live hosts, and agents that can't ask or are
-not let in, while agents are replaced, nodes are lost, classes roll out and control planes die.
+"""The simulation with failing devices: dead ones, dead services on live hosts, and agents that
+can't probe or are refused by the API, while agents are replaced, nodes are lost, classes roll out
+and control planes die.
 
-What each replica shows is compared with what is really so:
+What each replica shows is compared with the actual state:
 
-- V1 a condition outlives agents and control planes: it does not flap while the device stays as it is.
+- V1 a condition outlives agents and control planes: it does not flap while the device stays as it
+is.
 - V2 silence is never healthy: watched needs an accepted report younger than `report_stale`.
-- V3 a suspicion ends within its limit, and what is confirmed is shown: dead is offline, half-dead is degraded.
-- S6 no false offline, and no false degraded: only of a device that was so since it was registered.
+- V3 a suspicion ends within its limit, and confirmed states are shown: dead is offline, half-dead
+is degraded.
+- S6 no false offline, and no false degraded: only for a device that was so since it was registered.
 
 Replay: ``python -m tests.simulation.outages --seed N``.
 """
@@ -38,7 +41,7 @@ from tests.simulation.simulator import CONVERGES_S, FAULTS_S, Outcome, World, ou
 
 MISSES: Final = 3
 SETTLES_S: Final = 60.0
-"""After a device has broken, or recovered, what was on its way from before may be shown for this time."""
+"""For this time after a device has broken or recovered, a report from before may still be shown."""
 CHECK_S: Final = 1.0
 SUSPECT_S: Final = 30.0
 SLACK_S: Final = 5.0
@@ -53,7 +56,8 @@ _OF: Final = {HALF: ConditionState.DEGRADED, DEAD: ConditionState.OFFLINE}
 
 @dataclass(slots=True)
 class Mind:
-    """What an agent knows of its device (`watchdog_agent.detection.failure_detector`, in short)."""
+    """What an agent knows of its device (a short form of
+    `watchdog_agent.detection.failure_detector`)."""
 
     misses: int = 0
     answered: bool = False
@@ -81,7 +85,8 @@ class Mind:
 
 
 class OutageWorld(World):
-    """A world whose devices break, and whose agents may be deaf or blind."""
+    """A world whose devices break, and whose agents may be refused by the API or unable to
+    probe."""
 
     def __init__(self, seed: int, metrics: Metrics) -> None:
         super().__init__(seed, metrics)
@@ -89,12 +94,12 @@ class OutageWorld(World):
         self.audit.limits = self.limits
         self.truth: dict[Slug, str] = defaultdict(lambda: OK)
         self.since: dict[Slug, float] = defaultdict(float)
-        """When the truth changed last."""
+        """When the actual state last changed."""
         self.ever: dict[Slug, set[str]] = defaultdict(lambda: {OK})
         self.refused: set[Slug] = set()
         """Devices whose agents' reports the API refuses: another key, a wrong token."""
         self.blind: set[str] = set()
-        """Nodes whose agents can't ask: no resolver, no route."""
+        """Nodes whose agents can't probe: no resolver, no route."""
         self._heard: dict[tuple[str, Slug], float] = {}
         self._minds: dict[int, Mind] = {}
         store_written = self.store.on_write
@@ -102,7 +107,7 @@ class OutageWorld(World):
         def written(before: DeviceRecord | None, after: DeviceRecord) -> None:
             store_written(before, after)
             if before is not None and before.condition != after.condition:
-                self.audit.actions -= 1  # what is known of a device; nothing was done
+                self.audit.actions -= 1  # knowledge about a device, not an action
             self._check_write(before, after)
 
         self.store.on_write = written
@@ -139,7 +144,7 @@ class OutageWorld(World):
                 mind.adopt(known)
         return answer
 
-    # -- trouble --------------------------------------------------------------------------------
+    # -- faults ---------------------------------------------------------------------------------
 
     async def _trouble(self, ends: float) -> None:
         async with asyncio.TaskGroup() as group:
@@ -171,7 +176,7 @@ class OutageWorld(World):
         self.ever[slug].add(truth)
 
     async def _deaf(self) -> None:
-        """The key of the agents is replaced, for one device or for all, and perhaps put back."""
+        """The key of the agents is replaced, for one device or for all, and perhaps restored."""
         slugs = {slug_of(DeviceId(name)) for name in self.names}
         if self.refused:
             self.refused = set()
@@ -186,7 +191,7 @@ class OutageWorld(World):
         self.blind ^= {self.chance.choice(list(self.cluster.nodes))}
         self.audit.trace.say(f"blind: {sorted(self.blind)}")
 
-    # -- what is shown --------------------------------------------------------------------------
+    # -- shown states ---------------------------------------------------------------------------
 
     def _check_write(self, before: DeviceRecord | None, after: DeviceRecord) -> None:
         slug, truth = after.slug, self.truth[after.slug]
@@ -235,7 +240,8 @@ class OutageWorld(World):
         await super()._calm()
 
     async def _converge(self) -> None:
-        """As asked, and shown as it is: what broke while all was calm is offline, or degraded."""
+        """All is as requested, and shown correctly: what broke while all was calm is offline, or
+        degraded."""
         await super()._converge()
         slugs = [slug for slug, present in self.wanted.items() if present]
         for truth in (OK, DEAD, HALF, DEAD, OK):
@@ -256,7 +262,7 @@ class OutageWorld(World):
                     self._check(replica)
 
     def _untrue(self, slugs: list[Slug], truth: str) -> list[str]:
-        """What is not shown, or not stored, as it is."""
+        """The states that are shown or stored incorrectly."""
         wrong = [
             f"{replica.name} shows {slug[:12]} as {view.verdict.state}"
             for replica in self.replicas

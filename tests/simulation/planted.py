@@ -1,4 +1,4 @@
-"""Bugs that are planted: one rule of the real code is taken out, and a seed must show what it kept."""
+"""Planted bugs: one rule of the real code is removed, and a seed must show the promise broken."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 Planted = tuple[Any, str, Any, Collection[str]]
-"""Where, the name of what is taken out, what stands in its place, and the promises that it kept."""
+"""Where the rule is, its name, its replacement, and the promises that it kept."""
 
 
 def assert_found(
@@ -18,8 +18,9 @@ def assert_found(
     monkeypatch: pytest.MonkeyPatch,
     begin: int = 0,
 ) -> None:
-    """One of the seeds shows one of the promises broken. `wrong`: what is broken in a seed, beginning with the promise.
-    `begin`: the seed to play first, that showed it when this was written; the others follow, and then those below it."""
+    """At least one seed breaks at least one of the promises. `wrong`: the violations of a seed,
+    each beginning with its promise. `begin`: the first seed to play, which showed the bug when this
+    was written; then the later ones, then the earlier ones."""
     where, name, instead, promises = planted
     monkeypatch.setattr(where, name, instead)
     for seed in (*range(begin, seeds), *range(begin)):

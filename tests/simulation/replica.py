@@ -1,4 +1,5 @@
-"""One simulated process of ours: the real loop over the fakes, killed and started again at will."""
+"""One simulated control plane process: the real loop over the fakes, killed and started again at
+any time."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 
 class Surroundings(Protocol):
-    """What a replica finds around it."""
+    """The environment of a replica."""
 
     chance: random.Random
     weather: Weather
@@ -37,13 +38,13 @@ class Surroundings(Protocol):
     limits: Limits
     spec: AgentSpec
     board: Board | None
-    """None = nobody has leases, the worst case."""
+    """None = no leases, the worst case."""
     group: asyncio.TaskGroup
     over: bool
 
 
 class WatchedReconciler(Reconciler):
-    """The real one, each of whose plans is looked at (S7)."""
+    """The real one, with each of its plans checked (S7)."""
 
     audit: Auditor
     who: str
@@ -61,7 +62,7 @@ class WatchedReconciler(Reconciler):
 
 
 class WatchedScheduler(FakeScheduler):
-    """The fake, whose stops are looked at when they arrive (S7)."""
+    """The fake, with stops checked when they arrive (S7)."""
 
     def __init__(self, cluster: Cluster, line: BadLine, owner: str, audit: Auditor) -> None:
         super().__init__(cluster, line, owner)
@@ -77,7 +78,7 @@ class WatchedScheduler(FakeScheduler):
 
 @dataclass
 class Replica:
-    """One process of ours: killed hard and started again at will."""
+    """One control plane process: killed hard and started again at any time."""
 
     name: str
     world: Surroundings
@@ -89,7 +90,8 @@ class Replica:
     _tasks: list[asyncio.Task[Any]] = field(default_factory=list)
 
     def build(self) -> None:
-        """A new process with nothing in memory; without a board it believes that all is its own."""
+        """A new process with nothing in memory; without a board it believes that it holds all
+        shards."""
         world = self.world
         self.clock = VirtualClock(asyncio.get_running_loop(), world.chance.uniform(1e9, 2e9))
         self._line = BadLine(world.weather, self.crash)
@@ -120,7 +122,7 @@ class Replica:
             self.world.audit.broken("L2", f"{self.name} ended by itself: {error!r}")
 
     def crash(self) -> None:
-        """As kill -9: what is on the wire arrives, nothing else happens, memory is gone."""
+        """Like kill -9: requests on the wire arrive, nothing else happens, memory is lost."""
         if not self.up:
             return
         self.up = False

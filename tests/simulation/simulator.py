@@ -1,8 +1,8 @@
-"""The real loop, one to three times at once, over fakes, in virtual time, with faults from a seed.
+"""The real loop, in one to three replicas, over fakes, in virtual time, with faults from a seed.
 
-Everything above the registry's and the scheduler's interfaces is the real code. In half of the seeds
-every replica believes that all devices are its own, the worst case, which must be safe; in the others
-they share shards by leases, of which some are wrong for a while.
+Everything above the registry's and the scheduler's interfaces is the real code. In half of the
+seeds every replica believes that it holds all devices, the worst case, which must be safe; in the
+others they share shards by leases, some of which are wrong for a while.
 
 Replay one seed with its trace: ``python -m tests.simulation.simulator --seed N --trace``.
 """
@@ -33,9 +33,9 @@ from tests.simulation.virtual_time import StuckError, VirtualLoop
 FAULTS_S: Final = 120.0
 """Virtual time with faults."""
 CONVERGES_S: Final = 180.0
-"""L1, L2: with faults off, all is as asked within this virtual time …"""
+"""L1, L2: without faults, everything is as requested within this virtual time …"""
 STAYS_S: Final = 40.0
-"""… and nothing is done any more for so long, which is longer than a resync."""
+"""… and nothing more is done for this time, which is longer than a resync."""
 BEAT_S: Final = 5.0
 LIMITS: Final = Limits(backoff_max_s=15.0, starts_per_hour=10_000, resync_s=15.0)
 SPEC: Final = AgentSpec(agent_class="default", version="1", spec_hash="h1")
@@ -43,7 +43,7 @@ SPEC: Final = AgentSpec(agent_class="default", version="1", spec_hash="h1")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one seed came to."""
+    """The result of one seed."""
 
     seed: int
     digest: str
@@ -51,16 +51,16 @@ class Outcome:
     events: int
     lines: list[str]
     settled_s: float
-    """How long after the last fault all was as asked, virtual seconds."""
+    """Virtual seconds from the last fault until everything was as requested."""
 
     @property
     def replay(self) -> str:
-        """The command that shows it again."""
+        """The command that replays it."""
         return f"python -m tests.simulation.simulator --seed {self.seed} --trace"
 
 
 class World:
-    """One registry, one cluster, some replicas, devices that come and go, and what goes wrong."""
+    """One registry, one cluster, some replicas, devices that come and go, and faults."""
 
     def __init__(self, seed: int, metrics: Metrics) -> None:
         self.seed = seed
@@ -106,7 +106,7 @@ class World:
             self._stop()
 
     def _stop(self) -> None:
-        """Nobody goes on: the world's tasks end."""
+        """End all of the world's tasks."""
         self.over = True
         for replica in self.replicas:
             replica.crash()
@@ -148,7 +148,7 @@ class World:
             self.audit.accepted(process, asked_at)
         return None if weather.hits(weather.lost) else answer
 
-    # -- wishes ---------------------------------------------------------------------------------
+    # -- requests -------------------------------------------------------------------------------
 
     async def _life(self, name: str, ends: float) -> None:
         """One device comes and goes."""
@@ -158,7 +158,7 @@ class World:
             await asyncio.sleep(min(self.chance.expovariate(1 / 20), 30.0))
 
     async def _wish(self, name: str, *, present: bool) -> bool:
-        """Ask one replica once; whether it was acknowledged."""
+        """Send one request to a replica; returns whether it was acknowledged."""
         async with self._busy[name]:
             up = [replica for replica in self.replicas if replica.up]
             if not up:
@@ -197,10 +197,10 @@ class World:
             if before and after and before.generation != after.generation:
                 self.audit.broken("S5", f"{name}: the same wish again changed the record")
 
-    # -- trouble --------------------------------------------------------------------------------
+    # -- faults ---------------------------------------------------------------------------------
 
     async def _trouble(self, ends: float) -> None:
-        """Everything that is not the fault of a line."""
+        """All faults other than those of a line."""
         loop = asyncio.get_running_loop()
         kinds = [
             self._crash,
@@ -249,7 +249,7 @@ class World:
             self.cluster.parents.clear()
 
     async def _upgrade(self) -> None:
-        """A new version of the class: all replicas are started again with it, and roll it out."""
+        """A new version of the class: all replicas are restarted with it, and roll it out."""
         if self.spec is SPEC:
             self.audit.trace.say("a new version of the class")
             self.spec = replace(SPEC, version="2", spec_hash="h2")
@@ -272,7 +272,7 @@ class World:
         for node, heard in self.cluster.nodes.items():
             if not heard:
                 self._find(node)
-        await asyncio.sleep(2 * SLOWEST_S)  # what is on the wire arrives
+        await asyncio.sleep(2 * SLOWEST_S)  # requests on the wire arrive
         for name in self.names:
             present = self.chance.random() < 0.6
             for _ in range(30):
@@ -307,7 +307,7 @@ W = TypeVar("W", bound=World)
 
 
 def play(seed: int, make: Callable[[], W]) -> W:
-    """Make a world and run it to its end, with its seed for the back-off's jitter and without logs."""
+    """Create a world and run it to its end, seeding the back-off's jitter, without logs."""
     state = random.getstate()
     level = logging.root.manager.disable
     random.seed(seed)
@@ -330,7 +330,7 @@ def run_seed(seed: int, metrics: Metrics | None = None) -> Outcome:
 
 
 def outcome_of(seed: int, world: World) -> Outcome:
-    """What came of a world that was played."""
+    """The result of a world that was played."""
     audit = world.audit
     return Outcome(
         seed, audit.trace.digest, audit.wrong, audit.trace.count, list(audit.trace.lines),
@@ -339,7 +339,7 @@ def outcome_of(seed: int, world: World) -> Outcome:
 
 
 def _until_broken(lines: list[str]) -> list[str]:
-    """The lines up to the first promise that broke."""
+    """The lines up to the first broken promise."""
     for number, line in enumerate(lines, 1):
         if "BROKEN" in line:
             return lines[:number]
@@ -347,7 +347,8 @@ def _until_broken(lines: list[str]) -> list[str]:
 
 
 def check_seeds(first: int, count: int) -> list[Outcome]:
-    """Run seeds first … first + count - 1; raises BrokenPromiseError with how to replay the first bad one."""
+    """Run seeds first … first + count - 1; raises BrokenPromiseError with how to replay the first
+    bad one."""
     metrics = Metrics()
     outcomes = []
     for seed in range(first, first + count):

@@ -1,4 +1,5 @@
-"""When all placements are read, and when the scheduler's word that nothing has changed will do."""
+"""When all placements are read, and when the scheduler's answer that nothing has changed is
+enough."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ SPEC = AgentSpec("default", "1", "h")
 
 
 class Counted(FakeScheduler):
-    """Counts how often all is read, and how often it says that it need not be."""
+    """Counts full reads, and answers that a read is not needed."""
 
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(cluster)
@@ -49,8 +50,8 @@ def looking(scheduler: FakeScheduler) -> tuple[PlacementInformer, list[Snapshot]
 
 
 async def test_a_quiet_scheduler_is_read_now_and_then() -> None:
-    """On the timer the last snapshot is taken again while the scheduler says that it holds, and every tenth
-    look reads all the same."""
+    """On the timer the last snapshot is reused while the scheduler reports no change; every tenth
+    check reads anyway."""
     scheduler = Counted(Cluster())
     informer, taken = looking(scheduler)
     task = asyncio.ensure_future(informer.run())
@@ -65,7 +66,7 @@ async def test_a_quiet_scheduler_is_read_now_and_then() -> None:
 
 
 async def test_what_has_changed_is_read_on_the_timer() -> None:
-    """A change that no hint told of is in the next look."""
+    """A change without a hint is found by the next read."""
     cluster = Cluster()
     scheduler, other = Counted(cluster), FakeScheduler(cluster)
     informer, taken = looking(scheduler)
@@ -82,7 +83,7 @@ async def test_what_has_changed_is_read_on_the_timer() -> None:
 
 
 async def test_a_second_read_is_one() -> None:
-    """What is read to confirm a doubt is read, and not believed to be as it was (S7)."""
+    """A read that confirms a doubt is always a full read (S7)."""
     scheduler = Counted(Cluster())
     informer, _ = looking(scheduler)
     for _ in range(3):
@@ -91,7 +92,7 @@ async def test_a_second_read_is_one() -> None:
 
 
 async def test_a_scheduler_that_does_not_answer_is_no_quiet_one() -> None:
-    """When even the short question fails, the look has failed."""
+    """If even the cheap check fails, the read fails."""
     cluster = Cluster()
     informer, taken = looking(Counted(cluster))
     await informer.read()
@@ -102,10 +103,10 @@ async def test_a_scheduler_that_does_not_answer_is_no_quiet_one() -> None:
 
 
 async def test_a_backend_that_can_not_tell_is_read_each_time() -> None:
-    """A backend need not have `unchanged_since`."""
+    """A backend without `unchanged_since` is read every time."""
 
     class Plain:
-        """The duties alone."""
+        """Only the required methods."""
 
         def __init__(self) -> None:
             self.inner = Counted(Cluster())

@@ -1,4 +1,4 @@
-"""What only a clock can show of the ledger, in virtual time."""
+"""Behaviour of the ledger that depends on a clock, in virtual time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SlowAnswers(Line):
 
 
 async def overtaken() -> tuple[Fleet, Store]:
-    """A read is under way while another replica registers a device and our watch tells of it."""
+    """During a read another replica registers a device and our watch reports it."""
     store = Store()
     store.initialise("test")
     clock = VirtualClock(asyncio.get_running_loop())
@@ -58,7 +58,8 @@ async def restored() -> tuple[Fleet, Store]:
 
 
 async def put_back_before_our_write() -> tuple[Fleet, Store]:
-    """Our last write is lost with the store, which had shown us nothing since the write before it."""
+    """Our last write is lost with the store, from which we had seen nothing since the write before
+    it."""
     store = Store()
     store.initialise("test")
     clock = VirtualClock(asyncio.get_running_loop())
@@ -69,7 +70,7 @@ async def put_back_before_our_write() -> tuple[Fleet, Store]:
     await fleet.records.register([Device(LATE, "default", "127.0.0.1")])
     store.rows.pop(slug_of(LATE))
     store.index = seen.index
-    fleet.records.reset(seen.records, seen.index)  # as a watch that is late would show it
+    fleet.records.reset(seen.records, seen.index)  # as a late watch would report it
     assert slug_of(LATE) in fleet.records
     assert fleet.records.index < fleet.records.reached
     answer = await fleet.records.reread()
@@ -79,7 +80,8 @@ async def put_back_before_our_write() -> tuple[Fleet, Store]:
 
 
 def test_s8_an_answer_that_was_overtaken_takes_nothing_back() -> None:
-    """A device that the watch told of stays known when an older full read is answered after it."""
+    """A device that the watch reported stays known when the answer of an older full read arrives
+    later."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         fleet, store = runner.run(overtaken())
     assert slug_of(LATE) in fleet.records
@@ -87,7 +89,7 @@ def test_s8_an_answer_that_was_overtaken_takes_nothing_back() -> None:
 
 
 def test_a_restored_store_is_believed() -> None:
-    """An index that is behind what was known when the read began is the store's word, and stands."""
+    """An index lower than the one known when the read began is accepted as the store's state."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         fleet, store = runner.run(restored())
     assert slug_of(LATE) not in fleet.records
@@ -95,7 +97,7 @@ def test_a_restored_store_is_believed() -> None:
 
 
 def test_a_store_put_back_to_before_our_own_write_is_believed() -> None:
-    """A late watch takes nothing of ours back; a read that was begun after our write does."""
+    """A late watch undoes no write of ours; a read begun after our write does."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         fleet, store = runner.run(put_back_before_our_write())
     assert slug_of(LATE) not in fleet.records

@@ -1,4 +1,5 @@
-"""The simulation with devices that break: conditions hold, silence is not healthy, and it can fail."""
+"""The simulation with failing devices: conditions hold, silence is not healthy, and bugs are
+found."""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ SEEDS = 24
 @pytest.mark.slow_because("computes 8 histories of a fleet")
 @pytest.mark.parametrize("first", range(0, SEEDS, 8))
 def test_every_seed_holds(first: int) -> None:
-    """V1, V2, V3 and S6: with dead devices, dead services, refused and blind agents, lost nodes, roll-outs and
-    crashes of ours no condition flaps, no silence is watched, no suspicion lasts, and nothing is called offline
-    that never was."""
+    """V1, V2, V3 and S6: with dead devices, dead services, refused agents, agents that can't probe,
+    lost nodes, roll-outs and crashes of the control plane, no condition flaps, no silence is
+    watched, no suspicion lasts, and nothing is called offline that never was."""
     for seed in range(first, first + 8):
         assert run_seed(seed).wrong == [], f"python -m tests.simulation.outages --seed {seed}"
 
@@ -59,10 +60,10 @@ PLANTED: dict[str, tuple[object, str, Callable[..., object], set[str]]] = {
 
 @pytest.mark.parametrize("planted", list(PLANTED))
 def test_a_planted_bug_is_found(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one rule of the real code taken out, one of the seeds shows the promise that it kept."""
+    """With one rule of the real code removed, one of the seeds shows the promise broken."""
     assert_found(PLANTED[planted], lambda seed: run_seed(seed).wrong, SEEDS, monkeypatch)
 
 
 def test_the_same_seed_is_the_same_history() -> None:
-    """Played twice, a seed has the same digest."""
+    """A seed played twice has the same digest."""
     assert run_seed(3).digest == run_seed(3).digest != run_seed(4).digest

@@ -1,4 +1,4 @@
-"""What only a clock can show of the performer, in virtual time."""
+"""Behaviour of the performer that depends on a clock, in virtual time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class SlowLine(Line):
-    """Every start takes a while to be answered."""
+    """Every start is answered after a while."""
 
     def __init__(self, takes_s: float) -> None:
         self.takes_s = takes_s
@@ -80,7 +80,8 @@ class DeadLine(Line):
 
 
 async def calls_into_a_storm(dead: str, devices: int, lasts_s: float) -> int:
-    """Calls into a server that refuses all of this kind, each device wanting a start all the time."""
+    """Calls to a server that refuses all calls of this kind, while each device always wants a
+    start."""
     store, cluster, line = Store(), Cluster(), DeadLine(dead)
     store.initialise("test")
     cluster.prepare([SPEC.agent_class])
@@ -113,8 +114,8 @@ async def calls_into_a_storm(dead: str, devices: int, lasts_s: float) -> int:
 
 @pytest.mark.parametrize("dead", ["scheduler.ensure", "registry.commit"])
 def test_s9_calls_into_a_storm_do_not_grow_with_the_fleet(dead: str) -> None:
-    """A scheduler or a registry that refuses all for ten minutes is asked less than twice as often for 500
-    devices as for 20."""
+    """While a scheduler or a registry refuses everything for ten minutes, it receives less than
+    twice as many calls for 500 devices as for 20."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         few = runner.run(calls_into_a_storm(dead, 20, 600.0))
         many = runner.run(calls_into_a_storm(dead, 500, 600.0))
@@ -128,13 +129,15 @@ def run(first_takes_s: float) -> list[str]:
 
 
 def test_s2_a_fence_is_good_for_a_while_only() -> None:
-    """A start that waited longer than FENCE_S for a slot is dropped; one that waited less is done."""
+    """A start that waited longer than FENCE_S for a slot is dropped; one that waited less is
+    carried out."""
     assert run(FENCE_S + 1) == ["ok", "fenced"]
     assert run(FENCE_S - 1) == ["ok", "ok"]
 
 
 async def starts_before(urgent: bool) -> int:
-    """Of a storm of 600 devices, how many are started after one more asks for it and before that one is."""
+    """In a storm of 600 devices, the number of starts between one more device's request and its
+    start."""
     store, cluster = Store(), Cluster()
     store.initialise("test")
     cluster.prepare([SPEC.agent_class])
@@ -172,14 +175,16 @@ async def starts_before(urgent: bool) -> int:
 
 
 def test_l4_an_urgent_start_passes_what_was_fenced_before_it() -> None:
-    """Mid-storm it waits for those under way and for its own fence, and not for the batches in hand."""
+    """In a storm it waits for starts in progress and for its own fence, but not for the batches in
+    hand."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         assert runner.run(starts_before(urgent=True)) <= 16
         assert runner.run(starts_before(urgent=False)) > 100
 
 
 async def started_without_record(kind: ActionKind) -> tuple[list[str], int]:
-    """The outcomes of an action whose record the registry has and our memory lost, and the jobs after it."""
+    """The outcomes of an action whose record is in the registry but not in our memory, and the
+    number of jobs afterwards."""
     store, cluster = Store(), Cluster()
     store.initialise("test")
     cluster.prepare([SPEC.agent_class])
@@ -203,6 +208,7 @@ async def started_without_record(kind: ActionKind) -> tuple[list[str], int]:
 
 @pytest.mark.parametrize("kind", [ActionKind.START, ActionKind.REPLACE])
 def test_s1_nothing_is_started_without_its_record(kind: ActionKind) -> None:
-    """Without the record nobody knows whether its first epoch is above the floor: the action is dropped."""
+    """Without the record it is unknown whether its first epoch is above the floor: the action is
+    dropped."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         assert runner.run(started_without_record(kind)) == (["fenced"], 0)

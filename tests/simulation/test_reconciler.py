@@ -1,4 +1,4 @@
-"""What only a clock can show of the reconciler, in virtual time."""
+"""Behaviour of the reconciler that depends on a clock, in virtual time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ONE = DeviceId("one")
 
 
 class CutShort(Line):
-    """While armed, each answer of the registry's watch leaves out every record."""
+    """While armed, each answer of the registry's watch omits every record."""
 
     armed = False
 
@@ -55,7 +55,8 @@ class CutShort(Line):
 
 
 class Refusing(Line):
-    """The scheduler starts nothing, so that no agent without a record makes anybody read it again."""
+    """The scheduler starts nothing, so that no agent without a record causes another read of the
+    records."""
 
     async def call(self, what: str, effect: Callable[[], T]) -> T:
         if what == "scheduler.ensure":
@@ -64,7 +65,7 @@ class Refusing(Line):
 
 
 class Slow(Line):
-    """A full list of the scheduler is three seconds under way after it was made; counts the stops."""
+    """A full list of the scheduler takes three seconds to arrive; counts the stops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +80,8 @@ class Slow(Line):
 
 
 async def stopped_beside_a_list() -> tuple[int, bool]:
-    """How often an agent was stopped whose stop was answered while a list was under way; whether it went."""
+    """How often an agent was stopped whose stop was answered while a list was in transit; whether
+    it ended."""
     store, cluster, line = Store(), Cluster(), Slow()
     store.initialise("test")
     clock = VirtualClock(asyncio.get_running_loop())
@@ -102,7 +104,8 @@ async def stopped_beside_a_list() -> tuple[int, bool]:
 
 
 def test_s5_an_agent_is_not_stopped_again_for_a_list_from_before() -> None:
-    """A list that was begun before a stop was answered shows the agent running, and asks for no second stop."""
+    """A list begun before a stop was answered shows the agent running, but causes no second
+    stop."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         stops, gone = runner.run(stopped_beside_a_list())
     assert stops == 1
@@ -110,7 +113,7 @@ def test_s5_an_agent_is_not_stopped_again_for_a_list_from_before() -> None:
 
 
 class Overtaken(Line):
-    """The first read of the registry is under way for two seconds, all others are not."""
+    """The first read of the registry takes two seconds, all others none."""
 
     first = True
 
@@ -124,7 +127,7 @@ class Overtaken(Line):
 
 @dataclass
 class Late(SoleOwner):
-    """Holds its shard since a moment after the start."""
+    """Holds its shard from a moment after the start."""
 
     since: Monotonic | None = None
 
@@ -133,7 +136,7 @@ class Late(SoleOwner):
 
 
 async def lease_beside_a_read() -> bool:
-    """Whether a device gets its agent when the lease came while the first read was under way."""
+    """Whether a device gets its agent if the lease came during the first read."""
     store, cluster = Store(), Cluster()
     store.initialise("test")
     clock = VirtualClock(asyncio.get_running_loop())
@@ -155,13 +158,15 @@ async def lease_beside_a_read() -> bool:
 
 
 def test_l1_a_read_from_before_the_lease_that_ends_last_does_not_undo_the_one_after() -> None:
-    """Two reads of the registry at once, the older one ending last: the shard is reconciled all the same."""
+    """Two reads of the registry overlap, the older one ending last: the shard is still
+    reconciled."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         assert runner.run(lease_beside_a_read())
 
 
 async def cut_short() -> tuple[bool, bool]:
-    """Whether the record was gone after a cut answer of the watch, and whether it is after a while."""
+    """Whether the record was gone after a truncated answer of the watch, and whether it is known
+    after a while."""
     store, cluster, line = Store(), Cluster(), CutShort()
     store.initialise("test")
     clock = VirtualClock(asyncio.get_running_loop())
@@ -179,7 +184,7 @@ async def cut_short() -> tuple[bool, bool]:
     await asyncio.sleep(0.5)
     lost = slug_of(ONE) not in fleet.records
     line.armed = False
-    # Nobody writes any more, so that the watch has nothing to tell.
+    # There are no more writes, so the watch has nothing to report.
     await asyncio.sleep(2 * DOUBT_EVERY_S)
     task.cancel()
     with suppress(asyncio.CancelledError):
@@ -202,7 +207,7 @@ class Sharing(Late):
 
 
 class Preparing(Line):
-    """Keeps what was done in its order; refuses to prepare while it is told to."""
+    """Records calls in order; refuses to prepare while `refuses` is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,8 +222,8 @@ class Preparing(Line):
 
 
 async def prepared_for_a_shard() -> tuple[list[str], list[int]]:
-    """What was done from the moment that a shard was taken over, and how often the scheduler was prepared by
-    then, after a replica has come and after one has gone."""
+    """The calls since a shard was taken over, and how often the scheduler was prepared by then,
+    after a replica has joined and after one has gone."""
     store, cluster, line = Store(), Cluster(), Preparing()
     store.initialise("test")
     clock = VirtualClock(asyncio.get_running_loop())
@@ -251,8 +256,8 @@ async def prepared_for_a_shard() -> tuple[list[str], list[int]]:
 
 
 def test_who_takes_a_shard_over_prepares_first_and_again_when_another_replica_goes() -> None:
-    """Nothing is started from what the last holder has prepared; a replica that comes changes nothing, and
-    when one goes, what may name it is written at once."""
+    """Nothing is started from what the previous holder prepared. A joining replica changes nothing;
+    when one goes, parents that may name it are written at once."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         done, counts = runner.run(prepared_for_a_shard())
     assert done.index("scheduler.prepare") < done.index("scheduler.ensure")
@@ -260,7 +265,8 @@ def test_who_takes_a_shard_over_prepares_first_and_again_when_another_replica_go
 
 
 def test_s8_an_answer_that_was_cut_short_is_read_again() -> None:
-    """Records that one answer left out are known again soon, though the store's index does not move."""
+    """Records that one answer omitted are soon known again, although the store's index does not
+    move."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         lost, known = runner.run(cut_short())
     assert lost
@@ -268,7 +274,7 @@ def test_s8_an_answer_that_was_cut_short_is_read_again() -> None:
 
 
 class NoParents(Line):
-    """The scheduler's parents can't be registered while it is armed."""
+    """While armed, the scheduler's parents can't be registered."""
 
     armed = True
 
@@ -279,9 +285,9 @@ class NoParents(Line):
 
 
 async def started_after_the_parent(how: str) -> float:
-    """A device is added while the parent is gone. How long after the parent is back it is started: `lost`:
-    nothing else is wrong; `outage`: for 200 s the parent can't be registered again either; `operator`: as
-    that, and somebody else registers it."""
+    """A device is added while the parent is gone. Returns how long after the parent is back it is
+    started. `lost`: nothing else is wrong; `outage`: for 200 s the parent can't be registered again
+    either; `operator`: like `outage`, and the operator registers it."""
     store, cluster, line = Store(), Cluster(), NoParents()
     store.initialise("test")
     clock = VirtualClock(asyncio.get_running_loop())
@@ -311,15 +317,17 @@ async def started_after_the_parent(how: str) -> float:
 
 
 def test_w6_a_back_off_ends_when_the_parent_is_back() -> None:
-    """A device that was added while the parent job was stopped is started with the repair: within a second
-    when that is possible at once, else at the next try of it, and not after minutes of its own back-off."""
+    """A device added while the parent job was stopped is started with the repair: within a second
+    if possible at once, otherwise at the next attempt, and not after minutes of its own
+    back-off."""
     for how, within_s in (("lost", 2.0), ("outage", 31.0), ("operator", 31.0)):
         with asyncio.Runner(loop_factory=VirtualLoop) as runner:
             assert runner.run(started_after_the_parent(how)) < within_s, how
 
 
 async def tries_of_a_broken_class(error: WatchdogError) -> int:
-    """Starts that are tried in half an hour while `prepare` succeeds and each start fails with `error`."""
+    """Number of attempted starts in half an hour while `prepare` succeeds and each start fails with
+    `error`."""
     store, cluster = Store(), Cluster()
     store.initialise("test")
     tries = 0
@@ -347,15 +355,17 @@ async def tries_of_a_broken_class(error: WatchdogError) -> int:
 
 
 def test_w6_a_repair_that_does_not_help_is_tried_less_and_less_often() -> None:
-    """A start that says after each successful `prepare` that the parent is missing is tried three times per
-    `resync` at most: each `prepare` ends its back-off, and in the beginning there are some more of them."""
+    """A start that reports after each successful `prepare` that the parent is missing is tried at
+    most three times per `resync`: each `prepare` ends its back-off, and at the beginning there are
+    some more of them."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         missing = runner.run(tries_of_a_broken_class(UnpreparedError("no parent")))
     assert 10 < missing < 3 * 1800.0 / Limits().resync_s
 
 
 async def pauses_of_a_device_that_never_starts() -> list[float]:
-    """Seconds between the tries of a device whose starts all fail, in two hours, sweeps included."""
+    """Seconds between attempts for a device whose starts all fail, in two hours, including
+    sweeps."""
     store, cluster = Store(), Cluster()
     store.initialise("test")
     clock = VirtualClock(asyncio.get_running_loop())
@@ -384,8 +394,8 @@ async def pauses_of_a_device_that_never_starts() -> list[float]:
 
 
 def test_w6_the_back_off_of_a_device_that_never_started_grows_to_its_maximum() -> None:
-    """The sweep every 30 s forgets no failures of a device that was never started: its pauses are drawn from up to
-    `retry.max`, and some are longer than half of that."""
+    """The sweep every 30 s forgets no failures of a device that was never started: its pauses are
+    drawn from up to `retry.max`, and some are longer than half of that."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         pauses = runner.run(pauses_of_a_device_that_never_starts())
     assert max(pauses) > Limits().backoff_max_s / 2
@@ -393,9 +403,10 @@ def test_w6_the_back_off_of_a_device_that_never_started_grows_to_its_maximum() -
 
 
 async def wiped(how: str) -> tuple[Fleet, bool, str]:
-    """A running fleet of 12 whose store is changed under it: `all` is wiped, `rows` lose their records and
-    keep the sentinel, `down` does not answer. The fleet a minute later, whether it was ready then, and what
-    the status says is next; the store is put back afterwards, and the fleet must be ready again."""
+    """A running fleet of 12 whose store changes under it: `all` is wiped, `rows` lose their records
+    and keep the sentinel, `down` does not answer. Returns the fleet a minute later, whether it was
+    ready then, and the next step in the status; then the store is restored, and the fleet must be
+    ready again."""
     store, cluster = Store(), Cluster()
     store.initialise("test")
     clock = VirtualClock(asyncio.get_running_loop())
@@ -437,7 +448,7 @@ async def wiped(how: str) -> tuple[Fleet, bool, str]:
 
 
 class Down(Line):
-    """The registry does not answer while it is armed."""
+    """While armed, the registry does not answer."""
 
     armed = False
 
@@ -448,9 +459,9 @@ class Down(Line):
 
 
 def test_w5_a_registry_that_is_gone_is_not_ready_and_asks_for_an_import() -> None:
-    """Wiped under a running fleet: not ready, an event, and the word is `registry import`. Records that are
-    lost behind the sentinel: the held stops say so. A registry that does not answer for a while is neither:
-    the fleet goes on, and nobody is sent to restore anything."""
+    """Wiped under a running fleet: not ready, an event, and the advice is `registry import`. If the
+    records but not the sentinel are lost, the stops on hold report it. A registry that does not
+    answer for a while is neither: the fleet keeps running, and no restore is suggested."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         fleet, ready, said = runner.run(wiped("all"))
     assert not ready
@@ -466,7 +477,7 @@ def test_w5_a_registry_that_is_gone_is_not_ready_and_asks_for_an_import() -> Non
 
 
 class Full(Line):
-    """While it is armed the scheduler has no node for another agent."""
+    """While armed, the scheduler has no node for another agent."""
 
     armed = False
 
@@ -477,7 +488,7 @@ class Full(Line):
 
 
 async def drained(reconciler: Reconciler, slug: Slug) -> None:
-    """The agent of this device is ready and well, and its node is being drained."""
+    """The agent of this device is ready and healthy, and its node is being drained."""
     fleet = reconciler.fleet
     record, (agent, *_) = fleet.records[slug], fleet.placements[slug]
     well = Report(
@@ -587,9 +598,9 @@ async def what_comes_next() -> dict[str, str]:
 
 
 def test_explain_always_says_what_comes_next() -> None:
-    """While a start-up grace runs and when it is over, while there is no node, after a failed start, in a
-    full window, during a departure's grace and a pause, and without a class: what is waited for, and how
-    long where that is known."""
+    """During a start-up grace and after it, without a node, after a failed start, in a full window,
+    during a departure's grace and a pause, and without a class: `explain` says what the device
+    waits for, and for how long if that is known."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         said = runner.run(what_comes_next())
     assert all(said.values()), said
@@ -613,7 +624,8 @@ def test_explain_always_says_what_comes_next() -> None:
 
 
 async def metrics_when_ready() -> str:
-    """The metrics of a control plane that starts with three devices, at the moment when it is ready."""
+    """The metrics at the moment when a control plane that starts with three devices becomes
+    ready."""
     store, cluster = Store(), Cluster()
     store.initialise("test")
     clock = VirtualClock(asyncio.get_running_loop())
@@ -646,8 +658,8 @@ def test_devices_are_counted_as_soon_as_the_service_is_ready() -> None:
 
 
 async def never_started() -> tuple[list[float], list[str], str, set[PlacementState]]:
-    """Twelve agents that their scheduler places and never starts, for 300 s: when placements were given up, all
-    reasons, what `explain` says of one at 100 s, and the states in the end."""
+    """Twelve agents that the scheduler places but never starts, for 300 s: when placements were
+    given up, all reasons, `explain` for one at 100 s, and the states at the end."""
     store, cluster = Store(), Cluster()
     store.initialise("test")
     cluster.pace.start = (1e9, 1e9)
@@ -678,8 +690,8 @@ async def never_started() -> tuple[list[float], list[str], str, set[PlacementSta
 
 
 def test_agents_that_are_never_started_are_given_up_some_at_a_time() -> None:
-    """After `agents.start_max`, at most five of them within that time (the window of a small fleet), each with the
-    reason, until all run; `explain` says when that will be."""
+    """After `agents.start_max`, at most five of them are given up within that time (the window of a
+    small fleet), each with the reason, until all run; `explain` says when that will be."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         times, reasons, explained, states = runner.run(never_started())
     assert len(times) == 17  # twelve, and the first five again

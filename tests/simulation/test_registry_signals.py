@@ -1,4 +1,5 @@
-"""What a control plane reports of its registry: that it went back in time, that it can't be read, that it can again."""
+"""Reports about the registry: that it went back in time, that it can't be read, that it can be read
+again."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 
 class Denying(Line):
-    """What is called as `denied` begins raises `error`."""
+    """Calls whose name starts with `denied` raise `error`."""
 
     denied = "nothing"
     error: Exception = DeniedError("Consul: read of key nomad-watchdog/meta was denied")
@@ -98,7 +99,8 @@ def played(scenario: Callable[[World], Coroutine[Any, Any, None]]) -> None:
 
 
 def test_a_restored_backup_is_reported_once_with_what_it_took_back() -> None:
-    """Older records and lost ones are named in one event, in the status and in a metric, within a second."""
+    """Older and lost records are named in one event, in the status and in a metric, within a
+    second."""
 
     async def scenario(made: World) -> None:
         backup = made.backup()
@@ -135,7 +137,8 @@ def test_deleted_records_are_reported_after_a_second_read() -> None:
 
 
 def test_a_lost_pause_is_reported() -> None:
-    """A backup that differs in the pauses only is noticed, too: nothing protects those devices any more."""
+    """A backup that differs only in its pauses is detected too: those devices are no longer
+    protected."""
 
     async def scenario(made: World) -> None:
         clock, pauses = made.fleet.clock, made.fleet.presence.pauses
@@ -156,8 +159,9 @@ def test_a_lost_pause_is_reported() -> None:
 def test_an_unreadable_registry_is_not_ready_at_once(
     denied: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Within two seconds of lost rights the status is not ready and says why; the log says it once, then every
-    10 minutes, then that it is over. No agent is stopped. The watch alone would notice nothing: it waits."""
+    """Within two seconds of lost permissions the status is not ready and gives the reason; the log
+    reports it once, then every 10 minutes, then that it is over. No agent is stopped. The watch
+    alone would not notice: it is waiting."""
 
     def logged() -> int:
         return sum("can't be read" in record.getMessage() for record in caplog.records)
@@ -188,7 +192,8 @@ def test_an_unreadable_registry_is_not_ready_at_once(
 
 
 def test_an_outage_of_the_registry_stays_ready_and_says_why() -> None:
-    """A registry that does not answer for a while is no reason to change anything: only the reason and the metric say so."""
+    """If a registry does not answer for a while, nothing changes; only the reason and the metric
+    report it."""
 
     async def scenario(made: World) -> None:
         made.line.error, made.line.denied = TransientError("no leader"), "registry"
@@ -205,7 +210,7 @@ def test_an_outage_of_the_registry_stays_ready_and_says_why() -> None:
 
 
 def test_a_document_of_another_version_is_not_a_wiped_registry() -> None:
-    """What can't be understood in the registry makes it unreadable, and nobody is told to import records."""
+    """Unreadable content makes the registry unreadable, and no import is suggested."""
 
     async def scenario(made: World) -> None:
         made.line.error, made.line.denied = UserError("version 9"), "registry.document"

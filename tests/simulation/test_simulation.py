@@ -1,4 +1,5 @@
-"""The real loop in virtual time under seeded faults: it holds, it is the same each time, and it can fail."""
+"""The real loop in virtual time under seeded faults: it holds, it is deterministic, and it can
+fail."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def test_every_seed_holds(first: int) -> None:
 
 @pytest.mark.slow_because("plays the same histories in more than one process")
 def test_the_same_seed_is_the_same_history() -> None:
-    """Two processes with different hash seeds get equal digests from equal seeds, and others from others."""
+    """Two processes with different hash seeds get equal digests from equal seeds, and different
+    ones otherwise."""
     code = (
         "from tests.simulation.simulator import run_seed\n"
         "print(hash('cam'), [run_seed(seed).digest for seed in range(12)])"
@@ -65,7 +67,7 @@ def test_the_same_seed_is_the_same_history() -> None:
 
 
 def test_a_simulation_leaves_the_caller_s_chance_alone() -> None:
-    """The global random source is as it was."""
+    """The global random source is unchanged."""
     before = random.getstate()
     run_seed(0)
     assert random.getstate() == before
@@ -90,13 +92,14 @@ PLANTED: dict[str, tuple[object, str, Callable[..., object], set[str]]] = {
     "no breaker": (planner, "_breaker", _no_breaker, {"S7"}),
 }  # fmt: skip
 SHOWN_BY = {"a listing older than the record is believed": 15}
-"""Bug → a seed that shows it, where no earlier one does."""
+"""Bug → a seed that shows it, if no earlier one does."""
 
 
 @pytest.mark.slow_because("plays histories until one is broken")
 @pytest.mark.parametrize("planted", list(PLANTED))
 def test_a_planted_bug_is_found(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one guard of the real code taken out, a seed below 300 shows a promise that it kept."""
+    """With one guard of the real code removed, a seed below 300 shows a promise that the guard
+    kept."""
     begin = SHOWN_BY.get(planted, 0)
     assert_found(PLANTED[planted], lambda seed: run_seed(seed).wrong, SEEDS, monkeypatch, begin)
 
@@ -105,7 +108,8 @@ def test_a_planted_bug_is_found(planted: str, monkeypatch: pytest.MonkeyPatch) -
 def test_a_failing_seed_says_how_to_replay_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The report of a broken seed holds the promise, the command, and the step at which it broke."""
+    """The report of a broken seed contains the promise, the command, and the step at which it
+    broke."""
     monkeypatch.setattr(Store, "commit", _no_cas)  # the first seeds show it
     bad = next(seed for seed in range(SEEDS) if run_seed(seed).wrong)
     with pytest.raises(AssertionError) as told:
@@ -136,7 +140,7 @@ def test_virtual_time_jumps_to_the_next_timer() -> None:
 
 
 def test_waiting_for_nothing_is_said() -> None:
-    """A task that waits for what nobody will do, a spinning one and a thread are errors, not a hang."""
+    """A task that waits forever, a spinning one and a thread are errors, not a hang."""
 
     async def for_ever() -> None:
         await asyncio.get_running_loop().create_future()

@@ -1,4 +1,5 @@
-"""A device that left long ago is forgotten, and comes back above all of its epochs; in virtual time."""
+"""A device that left long ago is forgotten, and comes back above all of its epochs; in virtual
+time."""
 
 from __future__ import annotations
 
@@ -77,8 +78,9 @@ async def lives() -> None:
 
 
 def test_l1_a_forgotten_device_comes_back_above_its_epochs() -> None:
-    """Its record is kept for its time and then deleted on all replicas, without a word of a lost registry; each time
-    that it is registered again one agent runs, at a higher epoch."""
+    """Its record is kept for the retention time and then deleted on all replicas, without reports
+    of a lost registry; each time the device is registered again one agent runs, at a higher
+    epoch."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         runner.run(lives())
 
@@ -89,7 +91,7 @@ class CutOff(FakeScheduler):
     away = False
 
     async def snapshot(self, only: Collection[Slug] | None = None) -> Snapshot:
-        """As the fake's, or an error."""
+        """The fake's snapshot, or an error."""
         if self.away:
             raise TransientError("connection refused")
         return await super().snapshot(only)
@@ -124,7 +126,7 @@ async def cut_off() -> None:
 
 
 def test_s3_no_tombstone_is_deleted_on_an_old_listing() -> None:
-    """A replica that can't read the scheduler keeps a tombstone, however old it is: what it listed before need not
-    show an agent that was started since. It deletes it once the scheduler can be read."""
+    """A replica that can't read the scheduler keeps a tombstone, however old: its last listing may
+    not show an agent started since. It deletes the tombstone once the scheduler is readable."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         runner.run(cut_off())

@@ -1,7 +1,7 @@
 """An event loop without a clock: when nothing is ready, time jumps to the next timer.
 
-No sockets, threads or signals. What runs on it runs in the same order each time, as long as it draws
-its chance from a seeded source and iterates over nothing that is ordered by address or hash.
+No sockets, threads or signals. It is deterministic, provided that the code draws randomness from a
+seeded source and does not iterate over anything ordered by address or hash.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any, Final, NoReturn
 from nomad_watchdog.model import Monotonic, WallTime
 
 MAX_TURNS: Final = 200_000
-"""So many turns without a step of time are a livelock, not work."""
+"""This many turns without time advancing are a livelock."""
 
 
 class StuckError(AssertionError):
-    """Nothing will ever happen again, or everything happens at one moment for ever."""
+    """Nothing will ever happen again, or everything happens at the same time for ever."""
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
@@ -32,7 +32,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return self._now
 
     def select(self, timeout: float | None) -> tuple[()]:
-        """What `BaseEventLoop` calls when it would wait for sockets."""
+        """Called by `BaseEventLoop` when it would wait for sockets."""
         if timeout is None:
             raise StuckError(f"at {self._now:.3f} s every task waits for something without a timer")
         if timeout > 0:
@@ -48,7 +48,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """There are none: nothing is read from outside."""
 
     def _write_to_self(self) -> None:
-        """Nobody sleeps who would have to be woken."""
+        """Nothing to wake: the loop never blocks."""
 
     def run_in_executor(self, *_args: Any) -> NoReturn:  # type: ignore[override]
         raise StuckError("a thread would make the order of events depend on the machine")
@@ -58,7 +58,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
 
 class VirtualClock:
-    """The clock of one simulated process. Its wall clock may be set wrong; its monotonic one not."""
+    """The clock of one simulated process. Its wall clock may be set wrong; its monotonic one
+    not."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, wall_offset_s: float = 1.7e9) -> None:
         self._loop = loop

@@ -1,4 +1,4 @@
-"""Fixtures that several of these files share."""
+"""Fixtures shared by several of these files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from servers.kubernetes import KubernetesCluster
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def admin(kube: KubernetesCluster) -> AsyncIterator[KubernetesClient]:
-    """A client that may do everything."""
+    """A client with all permissions."""
     it = kube.client()
     yield it
     await it.close()

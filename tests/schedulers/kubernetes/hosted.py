@@ -1,4 +1,4 @@
-"""The control plane as the cluster's own Deployment, for tests: what stands around it."""
+"""Test helpers for the control plane as a Deployment in the cluster that it manages."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ PLURALS = {
 
 
 def path_of(thing: dict[str, Any]) -> str:
-    """Of an object in the API."""
+    """The path of an object in the API."""
     group, plural = PLURALS[thing["kind"]]
     meta = thing["metadata"]
     below = f"/namespaces/{meta['namespace']}" if "namespace" in meta else ""
@@ -74,7 +74,7 @@ def path_of(thing: dict[str, Any]) -> str:
 
 
 async def until(test: Callable[[], Awaitable[Any]], what: str, timeout_s: float = 60.0) -> Any:
-    """The first true value of the test; AssertionError with the last one when the time is over."""
+    """The first true value of the test; raises AssertionError with the last value on timeout."""
     last: Any = None
     try:
         async with asyncio.timeout(timeout_s):
@@ -90,7 +90,7 @@ async def until(test: Callable[[], Awaitable[Any]], what: str, timeout_s: float 
 
 
 def secret_of(namespace: str) -> dict[str, Any]:
-    """The one that is the user's to bring."""
+    """The Secret that the user has to provide."""
     return {
         "apiVersion": "v1",
         "kind": "Secret",
@@ -105,14 +105,15 @@ async def pods_of(client: KubernetesClient, namespace: str, name: str) -> list[d
 
 
 async def agents_of(client: KubernetesClient, node: Kubelet, *namespaces: str) -> set[int]:
-    """Pids of the agents' processes."""
+    """Pids of the agent processes."""
     found = [one for space in namespaces for one in await pods_of(client, space, "watchdog-agent")]
     return {pid for one in found for pid in node.processes(one["metadata"]["uid"])}
 
 
 @asynccontextmanager
 async def cleaned(client: KubernetesClient, *namespaces: str) -> AsyncIterator[None]:
-    """No Deployment, no Job and no pod is left in these namespaces, of which the control plane's is the first."""
+    """On exit, delete every Deployment, Job and pod in these namespaces, the control plane's
+    first."""
     try:
         yield
     finally:
@@ -128,7 +129,7 @@ async def cleaned(client: KubernetesClient, *namespaces: str) -> AsyncIterator[N
                     for path in paths
                     for one in (await client.list(path)).items
                 ]
-                # what makes others goes first
+                # the owner of other objects goes first
                 for path in sorted(found, key=lambda path: not path.endswith("/nomad-watchdog")):
                     await client.delete(path, propagation="Background")
                 pods = await client.list(f"/api/v1/namespaces/{namespace}/pods")
@@ -138,7 +139,7 @@ async def cleaned(client: KubernetesClient, *namespaces: str) -> AsyncIterator[N
 
 
 async def apply(client: KubernetesClient, things: Sequence[dict[str, Any]], **params: str) -> Any:
-    """As `kubectl apply --server-side` would, with strict validation; the last answer."""
+    """Apply like `kubectl apply --server-side`, with strict validation; returns the last answer."""
     answer: Any = None
     for thing in things:
         answer = await client.call(
@@ -149,7 +150,7 @@ async def apply(client: KubernetesClient, things: Sequence[dict[str, Any]], **pa
 
 
 def with_environment(deployment: dict[str, Any], env: dict[str, str]) -> None:
-    """Set or replace these variables of its only container, in place."""
+    """Set or replace these variables of the only container, in place."""
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     kept = [one for one in container["env"] if one["name"] not in env]
     container["env"] = kept + [{"name": name, "value": value} for name, value in env.items()]
@@ -161,8 +162,8 @@ def is_ready(pod: dict[str, Any]) -> bool:
 
 
 class ServiceProxy:
-    """What DNS and kube-proxy do for one Service: connections to `address` go to a ready pod that its
-    selector finds. (EndpointSlices take no loopback addresses, which the pods have here.)"""
+    """Replaces DNS and kube-proxy for one Service: connections to `address` go to a ready pod that
+    its selector matches. (EndpointSlices take no loopback addresses, which the pods have here.)"""
 
     def __init__(
         self, client: KubernetesClient, namespace: str, service: str, *, scheme: str = "http"

@@ -1,4 +1,4 @@
-"""What makes the certificates of a control plane for tests and the demo."""
+"""The certificates of a control plane for tests and the demo."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from servers.certificates import Authority
 async def test_an_openssl_that_hangs_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An openssl that waits for a configuration which nobody writes is stopped, and named, after its time."""
+    """An openssl process that waits for a missing configuration is stopped after its timeout, and
+    named in the error."""
     os.mkfifo(tmp_path / "openssl.cnf")
     monkeypatch.setenv("OPENSSL_CONF", str(tmp_path / "openssl.cnf"))
     with pytest.raises(TerminalError, match=r"openssl req gave nothing within 0\.5 s"):

@@ -1,4 +1,4 @@
-"""The Helm chart: the same as the kustomization, and what its values make of it."""
+"""The Helm chart: it matches the kustomization, and its values take effect."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ OURS = ("app.kubernetes.io/managed-by", "helm.sh/chart")
 
 
 class Chart:
-    """jobs/helm/nomad-watchdog, by the real Helm."""
+    """jobs/helm/nomad-watchdog, rendered by the real Helm."""
 
     def __init__(self, helm: Path, repository: Path, home: Path) -> None:
         self.folder = repository / "jobs" / "helm" / "nomad-watchdog"
@@ -61,7 +61,7 @@ class Chart:
         )
 
     def template(self, values: dict[str, Any], namespace: str = "nomad-watchdog") -> Any:
-        """The objects, or what is said when it is refused."""
+        """The rendered objects, or the error if Helm rejects the values."""
         file = self._home / "values.json"
         file.write_text(json.dumps(values))
         done = self.run("template", "nomad-watchdog", self.folder, "-n", namespace,
@@ -77,7 +77,8 @@ def chart(helm: Path, repository: Path, tmp_path: Path) -> Chart:
 
 
 def by_name(things: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """Without what only a chart has: its two labels, and the mark by which pods follow their configuration."""
+    """The objects without what only a chart has: its two labels, and the configuration annotation
+    that restarts pods."""
     found = {}
     for thing in deepcopy(things):
         meta = thing["metadata"]
@@ -102,8 +103,8 @@ def test_helm_finds_nothing_to_complain_about(chart: Chart) -> None:
 
 
 def test_the_chart_makes_what_the_kustomization_makes(chart: Chart, repository: Path) -> None:
-    """With its default values, with the rights for pools and with the Job that makes the registry the objects are the same but for the namespace,
-    which Helm makes."""
+    """With default values, pool permissions and the Job that creates the registry, the objects
+    equal the kustomization's, except for the namespace, which Helm creates."""
     folder = repository / "jobs" / "kubernetes"
     shipped = [one for one in documents(folder) if one["kind"] != "Namespace"]
     pools, init = (
@@ -119,7 +120,7 @@ def test_the_chart_makes_what_the_kustomization_makes(chart: Chart, repository: 
 
 
 def test_the_versions_agree(repository: Path, chart: Chart) -> None:
-    """The chart is of the package's version."""
+    """The chart's version equals the package's."""
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     told = yaml.safe_load((chart.folder / "Chart.yaml").read_text())
 
@@ -147,7 +148,7 @@ def test_the_versions_agree(repository: Path, chart: Chart) -> None:
     ],
 )
 def test_a_wrong_value_is_refused(chart: Chart, values: dict[str, Any], word: str) -> None:
-    """Each of these is refused by the schema, which names the value."""
+    """The schema rejects each of these, and the error names the value."""
     told = chart.template(values)
 
     assert "specifications of the schema" in told
@@ -155,7 +156,7 @@ def test_a_wrong_value_is_refused(chart: Chart, values: dict[str, Any], word: st
 
 
 def test_the_default_values_are_those_of_the_schema(chart: Chart) -> None:
-    """Every value is in both, so that none can be set unchecked."""
+    """Every value is in both, so that no value is unchecked."""
     schema = json.loads((chart.folder / "values.schema.json").read_text())
     values = yaml.safe_load((chart.folder / "values.yaml").read_text())
     known = {key: set(one.get("properties", {})) for key, one in schema["properties"].items()}
@@ -169,7 +170,8 @@ def test_the_default_values_are_those_of_the_schema(chart: Chart) -> None:
 def test_the_guide_shows_values_that_are_accepted_and_names_all(
     chart: Chart, repository: Path, tmp_path: Path
 ) -> None:
-    """The YAML in the guide renders, its configuration passes our own check, and each value is named."""
+    """The YAML in the guide renders, its configuration passes our own check, and every value is
+    documented."""
     told = (
         (repository / "docs" / "kubernetes.md")
         .read_text()
@@ -190,8 +192,8 @@ def test_the_guide_shows_values_that_are_accepted_and_names_all(
 
 
 def test_every_value_has_its_place(chart: Chart, tmp_path: Path) -> None:
-    """Image, names, namespaces, peers and what is added to the pod stand where they belong; a variable of the
-    user's replaces ours; the rights to the record are in the first namespace only."""
+    """Image, names, namespaces, peers and pod additions appear where they belong; a user's variable
+    overrides ours; the permissions for the record are in the first namespace only."""
     peer = {"podSelector": {"matchLabels": {"a": "b"}}}
     digest = "sha256:" + "0" * 64
     things = chart.template(
@@ -273,7 +275,8 @@ def test_every_value_has_its_place(chart: Chart, tmp_path: Path) -> None:
 
 
 def test_a_changed_configuration_makes_new_pods(chart: Chart) -> None:
-    """The pod template of two configurations differs, of the same one it does not."""
+    """Different configurations give different pod templates; the same configuration gives the same
+    one."""
     one, two, again = (
         the("Deployment", chart.template({"config": config}))["spec"]["template"]
         for config in ("shards = 1", "shards = 2", "shards = 1")
@@ -295,9 +298,10 @@ async def test_a_release_keeps_a_fleet_in_namespaces_of_its_own_and_leaves_it_be
     chart: Chart,
     tmp_path: Path,
 ) -> None:
-    """`helm install --wait` makes the registry and ends when two replicas are ready; with the chart's rights alone they start agents
-    in two other namespaces, which report over TLS, as the replicas tell each other; an upgrade with another configuration rolls the replicas and no agent, and after
-    `helm uninstall` the agents go on (L3)."""
+    """`helm install --wait` creates the registry and ends when two replicas are ready. With only
+    the chart's permissions they start agents in two other namespaces, which report over TLS; the
+    replicas also use TLS between each other. An upgrade with another configuration rolls the
+    replicas but no agent, and after `helm uninstall` the agents keep running (L3)."""
     spaces = ("chart-devices", "chart-devices-1")
     proxy = ServiceProxy(admin, "chart", "nomad-watchdog", scheme="https")
     authority = Authority(tmp_path / "pki")
@@ -344,13 +348,13 @@ async def test_a_release_keeps_a_fleet_in_namespaces_of_its_own_and_leaves_it_be
             assert done.returncode == 0, done.stderr
 
         async def replicas() -> dict[str, str]:
-            """Name and address of each."""
+            """Name and address of each replica."""
             pods = await pods_of(admin, "chart", "nomad-watchdog")
             return {one["metadata"]["name"]: one["status"].get("podIP", "") for one in pods}
 
         async def watched() -> bool:
-            """By the word of each replica, whichever of them the agents report to, and each has the events of
-            the other."""
+            """Whether each replica reports all devices as watched, whichever replica the agents
+            report to, and receives the other's events."""
             for address in (await replicas()).values():
                 api = f"https://{address}:9670/v1"
                 tls = {"ssl": trusting, "server_hostname": "127.0.0.1"}

@@ -28,7 +28,7 @@ MAPS = "/api/v1/namespaces/default/configmaps"
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def api(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[KubernetesCluster]:
-    """An API server alone, which a test may stop and start."""
+    """A standalone API server that a test may stop and start."""
     folder = tmp_path_factory.mktemp("api")
     async with KubernetesCluster(folder, controllers=False) as cluster:
         yield cluster
@@ -51,7 +51,7 @@ def config_map(name: str, value: str = "1", **meta: Any) -> dict[str, Any]:
 
 
 async def test_a_list_of_many_pages_is_whole(client: KubernetesClient) -> None:
-    """More objects than go on two pages come once each, in full and as metadata alone."""
+    """Objects of a multi-page list are returned once each, in full and as metadata only."""
     count = 2 * PAGE + 25
     numbers = iter(range(count))
 
@@ -74,7 +74,8 @@ async def test_a_list_of_many_pages_is_whole(client: KubernetesClient) -> None:
 async def test_a_silent_watch_is_noticed(
     api: KubernetesCluster, client: KubernetesClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that keeps the connection and says nothing ends the watch with a TransientError."""
+    """If a server keeps the connection open but sends nothing, the watch ends with a
+    TransientError."""
     monkeypatch.setattr(module, "SILENCE_S", 1.0)  # a minute and a half is long for a test
     version = (await client.list(MAPS, labels="test=nobody")).version
     api.pause_process("kube-apiserver")
@@ -88,7 +89,8 @@ async def test_a_silent_watch_is_noticed(
 
 
 async def test_apply_is_a_compare_and_set(client: KubernetesClient) -> None:
-    """With version 1 an object is only made, with its own version only changed: the fence of every start."""
+    """Version 1 only creates an object, and an object's own version only changes it: every start is
+    fenced this way."""
     path = f"{MAPS}/fenced"
     made = await client.apply(path, config_map("fenced", resourceVersion="1"))
     with pytest.raises(ConflictError):
@@ -102,7 +104,8 @@ async def test_apply_is_a_compare_and_set(client: KubernetesClient) -> None:
 
 
 async def test_a_field_of_another_manager_is_not_taken(client: KubernetesClient) -> None:
-    """The conflict names field and manager; what we have not set is left to the others."""
+    """The conflict names the field and its manager; fields that we have not set are left to the
+    other managers."""
     path = f"{MAPS}/shared"
     await client.apply(path, config_map("shared", "1"))
     theirs = {**config_map("shared"), "data": {"value": "theirs", "more": "x"}}
@@ -115,7 +118,8 @@ async def test_a_field_of_another_manager_is_not_taken(client: KubernetesClient)
 
 
 async def test_a_watch_goes_on_where_a_list_was(client: KubernetesClient) -> None:
-    """From a list's version on every change is seen once, in order, with versions that go up."""
+    """From a list's version on, every change is received once, in order, with increasing
+    versions."""
     start = (await client.list(MAPS, labels="test=watched")).version
     for value in ("1", "2"):
         await client.apply(f"{MAPS}/watched", config_map("watched", value))
@@ -134,7 +138,7 @@ async def test_a_watch_goes_on_where_a_list_was(client: KubernetesClient) -> Non
 
 
 async def test_delete_is_of_one_object_only(client: KubernetesClient) -> None:
-    """With another's uid nothing is deleted; what is not there is no error."""
+    """With another object's uid nothing is deleted; a missing object is not an error."""
     await client.apply(f"{MAPS}/kept", config_map("kept"))
     with pytest.raises(ConflictError):
         await client.delete(f"{MAPS}/kept", uid="00000000-0000-0000-0000-000000000000")
@@ -147,7 +151,7 @@ async def test_delete_is_of_one_object_only(client: KubernetesClient) -> None:
 
 
 async def test_a_stranger_is_denied_by_name(api: KubernetesCluster) -> None:
-    """A user without a role learns what they may not do."""
+    """A user without a role gets an error that names the missing permission."""
     client = KubernetesClient(api.settings(await api.user("stranger", ["nobodies"])))
     try:
         with pytest.raises(DeniedError, match='User "stranger" cannot list resource "configmaps"'):
@@ -159,7 +163,7 @@ async def test_a_stranger_is_denied_by_name(api: KubernetesCluster) -> None:
 async def test_a_certificate_of_another_authority_is_not_trusted(
     api: KubernetesCluster, tmp_path: Path
 ) -> None:
-    """Without the cluster's authority the server is not believed; the error is one to try again."""
+    """Without the cluster's CA the server is not trusted; the error is transient."""
     good = api.settings()
     client = KubernetesClient(KubernetesAccess(good.server, token="x"))
     try:
@@ -170,7 +174,7 @@ async def test_a_certificate_of_another_authority_is_not_trusted(
 
 
 async def test_a_plugin_may_give_a_certificate(api: KubernetesCluster, tmp_path: Path) -> None:
-    """An exec credential with a client certificate is the user of that certificate."""
+    """An exec credential with a client certificate authenticates as that certificate's user."""
     admin = api.settings()
     plugin = tmp_path / "plugin"
     status = {"clientCertificateData": admin.client_cert, "clientKeyData": admin.client_key}
@@ -197,7 +201,8 @@ def module_plugin(command: str) -> Any:
 
 
 async def test_a_server_that_is_gone_is_transient_and_comes_back(api: KubernetesCluster) -> None:
-    """Reads and watches of a killed API server are TransientErrors; the same client works when it is back."""
+    """Reads and watches of a killed API server raise TransientError; the same client works when the
+    server is back."""
     client = api.client()
     try:
         start = await client.version_of(MAPS)

@@ -1,4 +1,5 @@
-"""Answers that the real API server can't be made to give at will: forgotten versions, silence, refusals."""
+"""Answers that the real API server can't be made to give on demand: expired versions, silence,
+refusals."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ WITH_CREDENTIAL = AgentSpec("default", "1", "h", agent_config={"v": 1, "credenti
 async def served(handler: Handler, **settings: Any) -> AsyncIterator[KubernetesClient]:
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", handler)
-    # a watch that the client has left ends at once
+    # a watch that the client has closed ends at once
     runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
     await runner.setup()
     port = free_port()
@@ -59,7 +60,7 @@ def status(code: int, reason: str = "", message: str = "said", **more: Any) -> w
 
 
 def one_event(line: bytes) -> Handler:
-    """Lists are empty, and each watch says this and then nothing."""
+    """Lists are empty; each watch sends this event and then nothing."""
 
     async def handler(request: web.Request) -> web.StreamResponse:
         if "watch" not in request.query:
@@ -81,7 +82,8 @@ def page(names: list[str], more: str = "", version: str = "7") -> web.Response:
 
 
 async def test_a_list_whose_end_is_forgotten_is_begun_again() -> None:
-    """A 410 between two pages begins the list anew: nothing of the first try is in the answer."""
+    """A 410 between two pages restarts the list; the result contains nothing of the first
+    attempt."""
     asked: list[str] = []
 
     async def handler(request: web.Request) -> web.Response:
@@ -98,7 +100,7 @@ async def test_a_list_whose_end_is_forgotten_is_begun_again() -> None:
 
 
 async def test_a_list_that_always_expires_is_stale_and_no_part() -> None:
-    """When no try reaches the end, the error says so; a part is never given (S7)."""
+    """If no attempt reaches the end, an error is raised; a partial list is never returned (S7)."""
 
     async def handler(request: web.Request) -> web.Response:
         return status(410, "Expired") if "continue" in request.query else page(["old"], "late")
@@ -109,13 +111,13 @@ async def test_a_list_that_always_expires_is_stale_and_no_part() -> None:
 
 
 async def test_a_watch_gives_events_and_bookmarks_and_says_when_its_version_is_forgotten() -> None:
-    """Bookmarks carry a version on; an ERROR event of 410 is an ExpiredError."""
+    """A bookmark advances the version; an ERROR event with 410 is an ExpiredError."""
 
     async def handler(request: web.Request) -> web.StreamResponse:
         assert request.query["allowWatchBookmarks"] == "true"
         answer = web.StreamResponse()
         await answer.prepare(request)
-        big = "x" * 300_000  # longer than a line that aiohttp would read
+        big = "x" * 300_000  # longer than the line limit of aiohttp
         for kind, thing in (
             ("ADDED", {"metadata": {"resourceVersion": "8", "name": big}}),
             ("BOOKMARK", {"metadata": {"resourceVersion": "9"}}),
@@ -143,7 +145,7 @@ async def test_a_watch_gives_events_and_bookmarks_and_says_when_its_version_is_f
     b'{"type": "ERROR", "object": "x"}\n',
 ])  # fmt: skip
 async def test_a_watch_that_talks_nonsense_is_our_error(line: bytes) -> None:
-    """What is no event ends the watch with an error of ours, whatever it is."""
+    """Any malformed event ends the watch with one of our errors."""
 
     async with served(one_event(line)) as client:
         with pytest.raises((TransientError, UserError)):
@@ -152,7 +154,8 @@ async def test_a_watch_that_talks_nonsense_is_our_error(line: bytes) -> None:
 
 
 async def test_a_rotated_token_is_read_again_after_a_refusal(tmp_path: Path) -> None:
-    """A 401 with the old token makes one more try with the new one; a token that stays is denied once."""
+    """A 401 with the old token causes one retry with the new one; if the token is unchanged, the
+    call is denied once."""
     file = tmp_path / "token"
     file.write_text("old")
     asked = []
@@ -191,10 +194,10 @@ async def test_a_rotated_token_is_read_again_after_a_refusal(tmp_path: Path) -> 
     ],
 )  # fmt: skip
 async def test_an_answer_means(answer: web.Response, kind: type[Exception], words: str) -> None:
-    """Each refusal of the API server is the error that says what to do next."""
+    """Each refusal of the API server maps to the error that says what to do next."""
 
     async def handler(request: web.Request) -> web.Response:
-        # a response object is good for one answer only
+        # a response object can be sent only once
         return web.Response(
             status=answer.status, body=answer.body, content_type=answer.content_type
         )
@@ -205,7 +208,7 @@ async def test_an_answer_means(answer: web.Response, kind: type[Exception], word
 
 
 async def test_retry_after_is_heeded() -> None:
-    """The time that an overloaded server asks for reaches the caller."""
+    """The delay that an overloaded server requests reaches the caller."""
 
     async def handler(request: web.Request) -> web.Response:
         return web.json_response({"message": "busy"}, status=429, headers={"Retry-After": "7"})
@@ -218,7 +221,8 @@ async def test_retry_after_is_heeded() -> None:
 
 
 async def test_watches_take_no_connection_from_the_calls() -> None:
-    """With a hundred watches open a call is answered all the same: many namespaces are many watches."""
+    """A call is answered even while a hundred watches are open: many namespaces need many
+    watches."""
 
     async def handler(request: web.Request) -> web.StreamResponse:
         if "watch" not in request.query:
@@ -250,7 +254,8 @@ async def test_watches_take_no_connection_from_the_calls() -> None:
 
 
 async def test_a_watch_that_always_ends_at_once_is_not_asked_for_without_end() -> None:
-    """Behind a proxy that cuts every watch, a scheduler backs off, and says resync each time (S9)."""
+    """Behind a proxy that cuts every watch, a scheduler backs off, and emits a resync each time
+    (S9)."""
     asked = 0
 
     async def handler(request: web.Request) -> web.StreamResponse:
@@ -269,7 +274,7 @@ async def test_a_watch_that_always_ends_at_once_is_not_asked_for_without_end() -
                 resyncs += hint.slugs is None
 
         task = asyncio.ensure_future(follow())
-        await asyncio.sleep(3)  # what must not happen: many requests in a while
+        await asyncio.sleep(3)  # must not happen: many requests in this time
         often = asked
         async with asyncio.timeout(60):
             while resyncs < 2 or asked < 3:
@@ -282,7 +287,7 @@ async def test_a_watch_that_always_ends_at_once_is_not_asked_for_without_end() -
 
 
 async def test_a_watch_that_breaks_is_one_resync() -> None:
-    """A lost connection makes all be read once, when the next watch has a place to begin at."""
+    """A lost connection causes one full read, once the next watch has a version to start from."""
     watches = 0
     resyncs = 0
 
@@ -315,10 +320,10 @@ async def test_a_watch_that_breaks_is_one_resync() -> None:
 
 
 async def test_a_watch_that_is_gone_for_good_is_not_silent() -> None:
-    """What is no error of ours and ends one watch comes out of the hints, and at once."""
+    """If an unexpected exception ends one watch, the hints raise it at once."""
 
     meta = {"name": "x", "labels": {names.SLUG: record_of("device-1").slug}}
-    pod = {"type": "ADDED", "object": {"metadata": meta, "status": "x"}}  # which we don't look for
+    pod = {"type": "ADDED", "object": {"metadata": meta, "status": "x"}}  # not expected
     async with served(one_event(json.dumps(pod).encode() + b"\n")) as client:
         hints = KubernetesScheduler(client=client, namespace="n").watch()
         with pytest.raises(AttributeError):
@@ -328,7 +333,8 @@ async def test_a_watch_that_is_gone_for_good_is_not_silent() -> None:
 
 
 async def test_a_number_of_namespaces_that_can_not_be_written_is_said() -> None:
-    """When others change the record each time, preparing fails for now; it does not go on without it."""
+    """If others change the record on every attempt, preparing fails with a transient error; it does
+    not go on without the record."""
 
     async def handler(request: web.Request) -> web.Response:
         return status(409, "Conflict") if request.method == "PATCH" else status(404, "NotFound")
@@ -340,8 +346,8 @@ async def test_a_number_of_namespaces_that_can_not_be_written_is_said() -> None:
 
 
 async def test_a_start_outlasts_the_controllers_first_words() -> None:
-    """An object whose status is written again and again for 0.2 s is changed all the same: tries that follow
-    each other at once would all be lost."""
+    """An object whose status is rewritten repeatedly for 0.2 s is still changed: retries without a
+    delay would all lose."""
     record, spec = record_of("device-1"), AgentSpec("default", "1", "h")
     until = 0.0
     kept: dict[str, Any] = {}
@@ -368,8 +374,8 @@ async def test_a_start_outlasts_the_controllers_first_words() -> None:
 
 @asynccontextmanager
 async def one_device(epoch: int, answers: dict[str, web.Response]) -> AsyncIterator[Device]:
-    """A scheduler whose device is there at this epoch, and what is asked for it; `answers` to some of that
-    go before a server's."""
+    """A scheduler with its device at this epoch, and the requests made for it; `answers` override
+    the server's responses to some of them."""
     asked: list[str] = []
     there: dict[str, Any] = {}
 
@@ -393,8 +399,8 @@ async def one_device(epoch: int, answers: dict[str, web.Response]) -> AsyncItera
 
 
 async def test_a_roll_out_makes_the_credential_once() -> None:
-    """The conflict that shows the earlier epoch writes no second Secret: it is made, then given its owner, and
-    the earlier one deleted."""
+    """After the conflict that reveals the earlier epoch no second Secret is written: it is created,
+    then given its owner, and the earlier one is deleted."""
     async with one_device(1, {}) as (scheduler, asked):
         await scheduler.ensure(record_of("device-1"), Epoch(2), WITH_CREDENTIAL)
 
@@ -405,7 +411,7 @@ async def test_a_roll_out_makes_the_credential_once() -> None:
 
 
 async def test_a_late_start_takes_its_credential_back_once() -> None:
-    """A start that is refused for its epoch deletes its Secret, and does not ask for that again."""
+    """A start that is refused for its epoch deletes its Secret, and does so only once."""
     async with one_device(3, {}) as (scheduler, asked):
         with pytest.raises(ConflictError, match="is at epoch 3"):
             await scheduler.ensure(record_of("device-1"), Epoch(2), WITH_CREDENTIAL)
@@ -414,7 +420,7 @@ async def test_a_late_start_takes_its_credential_back_once() -> None:
 
 
 async def test_a_failed_clean_up_does_not_hide_what_was_wrong() -> None:
-    """A workload that is refused is told so, also when its Secret can't be taken back."""
+    """The error for a refused workload is reported even if its Secret can't be deleted."""
     answers = {
         "PATCH workload": status(422, "Invalid", "no such field"),
         "DELETE secret": status(403, "Forbidden", "cannot delete"),

@@ -23,7 +23,7 @@ SPACE = "drains"
 
 
 async def evict(client: KubernetesClient, pod: dict[str, Any]) -> bool:
-    """What `kubectl drain` asks for each pod; whether it is granted."""
+    """Evict each pod as `kubectl drain` does; returns whether each eviction is granted."""
     name = pod["metadata"]["name"]
     body = {
         "apiVersion": "policy/v1",
@@ -42,8 +42,9 @@ async def evict(client: KubernetesClient, pod: dict[str, Any]) -> bool:
 async def test_a_drain_moves_one_of_few_agents_at_a_time_and_bare_pods_at_once(
     kube: KubernetesCluster, admin: KubernetesClient, repository: Path, tmp_path: Path
 ) -> None:
-    """Of three ready Deployments' agents a second one is not evicted before the first has its successor; bare
-    pods, which a budget by shares would hold for ever, all are."""
+    """Of three ready Deployments' agents, a second one is not evicted before the first has its
+    successor. All bare pods are evicted, although a percentage-based budget would block them for
+    ever."""
     await kube.add_namespace(SPACE)
     budget = next(
         one

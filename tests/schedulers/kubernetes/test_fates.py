@@ -1,4 +1,4 @@
-"""What happens to pods on a real control plane, and what we say of it."""
+"""What happens to pods on a real control plane, and what we report about it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ NAMESPACE = "fates"
 async def nodes(
     kube: KubernetesCluster, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[dict[str, Kubelet]]:
-    """Two of them, and the namespace of this file."""
+    """Two nodes, and the namespace of this file."""
     await kube.add_namespace(NAMESPACE)
     async with AsyncExitStack() as stack:
         started = {}
@@ -105,7 +105,8 @@ async def site(kube: KubernetesCluster, nodes: dict[str, Kubelet]) -> AsyncItera
 
 
 async def test_a_pod_that_no_node_takes_is_pending(site: Site) -> None:
-    """More CPU than there is anywhere: PENDING, with the scheduler's own words."""
+    """If the agent needs more CPU than any node has, it is PENDING, with the scheduler's
+    message."""
     record = await site.start(spec_of(variables={"cpu_request": "900000", "cpu_limit": "900000"}))
     found = await site.until(record, lambda one: "no node can run it" in one.reason)
 
@@ -128,7 +129,8 @@ async def replace_limit(site: Site, limit: int) -> Any:
 
 
 async def test_an_image_that_is_not_there_is_named(site: Site) -> None:
-    """STARTING with the image in the reason; it is no crash and counts no restart."""
+    """The agent is STARTING with the image in the reason; this is not a crash and counts no
+    restart."""
     record = await site.start(spec_of("nowhere/nothing:9"))
     found = await site.until(record, lambda one: "nowhere/nothing:9" in one.reason)
 
@@ -138,7 +140,7 @@ async def test_an_image_that_is_not_there_is_named(site: Site) -> None:
 
 
 async def test_too_much_memory_is_told(site: Site) -> None:
-    """An agent past its limit is RESTARTING with OOMKilled as the reason."""
+    """An agent past its memory limit is RESTARTING with OOMKilled as the reason."""
     record = await site.start(spec_of("test/hog", memory_bytes=32 * 1024 * 1024))
     found = await site.until(record, lambda one: "OOMKilled" in one.reason)
 
@@ -147,7 +149,8 @@ async def test_too_much_memory_is_told(site: Site) -> None:
 
 
 async def test_a_crash_loop_counts(site: Site) -> None:
-    """An agent that dies at once is RESTARTING with its exit code, and its restarts go up."""
+    """An agent that exits at once is RESTARTING with its exit code, and its restart count
+    increases."""
     record = await site.start(spec_of("test/failing"))
     found = await site.until(
         record, lambda one: one.restarts >= 2 and one.state is PlacementState.RESTARTING
@@ -159,12 +162,13 @@ async def test_a_crash_loop_counts(site: Site) -> None:
 
 @pytest.mark.slow_because("an agent crashes for some seconds while no API server runs")
 async def test_a_dead_api_server_takes_no_node_with_it(site: Site) -> None:
-    """While nobody hears it, a node goes on restarting its agents, and tells of it afterwards."""
+    """While the API server is down, a node keeps restarting its agents, and reports this
+    afterwards."""
     record = await site.start(spec_of("test/failing"))
     before = await site.until(record, lambda one: one.restarts >= 1)
     await site.kube.kill_process("kube-apiserver")
     try:
-        await asyncio.sleep(5.0)  # more than one turn of the crash loop, each with news
+        await asyncio.sleep(5.0)  # more than one round of the crash loop, each with a status change
     finally:
         await site.kube.start_process("kube-apiserver")
     await site.until(record, lambda one: one.restarts >= before.restarts + 2, 60.0)
@@ -177,7 +181,7 @@ async def test_a_dead_api_server_takes_no_node_with_it(site: Site) -> None:
     "the controllers may still look for the API server that was killed before"
 )
 async def test_an_evicted_agent_is_started_again_elsewhere_in_the_same_epoch(site: Site) -> None:
-    """A pod that its node has evicted is replaced by its Deployment: another instance, the same epoch."""
+    """A Deployment replaces an evicted pod: another instance, the same epoch."""
     record = await site.start(spec_of())
     before = await site.until(record, lambda one: one.state is RUNNING)
     (pod,) = await site.pods(record)
@@ -196,7 +200,7 @@ async def test_an_evicted_agent_is_started_again_elsewhere_in_the_same_epoch(sit
 
 
 async def test_an_evicted_bare_pod_is_dead_with_its_reason_and_swept(site: Site) -> None:
-    """Nobody starts a bare pod again: it is DEAD, which lets the planner go to the next epoch."""
+    """A bare pod is not restarted: it is DEAD, so the planner can go to the next epoch."""
     record = await site.start(spec_of(variables={"workload": "pod"}))
     await site.until(record, lambda one: one.state is RUNNING)
     (pod,) = await site.pods(record)
@@ -239,8 +243,8 @@ async def lose(site: Site, record: DeviceRecord, before: Placement) -> Kubelet:
 
 @pytest.mark.slow_because("Kubernetes takes a node for lost some seconds after its last heartbeat")
 async def test_a_lost_node_is_handled_in_seconds(site: Site, tmp_path: Path) -> None:
-    """A node that falls silent is seen as LOST; a Deployment's agent is then started elsewhere after the
-    tolerated seconds, and only the new one is an instance that may be accepted (S3)."""
+    """A node that stops reporting is seen as LOST; a Deployment's agent is then started elsewhere
+    after the toleration time, and only the new instance may be accepted (S3)."""
     record = await site.start(soon_ready(spec_of(variables={"lost_after": "3"}), tmp_path))
     before = await site.until(record, lambda one: one.state is RUNNING)
     (pod,) = await site.pods(record)
@@ -266,7 +270,8 @@ async def test_a_lost_node_is_handled_in_seconds(site: Site, tmp_path: Path) -> 
 
 @pytest.mark.slow_because("waits for a lost node, and then for what must not happen")
 async def test_a_lost_node_leaves_a_statefulset_as_it_is(site: Site, tmp_path: Path) -> None:
-    """Of a StatefulSet nothing is started elsewhere while a process may be left: LOST, and one process."""
+    """A StatefulSet's agent is not started elsewhere while a process may be left: LOST, and one
+    process."""
     variables = {"lost_after": "1", "workload": "statefulset"}
     record = await site.start(soon_ready(spec_of(variables=variables), tmp_path))
     before = await site.until(record, lambda one: one.state is RUNNING)
@@ -274,7 +279,7 @@ async def test_a_lost_node_leaves_a_statefulset_as_it_is(site: Site, tmp_path: P
     node = await lose(site, record, before)
     try:
         await site.until(record, lambda one: one.state is PlacementState.LOST)
-        await asyncio.sleep(10)  # what must not happen, long after the tolerated second
+        await asyncio.sleep(10)  # must not happen, even long after the tolerated second
         (still,) = await site.of(record)
 
         assert (still.state, still.instances) == (PlacementState.LOST, before.instances)
@@ -309,7 +314,8 @@ async def gone(test: Callable[[], Awaitable[bool]], what: str) -> None:
 
 
 async def test_a_change_by_hand_is_told_and_not_undone(site: Site) -> None:
-    """After `kubectl scale` an in-place replacement is refused with the field and its manager."""
+    """After `kubectl scale` an in-place replacement is refused; the error names the field and its
+    manager."""
     record = await site.start(spec_of())
     path = f"{names.collection(site.namespace, 'deployment')}/{names.name_of(record.slug)}"
     scaled = {
@@ -325,7 +331,7 @@ async def test_a_change_by_hand_is_told_and_not_undone(site: Site) -> None:
 
 
 async def test_an_epoch_never_goes_back(site: Site) -> None:
-    """An ensure that comes late, with a lower epoch, changes nothing (S2)."""
+    """A late ensure with a lower epoch changes nothing (S2)."""
     record = await site.start(spec_of())
     await site.scheduler.ensure(record, Epoch(2), spec_of())
     with pytest.raises(ConflictError, match="is at epoch 2"):
@@ -334,7 +340,8 @@ async def test_an_epoch_never_goes_back(site: Site) -> None:
 
 
 async def test_what_is_not_ours_is_left_alone(site: Site) -> None:
-    """An object of our name that another made, or another installation, is neither changed nor deleted."""
+    """An object with our name that someone else or another installation created is neither changed
+    nor deleted."""
     record = await site.start(spec_of())
     other = KubernetesScheduler(
         settings=site.kube.settings(), namespace=site.namespace, installation="other"
@@ -349,7 +356,8 @@ async def test_what_is_not_ours_is_left_alone(site: Site) -> None:
 
 
 async def test_a_changed_workload_moves_the_agent(site: Site) -> None:
-    """A class that becomes a StatefulSet: the Deployment is gone before the other is made."""
+    """When a class becomes a StatefulSet, the Deployment is gone before the StatefulSet is
+    created."""
     record = await site.start(spec_of())
     await site.until(record, lambda one: one.state is RUNNING)
     spec = replace(spec_of(variables={"workload": "statefulset"}), spec_hash="other")
@@ -371,7 +379,8 @@ async def test_a_changed_workload_moves_the_agent(site: Site) -> None:
 async def test_a_credential_is_in_a_secret_that_goes_with_its_owner(
     site: Site, tmp_path: Path
 ) -> None:
-    """The agent's token is a file in its pod, in no other object, and is deleted with the agent (S10)."""
+    """The agent's token is a file in its pod, is in no other object, and is deleted with the agent
+    (S10)."""
     spec = replace(spec_of(), agent_config={"v": 1, "credential": "hunter2"})
     record = await site.start(spec)
     await site.until(record, lambda one: one.state is RUNNING)
@@ -403,8 +412,8 @@ def secret_of(site: Site, record: DeviceRecord, epoch: int) -> str:
 
 
 async def test_a_start_that_is_asked_for_twice_leaves_the_credential_its_owner(site: Site) -> None:
-    """Also when the Secret has lost its owner, a second ensure of the epoch gives it back: it goes with the
-    agent (S10)."""
+    """Even if the Secret has lost its owner, a second ensure of the epoch restores it: the Secret
+    is deleted with the agent (S10)."""
     record = await site.start(with_credential())
     path = secret_of(site, record, 1)
     await site.scheduler.ensure(record, Epoch(1), with_credential())
@@ -426,8 +435,8 @@ async def test_a_start_that_is_asked_for_twice_leaves_the_credential_its_owner(s
 
 
 async def test_a_start_that_is_refused_leaves_no_credential(site: Site) -> None:
-    """A late ensure, and one that another field manager stops, take the Secret back that they made; the
-    accepted agent keeps its own (S10)."""
+    """A late ensure, and one that another field manager blocks, delete the Secret that they
+    created; the accepted agent keeps its own (S10)."""
     record = await site.start(with_credential())
     await site.scheduler.ensure(record, Epoch(2), with_credential())
     with pytest.raises(ConflictError, match="is at epoch 2"):
@@ -449,7 +458,7 @@ async def test_a_start_that_is_refused_leaves_no_credential(site: Site) -> None:
 
 
 async def test_the_credential_of_another_installation_is_left_alone(site: Site) -> None:
-    """Two installations that share a namespace by mistake have Secrets of one name: the one that is refused
+    """Two installations that share a namespace by mistake use the same Secret name: the refused one
     neither overwrites nor deletes the other's."""
     record = await site.start(with_credential())
     path = secret_of(site, record, 1)
@@ -469,8 +478,8 @@ async def test_the_credential_of_another_installation_is_left_alone(site: Site) 
 
 
 async def test_a_bare_pod_that_must_go_first_leaves_no_credential_behind(site: Site) -> None:
-    """The Secret of the next epoch is taken back with the answer that the pod has to go, and made again with
-    the next pod, which runs with it (S10)."""
+    """The Secret of the next epoch is deleted when the answer is that the old pod has to go first.
+    It is created again with the next pod, which uses it (S10)."""
     spec = replace(
         spec_of(variables={"workload": "pod"}), agent_config=with_credential().agent_config
     )
@@ -490,8 +499,8 @@ async def test_a_bare_pod_that_must_go_first_leaves_no_credential_behind(site: S
 
 
 async def test_a_class_is_built_once(site: Site, tmp_path: Path, repository: Path) -> None:
-    """A spec that was not prepared, as one from before an update, is built for the first device only: the
-    others start also when its template is gone."""
+    """A spec that was not prepared, such as one from before an update, is built for the first
+    device only: the other devices start even if its template is gone."""
     template = tmp_path / "template.yaml"
     shutil.copy(repository / "jobs" / "kubernetes" / "device-watchdog.yaml", template)
     spec = replace(spec_of(), spec_hash="built-once", template=str(template))
@@ -503,7 +512,7 @@ async def test_a_class_is_built_once(site: Site, tmp_path: Path, repository: Pat
 
 
 async def test_the_log_of_an_agent_comes_from_its_kubelet(site: Site) -> None:
-    """`agents logs` gives what the newest pod of a device has written, and says so when there is no pod."""
+    """`agents logs` prints the log of a device's newest pod, and reports when there is no pod."""
     record = await site.start(spec_of())
     await site.until(record, lambda one: one.state is RUNNING)
     settings = Settings(

@@ -39,7 +39,8 @@ SPACE = "nomad-watchdog"
 
 
 def shipped(repository: Path, config: str, env: dict[str, str]) -> list[dict[str, Any]]:
-    """The kustomization and the Job that makes the registry, with a configuration of ours, and these variables of the pods."""
+    """The kustomization and the Job that creates the registry, with our configuration and these pod
+    variables."""
     folder = repository / "jobs" / "kubernetes"
     things = [*documents(folder), *yaml.safe_load_all((folder / "init.yaml").read_text())]
     for thing in things:
@@ -59,9 +60,10 @@ async def test_two_replicas_of_the_shipped_deployment_keep_a_fleet_and_one_may_b
     repository: Path,
     tmp_path: Path,
 ) -> None:
-    """Applied as shipped, the Job makes the registry, two replicas run in pods with the service account's rights alone, share the shards
-    by leases in Consul, start an agent for each device and see what it says to the other; when one gets
-    kill -9 its shards go to the other, no agent is touched, and new devices are served."""
+    """Applied as shipped, the Job creates the registry and two replicas run in pods with only the
+    service account's permissions. They share the shards by leases in Consul, start an agent for
+    each device, and see the reports that it sends to the other replica. After kill -9 of one
+    replica the other takes over its shards, no agent is touched, and new devices are served."""
     proxy = ServiceProxy(admin, SPACE, "nomad-watchdog")
     headers = {"Authorization": f"Bearer {TOKEN}"}
     async with (
@@ -75,7 +77,7 @@ async def test_two_replicas_of_the_shipped_deployment_keep_a_fleet_and_one_may_b
     ):
         config = CONFIG.replace("CONSUL", consul.http_addr).replace("PORT", str(fleet.port))
         env = {
-            "NOMAD_WATCHDOG_API_LISTEN": "$(POD_IP):9670",  # 0.0.0.0 is the whole machine's here
+            "NOMAD_WATCHDOG_API_LISTEN": "$(POD_IP):9670",  # here 0.0.0.0 covers the whole machine
             "NOMAD_WATCHDOG_API_ADVERTISE": proxy.address,
             "NOMAD_WATCHDOG_KUBERNETES_SERVICE_ACCOUNT": ACCOUNT,
         }

@@ -1,4 +1,5 @@
-"""What `kubectl apply -k jobs/kubernetes` brings: accepted by the API server, and enough to work with."""
+"""The objects of `kubectl apply -k jobs/kubernetes`: the API server accepts them, and they are
+sufficient."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ USER = "system:serviceaccount:nomad-watchdog:nomad-watchdog"
 
 
 def documents(folder: Path) -> list[dict[str, Any]]:
-    """All that the kustomization names, in its order."""
+    """All documents that the kustomization names, in its order."""
     listed = yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"]
     return [one for name in listed for one in yaml.safe_load_all((folder / name).read_text())]
 
@@ -44,7 +45,8 @@ async def install(kube: KubernetesCluster, repository: Path) -> None:
 
 
 def test_the_guide_names_all_that_is_made_and_all_that_is_not(repository: Path) -> None:
-    """Each kind of the kustomization stands in the guide, and the Secret and the images that it does not make."""
+    """The guide names each kind in the kustomization, and the Secret and the images that it does
+    not create."""
     told = (repository / "docs" / "kubernetes.md").read_text().split("\n## ")[0]
     things = documents(repository / "jobs" / "kubernetes")
     assert not [one["kind"] for one in things if one["kind"].lower() not in told.lower()]
@@ -58,7 +60,8 @@ def test_the_guide_names_all_that_is_made_and_all_that_is_not(repository: Path) 
 
 
 def allowed(policy: dict[str, Any], namespace: dict[str, str], pod: dict[str, str]) -> bool:
-    """Whether the rules of a NetworkPolicy let this pod connect, as Kubernetes documents it."""
+    """Whether the rules of a NetworkPolicy let this pod connect, following the Kubernetes
+    documentation."""
 
     def selects(selector: dict[str, Any] | None, labels: dict[str, str]) -> bool:
         selector = selector or {}
@@ -83,8 +86,9 @@ def allowed(policy: dict[str, Any], namespace: dict[str, str], pod: dict[str, st
 
 
 def test_only_named_peers_may_connect(repository: Path) -> None:
-    """The API takes connections of replicas, agents and namespaces with its label; agents those of the control
-    plane and of namespaces with theirs; a pod elsewhere that wears our labels reaches neither."""
+    """The API accepts connections from replicas, agents and namespaces with its label; agents
+    accept them from the control plane and from namespaces with their label. A pod elsewhere with
+    our labels reaches neither."""
     policies = {
         one["metadata"]["name"]: one
         for one in documents(repository / "jobs" / "kubernetes")
@@ -124,7 +128,7 @@ def test_the_configuration_in_the_manifest_is_accepted(repository: Path, tmp_pat
 async def test_the_api_server_accepts_every_manifest(
     kube: KubernetesCluster, repository: Path
 ) -> None:
-    """Each document is applied with strict validation, the reconciler's Deployment as a dry run."""
+    """Each document is applied with strict validation; the reconciler's Deployment as a dry run."""
     await install(kube, repository)
     client = kube.client()
     try:
@@ -145,7 +149,8 @@ async def test_the_api_server_accepts_every_manifest(
 async def test_the_role_is_enough_and_no_more(
     kube: KubernetesCluster, repository: Path, workload: str
 ) -> None:
-    """As the service account of rbac.yaml all of the backend works; other namespaces and reading Secrets do not."""
+    """With the service account of rbac.yaml the whole backend works; other namespaces and reading
+    Secrets are denied."""
     await install(kube, repository)
     kubeconfig = await kube.user(USER)
     scheduler = KubernetesScheduler(
@@ -162,7 +167,7 @@ async def test_the_role_is_enough_and_no_more(
         await scheduler.ensure(record, Epoch(1), spec)
         found: tuple[Placement, ...] = ()
         async with asyncio.timeout(30):
-            # A bare Pod goes before its successor can come, which is then asked for again.
+            # A bare Pod must be gone before its successor can be created, so ensure is repeated.
             while not any(one.epoch == Epoch(2) for one in found):
                 await scheduler.ensure(record, Epoch(2), spec)
                 found = (await scheduler.snapshot()).placements.get(record.slug, ())
@@ -202,8 +207,8 @@ def settings_of(
 async def test_doctor_says_what_is_missing(
     kube: KubernetesCluster, repository: Path, tmp_path: Path
 ) -> None:
-    """With the Role every check of the cluster is good; a stranger, who may not even see the namespace, is
-    told all rights that are lacking."""
+    """With the Role every cluster check passes; a user without permissions, who may not even see
+    the namespace, gets a list of all missing permissions."""
     await install(kube, repository)
     found = {}
     for name in (USER, "stranger"):
@@ -226,8 +231,8 @@ async def test_doctor_says_what_is_missing(
 async def test_doctor_asks_for_the_record_by_its_name(
     kube: KubernetesCluster, repository: Path, tmp_path: Path
 ) -> None:
-    """A Role that forgets the ConfigMap of the first namespace is told so; in the other namespaces nobody
-    needs it."""
+    """If the Role lacks the ConfigMap of the first namespace, doctor reports it; the other
+    namespaces do not need it."""
     await kube.add_namespace("doctor")
     await kube.add_namespace("doctor-1")
     (role,) = [
@@ -261,8 +266,8 @@ async def test_doctor_asks_for_the_record_by_its_name(
 async def test_doctor_looks_at_every_namespace_that_was_ever_used(
     kube: KubernetesCluster, repository: Path, tmp_path: Path
 ) -> None:
-    """After the number was lowered, the namespace that is left out is still read, and its lacking rights are
-    told."""
+    """After the number is lowered, the omitted namespace is still read, and its missing permissions
+    are reported."""
     await install(kube, repository)
     client = kube.client()
     record = names.record_path("nomad-watchdog")
@@ -281,7 +286,7 @@ async def test_doctor_looks_at_every_namespace_that_was_ever_used(
 
 
 async def test_doctor_names_a_server_that_does_not_answer(tmp_path: Path) -> None:
-    """Nothing listens: the check that fails is that of reaching it, with the setting to look at."""
+    """If nothing listens, the connection check fails and names the setting to check."""
     nobody = {
         "current-context": "x",
         "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{free_port()}"}}],

@@ -1,4 +1,4 @@
-"""Specs as objects: what the template gives, what we add, and what is refused."""
+"""Kubernetes objects from specs: what the template provides, what we add, and what is rejected."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def agent_of(thing: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_default_is_the_manifest_that_was_asked_for() -> None:
-    """Image, resources, probes, strategy and DEVICE_ID are those of the design's manifest."""
+    """Image, resources, probes, strategy and DEVICE_ID equal those of the design's manifest."""
     thing = made()
     agent = agent_of(thing)
     env = {one["name"]: one.get("value") for one in agent["env"]}
@@ -62,7 +62,8 @@ def test_the_default_is_the_manifest_that_was_asked_for() -> None:
 
 
 def test_labels_say_whose_agent_it_is() -> None:
-    """Slug, class, version, epoch, shard are labels of object and pod; the raw id is an annotation."""
+    """Slug, class, version, epoch and shard are labels of object and pod; the raw id is an
+    annotation."""
     thing = made(device="Käfig/7")
     told = thing["metadata"]["labels"]
 
@@ -75,7 +76,7 @@ def test_labels_say_whose_agent_it_is() -> None:
 
 
 def test_the_document_is_the_agents_and_holds_no_credential() -> None:
-    """What the agent reads has device and epoch; its credential is not in the object (S10)."""
+    """The agent's document has device and epoch; its credential is not in the object (S10)."""
     spec = replace(SPEC, agent_config={"v": 1, "credential": "hunter2"})
     thing = made(spec, secret="some")
     env = {one["name"]: one.get("value") for one in agent_of(thing)["env"]}
@@ -84,13 +85,13 @@ def test_the_document_is_the_agents_and_holds_no_credential() -> None:
     assert (document["device_id"], document["epoch"], document["v"]) == ("device-1", 3, 1)
     assert "credential" not in document
     assert env["WATCHDOG_TOKEN_FILE"] == "/var/run/watchdog/token"
-    for _ in range(2):  # asking does not take it away
+    for _ in range(2):  # reading does not remove it
         assert objects.document_of(record_of("x"), Epoch(1), spec)[1] == "hunter2"
 
 
 @pytest.mark.parametrize("kind", ["deployment", "statefulset", "pod"])
 def test_each_workload_has_the_same_pod(kind: str) -> None:
-    """A StatefulSet and a bare Pod run what the Deployment runs."""
+    """A StatefulSet and a bare Pod have the same pod as the Deployment."""
     thing = made(replace(SPEC, variables={"workload": kind}))
     pod = thing["spec"] if kind == "pod" else thing["spec"]["template"]["spec"]
     usual = made()["spec"]["template"]["spec"]
@@ -100,7 +101,8 @@ def test_each_workload_has_the_same_pod(kind: str) -> None:
 
 
 def test_a_variable_is_a_value_and_nothing_else(tmp_path: Path) -> None:
-    """A variable's text stays one text of the document, and a number where one is wanted."""
+    """A variable's text stays one string of the document, or a number where a number is
+    expected."""
     spec = replace(SPEC, variables={"image": "x\nhostNetwork: true", "lost_after": "3"})
     pod = made(spec)["spec"]["template"]["spec"]
 
@@ -156,7 +158,7 @@ def test_device_ids_expand_to_nothing() -> None:
 def test_a_template_that_would_not_do_is_refused(
     tmp_path: Path, repository: Path, change: dict[str, Any], words: str
 ) -> None:
-    """Each thing that would break a promise is named before anything is placed."""
+    """Each setting that would break a promise is named before anything is placed."""
     document = yaml.safe_load((repository / "jobs/kubernetes/device-watchdog.yaml").read_text())
     for path, value in change.items():
         *parents, last = path.split(".")
@@ -171,7 +173,7 @@ def test_a_template_that_would_not_do_is_refused(
 
 
 def test_what_has_no_name_is_passed_on(tmp_path: Path, repository: Path) -> None:
-    """A container and a variable without a name are the API server's to refuse: we read past them."""
+    """Containers and variables without a name are passed on for the API server to reject."""
     document = yaml.safe_load((repository / "jobs/kubernetes/device-watchdog.yaml").read_text())
     pod = document["spec"]["template"]["spec"]
     pod["containers"][0]["env"] = [*(pod["containers"][0].get("env") or []), {"value": "x"}]
@@ -185,7 +187,7 @@ def test_what_has_no_name_is_passed_on(tmp_path: Path, repository: Path) -> None
 
 
 def test_a_variable_that_the_template_has_not_is_refused() -> None:
-    """A misspelt variable is told, with those that there are."""
+    """A misspelt variable is reported, with the list of existing ones."""
     with pytest.raises(
         UserError, match=r"has no variable 'imgae'; did you mean image\? it has .*image"
     ):
@@ -193,7 +195,7 @@ def test_a_variable_that_the_template_has_not_is_refused() -> None:
 
 
 def test_names_are_short_enough_and_their_own() -> None:
-    """Every hostile id gives a name of at most 52 characters, and no two the same."""
+    """Every hostile id gives a unique name of at most 52 characters."""
     slugs = [slug_of(DeviceId(one)) for one in [*hostile_device_ids(500), "m" * 40, "m" * 41]]
     found = {names.name_of(slug) for slug in slugs}
 
@@ -203,7 +205,8 @@ def test_names_are_short_enough_and_their_own() -> None:
 
 
 def test_a_ref_is_read_back_and_nothing_else_is() -> None:
-    """A placement's handle survives as text; one of another backend is refused."""
+    """A placement's ref survives a round trip through text; a ref of another backend is
+    rejected."""
     ref = names.Ref("n-1", "statefulset", names.name_of(Slug("a-" + "b" * 20)), Epoch(4))
 
     assert names.Ref.parse(str(ref)) == ref
@@ -223,7 +226,8 @@ def test_a_ref_is_read_back_and_nothing_else_is() -> None:
     ],
 )
 def test_h15_only_an_image_with_a_digest_is_verified(image: str, good: bool) -> None:
-    """The pod names the image with its digest, which the container runtime verifies; one without is reported."""
+    """The pod names the image with its digest, which the container runtime verifies; an image
+    without a digest is reported."""
     spec = replace(SPEC, variables={"image": image})
     assert agent_of(made(spec))["image"] == image
     assert objects.unverified_image(objects.build(spec)) == ("" if good else image)

@@ -1,4 +1,4 @@
-"""The whole program on Kubernetes, with the rights of the shipped Role and without Consul."""
+"""The whole program on Kubernetes, with the permissions of the shipped Role and without Consul."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ agent_class "NAME" {
 async def kubeconfig(
     kube: KubernetesCluster, repository: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Path]:
-    """Of the service account, in a cluster with a node that runs the real agent."""
+    """A kubeconfig of the service account, in a cluster with a node that runs the real agent."""
     await install(kube, repository)
     await kube.add_namespace("nomad-watchdog")
     folder = tmp_path_factory.mktemp("plane")
@@ -81,7 +81,7 @@ async def kubeconfig(
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def device() -> AsyncIterator[int]:
-    """The port of something that answers on 127.0.0.1."""
+    """The port of a server that answers on 127.0.0.1."""
     server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
     yield server.sockets[0].getsockname()[1]
     server.close()
@@ -97,8 +97,9 @@ def config(kubeconfig: Path, device: int, advertise: str, **classes: tuple[str, 
 
 @pytest.mark.slow_because("an agent counts as failing after some restarts with back-off")
 async def test_each_fate_has_its_verdict(kubeconfig: Path, device: int, tmp_path: Path) -> None:
-    """An agent that runs is `watched`; that crashes, `failing` with its exit code; whose image is missing, or
-    that no node takes, `unwatched` with that reason: each our problem, none the device's."""
+    """A running agent is `watched`; a crashing one is `failing` with its exit code; one with a
+    missing image, or that no node takes, is `unwatched` with that reason. Each is our problem, none
+    the device's."""
     text = config(
         kubeconfig, device, "",
         good=("agntup/watchdog-agent", "10m"),
@@ -132,8 +133,9 @@ async def test_each_fate_has_its_verdict(kubeconfig: Path, device: int, tmp_path
 async def test_a_cordoned_node_is_reported_when_that_begins_and_ends(
     kube: KubernetesCluster, kubeconfig: Path, device: int, tmp_path: Path
 ) -> None:
-    """With a resync of ten minutes `status` shows the node with its agent as soon as it is cordoned; each change is
-    one event, and a restart of the control plane publishes nothing again."""
+    """With a resync of ten minutes, `status` shows the node with its agent as soon as it is
+    cordoned; each change is one event, and a restart of the control plane does not publish it
+    again."""
     text = config(kubeconfig, device, "", good=("agntup/watchdog-agent", "10m"))
     text = text.replace('resync   = "2s"', 'resync   = "10m"')
     admin = kube.client()
@@ -175,8 +177,8 @@ async def test_a_cordoned_node_is_reported_when_that_begins_and_ends(
 
 @pytest.mark.slow_because("a device is unwatched when the reports that do not come are overdue")
 async def test_readiness_is_no_health(kubeconfig: Path, device: int, tmp_path: Path) -> None:
-    """With no report that arrives, a device whose pod is ready is unwatched, and the reason says what to check:
-    readiness bridges `report_stale`, and no more."""
+    """If no report arrives, a device whose pod is ready is unwatched, and the reason says what to
+    check: readiness only bridges `report_stale`."""
     text = config(
         kubeconfig, device, 'advertise = "http://127.0.0.1:9"',
         quiet=("agntup/watchdog-agent", "10m"),

@@ -1,4 +1,4 @@
-"""How the API server is found, and how a credential is kept fresh; no server is needed."""
+"""How the API server is found, and how credentials are refreshed; no server is needed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def kubeconfig(path: Path, user: dict[str, Any] | None = None, **cluster: Any) -
 
 
 def test_a_kubeconfig_gives_the_current_or_the_named_context(tmp_path: Path) -> None:
-    """Without a name the file's current context counts, with one that one; another is refused by name."""
+    """Without a name the file's current context is used, otherwise the named one; an unknown
+    context is rejected by name."""
     file = str(kubeconfig(tmp_path / "config"))
 
     assert KubernetesAccess.discover(file).namespace == "n1"
@@ -54,7 +55,8 @@ def test_a_kubeconfig_gives_the_current_or_the_named_context(tmp_path: Path) -> 
 
 
 def test_places_are_tried_in_order(tmp_path: Path) -> None:
-    """An explicit file goes over KUBECONFIG, that over the file in HOME; without any it is said what to do."""
+    """An explicit file takes precedence over KUBECONFIG, and KUBECONFIG over the file in HOME; with
+    none of them the error says what to do."""
     explicit = kubeconfig(tmp_path / "explicit", {"token": "explicit"})
     other = kubeconfig(tmp_path / "other", {"token": "other"})
     (tmp_path / ".kube").mkdir()
@@ -70,7 +72,8 @@ def test_places_are_tried_in_order(tmp_path: Path) -> None:
 
 
 def test_several_files_are_merged_and_the_first_wins(tmp_path: Path) -> None:
-    """Of two users with one name the first file's counts; what only the second has is found."""
+    """If two users have the same name, the first file wins; a user only in the second file is
+    found."""
     one = kubeconfig(tmp_path / "one", {"token": "first"})
     two = tmp_path / "two"
     two.write_text(
@@ -82,7 +85,8 @@ def test_several_files_are_merged_and_the_first_wins(tmp_path: Path) -> None:
 
 
 def test_paths_are_relative_to_their_file(tmp_path: Path) -> None:
-    """A certificate named by a bare path is read from beside the kubeconfig, as kubectl does it."""
+    """A certificate with a relative path is read from the kubeconfig's directory, like kubectl
+    does."""
     (tmp_path / "ca.pem").write_text("-- a PEM --")
     file = kubeconfig(tmp_path / "config", **{"certificate-authority": "ca.pem"})
 
@@ -101,7 +105,7 @@ def test_paths_are_relative_to_their_file(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_kubeconfig_is_refused(tmp_path: Path, text: str, words: str) -> None:
-    """A file that can't be understood is refused in words, without quoting it."""
+    """An unparsable file is rejected with a readable error that does not quote it."""
     file = tmp_path / "config"
     file.write_text(text)
     with pytest.raises(UserError, match=words):
@@ -109,7 +113,7 @@ def test_what_is_no_kubeconfig_is_refused(tmp_path: Path, text: str, words: str)
 
 
 def test_a_secret_is_not_in_messages_or_in_repr(tmp_path: Path) -> None:
-    """Neither a broken file's error nor the settings' repr shows a token (S10)."""
+    """Neither a broken file's error nor the settings' repr contains a token (S10)."""
     file = tmp_path / "config"
     file.write_text("users: [{token: hunter2, x: }}")
     with pytest.raises(UserError) as error:
@@ -120,7 +124,7 @@ def test_a_secret_is_not_in_messages_or_in_repr(tmp_path: Path) -> None:
 
 
 def test_a_wrong_certificate_is_a_user_error(tmp_path: Path) -> None:
-    """Data that is no base64, and PEM that is no certificate, are told as wrong settings."""
+    """Invalid base64, and PEM that is not a certificate, are reported as wrong settings."""
     with pytest.raises(UserError, match="is not base64"):
         KubernetesAccess.discover(
             str(kubeconfig(tmp_path / "a", **{"certificate-authority-data": "%"}))
@@ -134,8 +138,8 @@ def test_a_wrong_certificate_is_a_user_error(tmp_path: Path) -> None:
 
 
 def test_the_service_account_of_a_pod(tmp_path: Path) -> None:
-    """In a pod the server is the environment's, the namespace and the token are the mounted ones,
-    wherever the setting says that they are mounted."""
+    """In a pod the server comes from the environment, and the namespace and the token from the
+    mounted files, in whatever directory the setting names."""
     env = {"KUBERNETES_SERVICE_HOST": "fd00::1", "KUBERNETES_SERVICE_PORT": "443"}
     with pytest.raises(UserError, match="automountServiceAccountToken"):
         in_cluster(env, tmp_path)
@@ -149,7 +153,7 @@ def test_the_service_account_of_a_pod(tmp_path: Path) -> None:
 
 
 async def test_a_token_file_is_read_again_after_a_minute_and_when_refused(tmp_path: Path) -> None:
-    """A rotated token is used after a minute at the latest, and at once when the old one is refused."""
+    """A rotated token is used within a minute, and at once when the old one is refused."""
     file = tmp_path / "token"
     file.write_text("one")
     clock = HandClock()
@@ -178,8 +182,8 @@ print(json.dumps({{"kind": "ExecCredential", "apiVersion": info["apiVersion"],
 
 
 async def test_an_exec_credential_is_kept_until_it_expires(tmp_path: Path) -> None:
-    """The plugin beside the kubeconfig is run with its arguments and environment, once until its credential
-    is about to expire or is refused."""
+    """The plugin beside the kubeconfig runs with its arguments and environment, and only once until
+    its credential is about to expire or is refused."""
     plugin = tmp_path / "plugin"
     plugin.write_text(PLUGIN.format(python=sys.executable))
     plugin.chmod(0o755)
@@ -214,7 +218,7 @@ async def test_an_exec_credential_is_kept_until_it_expires(tmp_path: Path) -> No
 async def test_a_plugin_that_gives_nothing_is_named(
     tmp_path: Path, script: str, kind: type[Exception], words: str
 ) -> None:
-    """A plugin that fails may be tried again; one that prints something else is a wrong setting."""
+    """A plugin failure is transient; unexpected plugin output is a wrong setting."""
     plugin = tmp_path / "plugin"
     plugin.write_text(f"#!/bin/sh\n{script}\n")
     plugin.chmod(0o755)
@@ -240,7 +244,8 @@ async def test_a_plugin_that_gives_nothing_is_named(
 def test_a_kubeconfig_of_another_shape_is_refused(
     tmp_path: Path, user: dict[str, Any], cluster: dict[str, Any], words: str
 ) -> None:
-    """What stands in the place of a text, a list or a mapping is named; nothing else is raised."""
+    """A wrong type where a string, list or mapping is expected is named; no other error is
+    raised."""
     file = kubeconfig(tmp_path / "config", user, **cluster)
     with pytest.raises(UserError, match=words):
         KubernetesAccess.discover(str(file))
@@ -255,7 +260,8 @@ def counting_plugin(tmp_path: Path, then: str) -> tuple[KubernetesAccess, Path]:
 
 
 async def test_who_waits_for_a_plugin_that_fails_gets_its_failure(tmp_path: Path) -> None:
-    """A hundred calls run it once and are all told; it is tried again after a few seconds."""
+    """A hundred calls run the plugin once and all get its failure; it is retried after a few
+    seconds."""
     settings, runs = counting_plugin(tmp_path, "exit 3")
     clock = HandClock()
     credentials = Credentials(settings, clock)
@@ -275,7 +281,8 @@ async def test_who_waits_for_a_plugin_that_fails_gets_its_failure(tmp_path: Path
 async def test_a_plugin_that_gives_what_was_refused_is_not_asked_by_each_call(
     tmp_path: Path,
 ) -> None:
-    """A hundred calls that are refused with one token run the plugin once more, not a hundred times."""
+    """A hundred calls that are refused with one token run the plugin once more, not a hundred
+    times."""
     settings, runs = counting_plugin(tmp_path, 'echo \'{"status": {"token": "same"}}\'')
     clock = HandClock()
     credentials = Credentials(settings, clock)

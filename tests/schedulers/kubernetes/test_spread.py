@@ -1,4 +1,4 @@
-"""A fleet over several namespaces, and the hints that its pods give."""
+"""A fleet over several namespaces, and the hints from its pods."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def scheduler(
 async def the_newest_pod_is_found(
     kube: KubernetesCluster, placements: Mapping[Slug, tuple[Placement, ...]]
 ) -> None:
-    """Of a device in the second namespace, by who is told of one only."""
+    """A scheduler configured with one namespace finds the pod of a device in the second."""
     slug = next(slug for slug, (one,) in placements.items() if one.ref.startswith("spread-1/"))
     client = kube.client()
     path = ""
@@ -60,8 +60,8 @@ async def the_newest_pod_is_found(
 async def test_devices_are_spread_and_none_is_lost_when_the_number_changes(
     kube: KubernetesCluster,
 ) -> None:
-    """Two namespaces share twenty devices; a scheduler that is told of one only still sees and stops all,
-    finds its pods, and another number moves no agent."""
+    """Two namespaces share twenty devices. A scheduler configured with only one still sees and
+    stops all of them and finds their pods, and changing the number moves no agent."""
     for name in ("spread", "spread-1"):
         await kube.add_namespace(name)
     records = [record_of(f"spread-{number}") for number in range(20)]
@@ -87,8 +87,8 @@ async def test_devices_are_spread_and_none_is_lost_when_the_number_changes(
 
 
 async def test_the_number_of_namespaces_is_lowered_by_hand_only(kube: KubernetesCluster) -> None:
-    """Who is told of one still reads two; patched as the guide says they are one, and then the number can be
-    raised again."""
+    """A scheduler configured with one namespace still reads two. After a patch as in the guide it
+    reads one, and then the number can be raised again."""
     for name in ("lowered", "lowered-1"):
         await kube.add_namespace(name)
     client = kube.client()
@@ -110,7 +110,7 @@ async def test_the_number_of_namespaces_is_lowered_by_hand_only(kube: Kubernetes
 
 
 async def test_a_namespace_that_is_not_there_is_told(kube: KubernetesCluster) -> None:
-    """Preparing says that the namespace is missing, before anything is placed."""
+    """Preparing reports the missing namespace before anything is placed."""
     async with scheduler(kube, "nowhere") as one:
         with pytest.raises((NotFoundError, DeniedError), match='"nowhere" not found'):
             await one.prepare([SPEC])
@@ -119,7 +119,8 @@ async def test_a_namespace_that_is_not_there_is_told(kube: KubernetesCluster) ->
 async def test_a_start_is_calm_news_and_a_crash_is_urgent(
     kube: KubernetesCluster, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """From ensure to running every hint of a device is calm; when its process dies one is not."""
+    """From ensure to running every hint of a device is calm; when its process dies, at least one is
+    not."""
     await kube.add_namespace("hints")
     seen: list[Hint] = []
     record = record_of("hinted")

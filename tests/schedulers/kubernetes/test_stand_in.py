@@ -1,4 +1,4 @@
-"""What the stand-in for a kubelet gives a pod, where the control plane's own pods rely on it."""
+"""What the kubelet stand-in provides to a pod, where the control plane's own pods depend on it."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ POD: dict[str, Any] = {
 async def test_a_pod_waits_for_its_config_map_and_gets_the_token_of_its_account(
     kube: KubernetesCluster, admin: KubernetesClient, tmp_path: Path
 ) -> None:
-    """Without the ConfigMap the container waits with that as the reason; then it reads the file, and the token
-    beside it is its service account's, bound to the pod, by the API server's own word."""
+    """Without the ConfigMap the container waits and reports that as the reason; then it reads the
+    file and a token, which the API server confirms as its service account's, bound to the pod."""
     await kube.add_namespace("stand-in")
     image = Image((sys.executable, "-S", "-E", "-c", PROGRAM))
     options: dict[str, Any] = {"node": "stand-in", "subnet": 29, "backoff_s": 0.2}

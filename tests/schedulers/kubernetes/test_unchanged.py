@@ -1,5 +1,5 @@
-"""That nothing has changed on Kubernetes is told by short watches: on a real API server, and by one that says
-what no real one can be made to say."""
+"""On Kubernetes, short watches show that nothing has changed: tested with a real API server, and
+with a fake one for answers that a real one can't be made to give."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def agent(node: Kubelet) -> AgentSpec:
 async def scheduler_of(
     kube: KubernetesCluster, node: Kubelet
 ) -> AsyncIterator[KubernetesScheduler]:
-    """With one agent that runs; it is gone at the end."""
+    """A scheduler with one running agent, which is removed at the end."""
     one = KubernetesScheduler(settings=kube.settings(), namespace=SPACE, installation="still")
     try:
         await one.prepare([agent(node)])
@@ -69,12 +69,12 @@ async def scheduler_of(
 
 
 async def until_running(one: KubernetesScheduler) -> Snapshot:
-    """The snapshot that shows it, when nothing has moved since."""
+    """The snapshot that shows the agent running, once nothing changes any more."""
     async with asyncio.timeout(60.0):
         while True:
             found = await one.snapshot()
             there = placement_of(found)
-            # ready is said some time after running, and would be news
+            # the pod becomes ready some time after running, which would be a change
             runs = there.state is PlacementState.RUNNING and there.ready
             if runs and await one.unchanged_since(found):
                 return found
@@ -91,13 +91,13 @@ def placement_of(found: Snapshot) -> Placement:
 async def test_a_fleet_that_nobody_touches_is_still_again_and_again(
     kube: KubernetesCluster, node: Kubelet
 ) -> None:
-    """Said thrice in a row, and each time of the time that has passed since: others' writes move the API
-    server's version, and are not ours. To prepare again what is prepared changes nothing."""
+    """Three calls in a row report no change, each for the time since the previous one. Others'
+    writes advance the API server's version but are not ours. Preparing again changes nothing."""
     async with scheduler_of(kube, node) as one:
         seen = await until_running(one)
         for number in range(3):
             await kube.add_namespace(f"{SPACE}-noise-{number}")
-            await one.prepare([agent(node)])  # as is done at every resync
+            await one.prepare([agent(node)])  # as at every resync
             assert await one.unchanged_since(seen)
 
 
@@ -108,8 +108,9 @@ async def test_a_fleet_that_nobody_touches_is_still_again_and_again(
 async def test_whatever_happens_to_an_object_or_a_pod_is_no_stillness(
     kube: KubernetesCluster, node: Kubelet
 ) -> None:
-    """Another's label on the Deployment, its own on the pod, and a pod that is killed: each ends it, until all
-    was read again. While a pod leaves nothing is called still, for when it is overdue no event says so."""
+    """Someone else's label on the Deployment or on the pod, and a killed pod, each count as a
+    change until everything is read again. While a pod is terminating nothing counts as unchanged,
+    because no event reports that it is overdue."""
     async with scheduler_of(kube, node) as one:
         client = kube.client()
         try:
@@ -139,7 +140,8 @@ async def test_whatever_happens_to_an_object_or_a_pod_is_no_stillness(
 async def test_after_a_write_of_ours_all_is_read_again(
     kube: KubernetesCluster, node: Kubelet
 ) -> None:
-    """Also after one that changed nothing, and when it ends while the list is being read."""
+    """This also holds for a write that changed nothing, and for one that ends while the list is
+    being read."""
     async with scheduler_of(kube, node) as one:
         seen = await until_running(one)
         await one.ensure(record_of("device"), Epoch(1), agent(node))
@@ -151,7 +153,8 @@ async def test_after_a_write_of_ours_all_is_read_again(
 
 @pytest.mark.parametrize("failed", [False, True])
 async def test_a_list_that_was_begun_before_a_write_ended_does_not_count(failed: bool) -> None:
-    """Whether it shows the write nobody knows; a write that failed may have arrived as well."""
+    """It is unknown whether such a list shows the write; a failed write may have arrived as
+    well."""
     client = KubernetesClient(KubernetesAccess("http://127.0.0.1:9"))
     one = unchanged.ChangeProbe(client, "")
     began = one.begin_read()
@@ -168,7 +171,7 @@ async def test_a_list_that_was_begun_before_a_write_ended_does_not_count(failed:
 async def test_a_list_that_is_refused_is_no_stillness(
     kube: KubernetesCluster, node: Kubelet
 ) -> None:
-    """Somebody without rights learns nothing."""
+    """A client without permissions never reports "unchanged"."""
     path = f"/api/v1/namespaces/{SPACE}/pods"
     client, nobody = kube.client(), KubernetesClient(kube.settings(await kube.user("nobody")))
     try:
@@ -183,7 +186,7 @@ async def test_a_list_that_is_refused_is_no_stillness(
 
 
 async def version_of(client: KubernetesClient, path: str) -> int:
-    """As soon as the API server that was started again gives it."""
+    """The version, as soon as the restarted API server returns it."""
     async with asyncio.timeout(30.0):
         while True:
             with contextlib.suppress(TransientError):
@@ -192,7 +195,7 @@ async def version_of(client: KubernetesClient, path: str) -> int:
 
 
 async def moved_on(client: KubernetesClient, prefix: str) -> None:
-    """The store, by more than what an API server writes when it is started."""
+    """Advance the store by more than an API server writes when it starts."""
     for number in range(60):
         named = {"metadata": {"name": f"{prefix}{number}"}}
         await client.create("/api/v1/namespaces/n/configmaps", named)
@@ -201,8 +204,9 @@ async def moved_on(client: KubernetesClient, prefix: str) -> None:
 @pytest.mark.servers
 @pytest.mark.slow_because("stops and starts an API server and its store, twice")
 async def test_what_has_become_of_the_store_is_no_stillness(tmp_path: Path) -> None:
-    """An API server that was started again has forgotten what was before (410). From its memory one without
-    its store says that nothing happens, and so does one whose store was put back to before the list (S8)."""
+    """A restarted API server has forgotten earlier versions (410). An API server without its store
+    reports from memory that nothing happens, and so does one whose store was restored to before the
+    list (S8)."""
     store, copy = tmp_path / "kube" / "etcd", tmp_path / "copy"
     async with KubernetesCluster(tmp_path / "kube", controllers=False) as cluster:
         client = cluster.client()
@@ -251,7 +255,8 @@ def thing(slug: str, *, leaving: bool = False) -> dict[str, Any]:
 
 
 def test_what_time_alone_would_change_is_not_settled() -> None:
-    """A pod that leaves is overdue some day, and an object that has had no pod for a while is asked why."""
+    """A terminating pod becomes overdue at some point, and an object that has had no pod for a
+    while is checked for the reason."""
     both = [thing("a"), thing("b")]
 
     assert view.is_settled(both, both)
@@ -261,7 +266,7 @@ def test_what_time_alone_would_change_is_not_settled() -> None:
 
 
 async def holds(handler: Handler) -> bool:
-    """What is said of a list of pods at version 7."""
+    """Whether a list of pods at version 7 is reported as unchanged."""
     async with served(handler) as client:
         one = unchanged.ChangeProbe(client, "a=b")
         one.end_read(one.begin_read(), EMPTY, {PODS: "7"})
@@ -274,7 +279,7 @@ def event(kind: str) -> bytes:
 
 
 def watched(body: bytes, length_s: float = 1.0) -> Handler:
-    """Lists are empty; each watch says this and ends in time."""
+    """Lists are empty; each watch sends this and ends after `length_s`."""
 
     async def handler(request: web.Request) -> web.StreamResponse:
         if "watch" not in request.query:
@@ -290,19 +295,20 @@ def watched(body: bytes, length_s: float = 1.0) -> Handler:
 
 
 async def test_a_watch_that_has_nothing_to_say_is_a_yes() -> None:
-    """A bookmark says nothing, either."""
+    """A watch without events, or with only a bookmark, means unchanged."""
     assert await holds(watched(b""))
     assert await holds(watched(event("BOOKMARK")))
 
 
 @pytest.mark.parametrize("kind", ["ADDED", "ERROR", "STRANGE"])
 async def test_any_other_word_is_a_no(kind: str) -> None:
-    """Whatever comes before and after it."""
+    """Any other event means changed, whatever comes before and after it."""
     assert not await holds(watched(event("BOOKMARK") + event(kind) + event("BOOKMARK")))
 
 
 async def test_a_watch_that_has_not_its_time_is_a_no(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut off early, by a server that ends, say; or never ended."""
+    """A watch that is cut off early (for example by a server that shuts down) or never ends means
+    changed."""
     monkeypatch.setattr(unchanged, "_MAX_S", 2.0)
     for length_s in (0.0, 0.7, 20.0):
         assert not await holds(watched(b"", length_s))

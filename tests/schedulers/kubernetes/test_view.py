@@ -1,4 +1,4 @@
-"""What pods and objects mean; each case is one that the real API server has shown."""
+"""What pods and objects mean; each case has been seen on the real API server."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ CASES: dict[str, tuple[Any, str, str]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_pod_means(case: str) -> None:
-    """A pod under its Deployment ends in this state with this reason."""
+    """A pod under its Deployment has this state with this reason."""
     thing, state, reason = CASES[case]
     (found,) = seen([owner()], [thing])
 
@@ -129,7 +129,7 @@ def test_a_pod_means(case: str) -> None:
 
 
 def test_a_pod_waits_since_it_was_made_and_is_queued_without_a_node() -> None:
-    """Only a pod that has a node may be one that its node does not start."""
+    """A pod without a node is queued; only a pod with a node can fail to be started by it."""
     (there,) = seen([owner()], [pod(state={"waiting": {"reason": "ContainerCreating"}})])
     (queued,) = seen([owner()], [pod(node="", state={"waiting": {}})])
     (unmade,) = seen([owner()], [])
@@ -140,7 +140,7 @@ def test_a_pod_waits_since_it_was_made_and_is_queued_without_a_node() -> None:
 
 
 def test_a_deployment_without_a_pod_is_pending_and_says_why() -> None:
-    """A quota that refuses the pod stands in the object's conditions, and becomes the reason."""
+    """The object's conditions show a quota that rejects the pod, which becomes the reason."""
     broken = owner() | {
         "status": {
             "conditions": [
@@ -154,7 +154,7 @@ def test_a_deployment_without_a_pod_is_pending_and_says_why() -> None:
 
 
 def test_told_to_stop_is_stopping_until_the_object_is_gone() -> None:
-    """A Deployment that is being deleted stops its placement, with and without its pod."""
+    """A Deployment that is being deleted makes its placement STOPPING, with and without its pod."""
     going = owner(deletionTimestamp="2001-09-09T01:46:41Z")
 
     assert seen([going], [pod()])[0].state is PlacementState.STOPPING
@@ -164,7 +164,8 @@ def test_told_to_stop_is_stopping_until_the_object_is_gone() -> None:
 
 
 def test_in_place_the_old_epoch_stops_and_the_new_one_waits() -> None:
-    """While a Deployment is at a new epoch and the old pod is there, two placements are told, one a process."""
+    """While a Deployment is at a new epoch and the old pod exists, there are two placements, one
+    per process."""
     old, new = seen([owner(2)], [pod(1)])
 
     assert (old.epoch, old.state, old.instances) == (1, PlacementState.STOPPING, ("uid-1",))
@@ -173,7 +174,7 @@ def test_in_place_the_old_epoch_stops_and_the_new_one_waits() -> None:
 
 
 def test_a_replaced_pod_gives_way_to_its_successor() -> None:
-    """Where a pod was moved, only the new one is an instance that may be accepted."""
+    """After a pod was moved, only the new one is an instance that may be accepted."""
     old = pod(deletionTimestamp="2001-09-09T01:46:30Z", uid="old")
     (found,) = seen([owner()], [old, pod(uid="new")])
 
@@ -181,7 +182,7 @@ def test_a_replaced_pod_gives_way_to_its_successor() -> None:
 
 
 def test_a_bare_pod_that_has_ended_is_dead() -> None:
-    """Nothing starts a bare pod again, so an evicted one is DEAD with its reason."""
+    """A bare pod is never restarted, so an evicted one is DEAD with its reason."""
     ended = pod(kind="pod", phase="Failed", status={"reason": "Evicted"})
 
     assert [(one.state, one.reason) for one in seen([], [ended])] == [
@@ -190,7 +191,8 @@ def test_a_bare_pod_that_has_ended_is_dead() -> None:
 
 
 def test_a_pod_is_ready_by_its_own_probe_only() -> None:
-    """Without a readiness probe Kubernetes calls every running pod ready, which says nothing of its agent."""
+    """Without a readiness probe Kubernetes reports every running pod as ready, which says nothing
+    about its agent."""
     probed = pod()
     probed["spec"]["containers"] = [{"readinessProbe": {"periodSeconds": 5}}]
     unready = pod(conditions=[{"type": "Ready", "status": "False"}])
@@ -202,7 +204,8 @@ def test_a_pod_is_ready_by_its_own_probe_only() -> None:
 
 
 def test_labels_that_do_not_hold_together_are_counted_and_left_out() -> None:
-    """An object whose slug is not its device's, or whose epoch is no number, is no placement (S11)."""
+    """An object whose slug does not match its device, or whose epoch is not a number, is not a
+    placement (S11)."""
     wrong = owner()
     wrong["metadata"]["labels"][names.SLUG] = "other"
     strange = owner()
@@ -212,7 +215,8 @@ def test_labels_that_do_not_hold_together_are_counted_and_left_out() -> None:
 
 
 def test_only_news_that_confirms_is_calm() -> None:
-    """A start that is made, placed or runs is calm; an end, a stop, a restart or a crash is not."""
+    """A start that is created, placed or running is calm; an end, a stop, a restart or a crash is
+    not."""
     calm = [pod(), pod(phase="Pending", node="", conditions=[]), CASES["no node can run it"][0]]
     urgent = [CASES[name][0] for name in ("crash loop", "evicted", "drained", "node is silent")]
 
