@@ -1,7 +1,7 @@
-"""Runs a program under what a systemd unit forbids, as systemd would: `python -m tests.confined UNIT PROGRAM…`
+"""Runs a program under the restrictions of a systemd unit, as systemd would: `python -m tests.confined UNIT PROGRAM…`
 
-Capabilities, system calls, address families, namespaces, and memory that is both written and executed. Not the
-file system's rules, which need systemd. Needs libseccomp, as systemd itself does, and systemd-analyze.
+Capabilities, system calls, address families, namespaces, and memory that is both writable and executable. File system
+rules are not included, because they need systemd. Needs libseccomp, as systemd itself does, and systemd-analyze.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Compare(ctypes.Structure):
 
 @cache
 def calls_of(name: str) -> frozenset[str]:
-    """The system calls of a set such as @system-service."""
+    """The system calls in a set such as @system-service."""
     if not name.startswith("@"):
         return frozenset({name})
     said = subprocess.run(
@@ -44,7 +44,7 @@ def calls_of(name: str) -> frozenset[str]:
 
 
 def confine(unit: str) -> None:
-    """From now on, for this process and all that it starts."""
+    """Confine this process and all that it starts from now on."""
     settings = re.findall(r"^(\w+)=(.*)$", unit, re.MULTILINE)
     given = dict(settings)
     allowed: set[str] = set()

@@ -1,4 +1,4 @@
-"""Fixtures that several folders share: real servers, once a session."""
+"""Fixtures that several folders share: real servers, started once per session."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ from tests.suite import groups, interrupts, leftovers
 from tests.suite.summary import Summary
 
 SERVERS = {"consul", "acl_consul", "nomad", "kube", "helm"}
-"""Fixtures that start a server, or a program that is built as they are: whoever uses one, also through another, needs the servers built."""
+"""Fixtures that start a server, or a program that is built like one. A test that uses one, even indirectly, needs the
+servers built."""
 
 
-# A busy machine is no failure: no time limit of an example, nor of making one. pytest-timeout ends what hangs.
+# A busy machine is not a failure: no time limit for an example or for its generation. pytest-timeout ends hung tests.
 hypothesis.settings.register_profile(
     "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("suite")
 
 
-# Looking for cycles among the thousands of tests and modules that stay costs a sixth of the processor's time.
+# The garbage collector's search among the thousands of tests and modules that stay costs a sixth of the CPU time.
 gc.set_threshold(10_000, 10, 10)
 
 
 def pytest_collection_finish() -> None:
-    """What is there now stays until the end."""
+    """Exclude the objects that exist now from garbage collection; they stay until the end."""
     gc.freeze()
 
 
@@ -52,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist's worker reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tell the tests that need a server from those that do not, by what they ask for."""
+    """Mark the tests that need a server, based on their fixtures."""
     for item in items:
         consul_store = getattr(item, "callspec", None) and "consul" in item.callspec.params.values()
         if SERVERS & set(getattr(item, "fixturenames", ())) or consul_store:
@@ -66,15 +67,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def no_secret_of_another_test() -> Iterator[None]:
-    """What a test made this process know is hidden until its end only."""
+    """Secrets that a test made known to this process are hidden only until the test ends."""
     yield
     secret_values.forget()
 
 
 @pytest.fixture
 def yielding(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests with deadlines get more of the processor. What is not long still gets a share that its own time limit
-    allows for. Only root may take the priority back afterwards."""
+    """Lower the priority, so that tests with deadlines get more CPU time. A test that is not long still gets enough for
+    its own time limit. Only root can restore the priority afterwards."""
     if os.geteuid() != 0:
         yield
         return
@@ -86,7 +87,7 @@ def yielding(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def clean_environment() -> None:
-    """Nothing in the caller's environment may lead a test to somebody's real servers."""
+    """Nothing in the caller's environment may lead a test to real servers of the caller."""
     for name in list(os.environ):
         ours = ("CONSUL_", "NOMAD_", "KUBE")
         if name.startswith(ours) and not name.startswith("NOMAD_WATCHDOG_CACHE"):
@@ -96,8 +97,8 @@ def clean_environment() -> None:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def consul(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ConsulServer]:
-    """One Consul server for the whole session: use your own key prefix and service names, and do not
-    pause or kill it (make your own ConsulServer for that)."""
+    """One Consul server for the whole session. Use your own key prefix and service names, and do not pause or kill it
+    (create your own ConsulServer for that)."""
     async with ConsulServer(tmp_path_factory.mktemp("consul")) as server:
         yield server
 
@@ -111,16 +112,16 @@ async def acl_consul(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def nomad(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[NomadServer]:
-    """One Nomad, with one client, for the whole session: use your own job prefix, stop your jobs, and leave
-    it ready, whatever you do to it meanwhile."""
+    """One Nomad with one client for the whole session. Use your own job prefix, stop your jobs, and leave Nomad ready,
+    whatever you do to it meanwhile."""
     async with NomadServer(tmp_path_factory.mktemp("nomad")) as server:
         yield server
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def kube(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[KubernetesCluster]:
-    """One Kubernetes control plane for the whole session: use a namespace and nodes of your own, and leave
-    its processes running."""
+    """One Kubernetes control plane for the whole session. Use your own namespace and nodes, and leave its processes
+    running."""
     async with KubernetesCluster(tmp_path_factory.mktemp("kube")) as cluster:
         yield cluster
 
@@ -135,7 +136,7 @@ async def consul_client(consul: ConsulServer) -> AsyncIterator[ConsulClient]:
 
 @pytest.fixture(scope="session")
 def helm() -> Path:
-    """The program."""
+    """The `helm` program."""
     return find("helm")
 
 

@@ -1,4 +1,4 @@
-"""A reconcile loop that does nothing and answers what the test says."""
+"""A reconcile loop that does nothing and returns what the test sets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nomad_watchdog.ids import Slug
 
 
 class FixedLoop(NoLoop):
-    """`obstacle` and `plan` answer as these functions do."""
+    """`obstacle` and `plan` return the results of these functions."""
 
     def __init__(
         self,

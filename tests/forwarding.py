@@ -1,5 +1,5 @@
-"""Connections that are passed on. As a program (PORT, MANY) it is a router in one process: a connection to
-127.0.1.N goes on to the device at 127.0.2.N; it answers itself at 127.0.1.100."""
+"""Forwarded connections. As a program (PORT, MANY) it is a router in one process: a connection to 127.0.1.N is
+forwarded to the device at 127.0.2.N; the router itself answers at 127.0.1.100."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
 
 
 async def forward(reader: Reader, writer: Writer, host: str, port: int) -> None:
-    """Both ways until both sides have ended; closed at once when nobody is there."""
+    """Forward in both directions until both sides have ended; close immediately if nothing listens there."""
     try:
         there = await asyncio.open_connection(host, port)
         try:

@@ -1,4 +1,4 @@
-"""Images built by buildah without a registry, and run as a container engine would.
+"""Images built by buildah without a registry, and run like in a container engine.
 
 The base is this machine's own Python; the default base of the Dockerfiles comes from a registry. Needs root
 and Debian's package buildah: `make image`.
@@ -30,7 +30,7 @@ MOUNTS = (
 
 
 class Buildah:
-    """buildah with a storage of its own."""
+    """buildah with its own storage."""
 
     def __init__(self, folder: Path) -> None:
         program = shutil.which("buildah")
@@ -53,8 +53,8 @@ def needed_by(files: Iterable[Path]) -> set[Path]:
 
 
 def a_root(root: Path, *, packages: Sequence[str] = (), libraries: Iterable[Path] = ()) -> None:
-    """A root file system with the Python that runs this, a shell, what both load, some of the packages
-    that are installed here, and what these libraries load."""
+    """Create a root file system with the Python that runs this, a shell, some of the packages that are installed here,
+    and the shared libraries that these programs and `libraries` load."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     home = Path(sys.base_prefix)
     library = home / "lib" / version
@@ -76,7 +76,7 @@ def a_root(root: Path, *, packages: Sequence[str] = (), libraries: Iterable[Path
 
 
 def a_base(buildah: Buildah, root: Path) -> None:
-    """The image BASE, of a folder that `a_root` has made."""
+    """Create the image BASE from a folder made by `a_root`."""
     container = buildah("from", "scratch")
     buildah("copy", "-q", container, root, "/")
     buildah("config", "--env", "PATH=/usr/local/bin:/usr/bin:/bin", container)
@@ -85,7 +85,7 @@ def a_base(buildah: Buildah, root: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """What its configuration says, and where its root is mounted."""
+    """An image's configuration, and the mount point of its root."""
 
     config: Mapping[str, Any]
     root: Path
@@ -102,8 +102,7 @@ class Image:
         log: Path,
         mounts: Mapping[str, Path] | None = None,
     ) -> asyncio.subprocess.Process:
-        """Its entry point, as its user, on its root, which can't be written. `mounts`: path inside →
-        folder or file here."""
+        """Run its entry point, as its user, on its read-only root. `mounts`: path inside → folder or file here."""
         for path, source in (mounts or {}).items():
             place = self.root / path.lstrip("/")
             if source.is_dir():
@@ -124,7 +123,7 @@ class Image:
             )  # fmt: skip
 
     async def execute(self, pid: int, arguments: Sequence[str], *, env: Mapping[str, str]) -> str:
-        """What a program of it says beside the process `pid`, as `kubectl exec` would run it."""
+        """Output of a program in the container of the process `pid`, as `kubectl exec` would run it."""
         child = await asyncio.create_subprocess_exec(
             "nsenter", f"--target={pid}", "--mount", "--root", "--wd=/",
             "--setuid=65534", "--setgid=65534", *arguments,
@@ -138,7 +137,7 @@ class Image:
 
 @contextmanager
 def opened(buildah: Buildah, name: str) -> Iterator[Image]:
-    """An image that was built, as a container that is mounted."""
+    """A built image, as a mounted container."""
     told = json.loads(buildah("inspect", "--type=image", name))
     running = buildah("from", "--pull-never", f"localhost/{name}")
     try:
@@ -152,7 +151,7 @@ def opened(buildah: Buildah, name: str) -> Iterator[Image]:
 
 
 def kill_all(image: Image) -> None:
-    """What runs on its root, whoever has started it: agents outlive their control plane."""
+    """Kill everything that runs on its root, including agents, which outlive their control plane."""
     for entry in Path("/proc").iterdir():
         with suppress(OSError):
             if entry.name.isdigit() and (entry / "root").readlink() == image.root:
@@ -160,7 +159,7 @@ def kill_all(image: Image) -> None:
 
 
 def assert_confined(pid: int) -> None:
-    """It runs as nobody, and its root can't be written."""
+    """It runs as `nobody`, and its root is read-only."""
     status = Path(f"/proc/{pid}/status").read_text()
     assert re.search(r"^Uid:\s+65534\s+65534\s+65534\s+65534$", status, re.MULTILINE), status
     mounts = Path(f"/proc/{pid}/mountinfo").read_text()

@@ -1,4 +1,4 @@
-"""The alert rules name what exists, and each alert has its runbook."""
+"""The alert rules name existing metrics, and each alert has its runbook."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_alerts_and_runbooks_agree() -> None:
 
 @pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
 def test_an_alert_asks_for_series_that_exist(rule: dict[str, Any]) -> None:
-    """Every metric of the expression is exposed, with the labels and label values that are asked for,
-    so that the alert can fire at all."""
+    """Every metric in the expression is exposed, with the labels and label values that it selects, so that the alert
+    can fire at all."""
     exposed = Metrics().render().decode()
     asked = re.findall(r"(nomad_watchdog_\w+)(?:\{([^}]*)\})?", rule["expr"])
 
@@ -74,8 +74,8 @@ OUTAGES = {"DeviceOffline", "DeviceDegraded", "DeviceUnwatched", "AgentsUnheard"
 
 @pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
 def test_an_alert_says_how_bad_it_is_and_where_to_read_on(rule: dict[str, Any]) -> None:
-    """Severity, a summary in one line, and a link to its own section; nothing else. What tells of an outage goes on
-    firing while a control plane restarts."""
+    """Severity, a summary in one line, and a link to its own section; nothing else. An alert for an outage keeps firing
+    while a control plane restarts."""
     assert set(rule) <= {"alert", "expr", "for", "keep_firing_for", "labels", "annotations"}
     assert ("keep_firing_for" in rule) is (rule["alert"] in OUTAGES)
     assert rule["labels"]["severity"] in {"warning", "critical"}
@@ -85,7 +85,7 @@ def test_an_alert_says_how_bad_it_is_and_where_to_read_on(rule: dict[str, Any]) 
 
 
 def test_the_advice_on_inhibition_names_alerts_that_exist() -> None:
-    """The rules of Alertmanager in the comment are YAML, and every alert in them is one of ours."""
+    """The Alertmanager rules in the comment are YAML, and every alert in them is one of ours."""
     comment = re.findall(r"^#   (.*)$", RULES.read_text(), re.MULTILINE)
     advice = yaml.safe_load("\n".join(comment))["inhibit_rules"]
 

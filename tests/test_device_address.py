@@ -1,4 +1,4 @@
-"""The rule for the address of a device: what is taken, in which form, and what is said of the rest."""
+"""The rule for a device's address: which are accepted, in which form, and the errors for the rest."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ REFUSED = [
     ("10.0.0.0/255.255.255.0", "is a network"),
     ("10.0.0.9/status", "has a path; write 10.0.0.9"),
     ("10.0.0.9/", "has a path; write 10.0.0.9"),
-    # what cannot be an IPv4 address
+    # not IPv4 addresses
     ("127.10.1.999", "is not an IPv4 address; write four numbers from 0 to 255"),
     ("256.1.1.1", "is not an IPv4 address"),
     ("10.0.0", "is not an IPv4 address"),
@@ -64,7 +64,7 @@ REFUSED = [
     ("2130706433", "is not an IPv4 address"),
     ("[10.0.0.9]", "is not a host name"),
     ("0.0.0.0", "is the address of no device"),
-    # nor IPv6
+    # not IPv6 addresses
     ("::", "is the address of no device"),
     ("::ffff:0.0.0.0", "is the address of no device"),
     ("fd00::1::2", "is not an IPv6 address"),
@@ -81,7 +81,7 @@ REFUSED = [
     ("fe80::1%../../x", "is not the name of a network interface"),
     ("fe80::1%" + "e" * 16, "is not the name of a network interface"),
     ("fe80::1", "write the network interface of the agent's host with it, as fe80::1%eth0"),
-    # nor a name
+    # not names
     ("a..b", "is not a host name; each part between dots must have 1 to 63 characters"),
     (".a", "each part between dots"),
     (".", "each part between dots"),
@@ -105,7 +105,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("text", "wanted"), TAKEN.items())
 def test_what_is_an_address_is_taken_in_one_form(text: str, wanted: str) -> None:
-    """Names and IP addresses are taken on both ends, IPv6 without brackets and in its short form."""
+    """Names and IP addresses are accepted on both sides, IPv6 without brackets and in its short form."""
     assert checked(text) == wanted
     assert checked(wanted) == wanted
     assert device_address(text) == wanted
@@ -114,7 +114,7 @@ def test_what_is_an_address_is_taken_in_one_form(text: str, wanted: str) -> None
 
 @pytest.mark.parametrize(("text", "words"), REFUSED)
 def test_what_is_none_is_refused_with_what_to_write(text: str, words: str) -> None:
-    """Anything else is refused by the agent, in short printable words that say what to write."""
+    """Anything else is rejected by the agent, with a short printable message that says what to write."""
     with pytest.raises(AddressError) as caught:
         checked(text)
     assert words in str(caught.value)
@@ -139,7 +139,7 @@ def test_what_is_none_is_refused_with_what_to_write(text: str, words: str) -> No
     ],
 )
 def test_international_names_become_what_the_dns_knows(text: str, wanted: str) -> None:
-    """The control plane converts a name with other letters, composed or not, to the form that agents take."""
+    """The control plane converts a name with other letters, composed or not, to the form that agents accept."""
     assert device_address(text) == wanted
     assert checked(wanted) == wanted
 
@@ -160,7 +160,7 @@ def test_international_names_become_what_the_dns_knows(text: str, wanted: str) -
     ],
 )
 def test_international_names_that_have_no_such_form(text: str, words: str) -> None:
-    """What cannot be converted is refused in printable words."""
+    """Names that cannot be converted are rejected with a printable message."""
     with pytest.raises(UserError) as caught:
         device_address(text)
     assert any(one in str(caught.value) for one in words.split("|"))
@@ -173,8 +173,8 @@ def test_international_names_that_have_no_such_form(text: str, words: str) -> No
     | st.sampled_from([*TAKEN, *(one for one, _ in REFUSED)])
 )
 def test_whatever_is_taken_can_be_asked_for(text: str) -> None:
-    """Any text is refused in words, or gives a form that the agent takes unchanged: ASCII, without blanks,
-    slashes, brackets or ports."""
+    """Any text is rejected with a message, or converted to a form that the agent accepts unchanged: ASCII, without
+    blanks, slashes, brackets or ports."""
     try:
         found = device_address(text)
     except UserError as error:
@@ -201,8 +201,8 @@ def test_whatever_is_taken_can_be_asked_for(text: str) -> None:
 def test_a_gateway_has_an_address_of_either_version(
     label: object, given: dict, wanted: str
 ) -> None:
-    """A label that is an IP address, with a zone or in brackets too, goes before the class's gateway; a label
-    that is a name does not, and a device is not its own gateway."""
+    """A label that is an IP address, also with a zone or in brackets, takes precedence over the class's gateway. A
+    label that is a name does not, and a device is not its own gateway."""
     part = document(labels={"gateway": label}, gateway=given, probes=[probe(80)])
     found = config.check(part).get("gateway")
     assert (found and found["address"]) == wanted

@@ -1,4 +1,4 @@
-"""The documents do not rot: what they name exists, and what they show is accepted."""
+"""The documents stay correct: what they name exists, and their examples are accepted."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("
 
 
 def blocks(language: str) -> list[str]:
-    """Fenced blocks of README in one language."""
+    """Fenced blocks in README in one language."""
     text = (ROOT / "README.md").read_text()
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
-    """Every relative link of a document names a file that is there."""
+    """Every relative link in a document names an existing file."""
     links = re.findall(r"\]\(([^)#]+)\)", document.read_text())
     broken = [
         link
@@ -36,7 +36,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 def test_the_configuration_of_readme_is_accepted(tmp_path: Path) -> None:
-    """Each piece of HCL in README passes our own check; the second is a class to add to the first."""
+    """Each HCL example in README passes the configuration check; the second is a class to add to the first."""
     whole, a_class = blocks("hcl")
     file = tmp_path / "nomad-watchdog.hcl"
     file.write_text(whole + a_class)
@@ -45,7 +45,7 @@ def test_the_configuration_of_readme_is_accepted(tmp_path: Path) -> None:
 
 
 def test_the_commands_of_readme_exist() -> None:
-    """Every `make` target, verb, option and file in README's shell blocks exists."""
+    """Every `make` target, command, option and file in README's shell blocks exists."""
     makefile = (ROOT / "Makefile").read_text()
     for line in "\n".join(blocks("sh")).splitlines():
         words = shlex.split(line, comments=True)

@@ -1,4 +1,4 @@
-"""JSON that is written many times a second."""
+"""JSON that is written many times per second."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ VALUES = st.recursive(
 
 @given(VALUES)
 def test_whatever_is_written_is_read_again(value: Any) -> None:
-    """Also an integer that the fast writer refuses; and there is no space in it that says nothing."""
+    """Including integers that the fast writer refuses; the output has no insignificant space."""
     assert json.loads(as_json(value)) == value
     assert as_json({"a": [1, value]}).startswith(b'{"a":[1,')
 
 
 def test_half_a_character_is_refused() -> None:
-    """A lone surrogate is no text: it must not reach a server as something else."""
+    """A lone surrogate is not text: it must not reach a server as something else."""
     with pytest.raises(ValueError, match="surrogates"):
         as_json({"a": "\ud800"})

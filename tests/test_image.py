@@ -34,7 +34,7 @@ agent_class "default" {
 
 @pytest.fixture
 def image(tmp_path: Path, repository: Path) -> Iterator[Image]:
-    """The image that jobs/Dockerfile makes, with the packages from a folder of wheels."""
+    """The image built from jobs/Dockerfile, with the packages from a folder of wheels."""
     wheels = tmp_path / "wheels"
     locks = repository / ".ci" / "lock"
     subprocess.run(
@@ -56,9 +56,9 @@ def image(tmp_path: Path, repository: Path) -> Iterator[Image]:
 async def test_the_image_runs_a_control_plane_and_an_agent_without_root(
     image: Image, tmp_path: Path
 ) -> None:
-    """Started as its configuration says, by nobody on a root that can't be written, it serves, keeps who has
-    no token out, keeps its state where the image says, and its own agent watches a device, and the program
-    inside says so; it ends on SIGTERM with 0, and knows the device when it comes again."""
+    """Started as its configuration says, by `nobody` on a read-only root, it serves, rejects requests without a token,
+    keeps its state where the image says, and its own agent watches a device, as the program inside reports. It ends on
+    SIGTERM with 0, and knows the device when it is started again."""
     assert (image.config["User"], image.config["ExposedPorts"]) == ("65534:65534", {"9670/tcp": {}})
     assert image.config["Cmd"] == ["run"]
     assert not (image.root / "src").exists()

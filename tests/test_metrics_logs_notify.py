@@ -18,7 +18,7 @@ DOC = Path(__file__).parents[1] / "docs" / "metrics.md"
 
 
 def test_metrics_and_their_page_agree() -> None:
-    """Every metric is on the page, and the page names no metric that is not there."""
+    """Every metric is on the page, and the page names no other metric."""
     assert (
         set(re.findall(r"^\| `(nomad_watchdog_\w+)", DOC.read_text(), re.MULTILINE))
         == Metrics().names()
@@ -26,7 +26,7 @@ def test_metrics_and_their_page_agree() -> None:
 
 
 def test_metrics_start_at_zero_and_take_no_new_label_values() -> None:
-    """All series exist before anything happened, and a strange value makes no new one."""
+    """All series exist before anything has happened, and an unknown value creates no new one."""
     metrics = Metrics()
     before = metrics.render().count(b"\n")
     assert b'nomad_watchdog_devices{verdict="offline"} 0.0' in metrics.render()
@@ -39,7 +39,7 @@ def test_metrics_start_at_zero_and_take_no_new_label_values() -> None:
 
 @pytest.mark.parametrize("style", ["json", "text"])
 def test_s10_logs_hold_no_secret_and_no_control_character(style: logs.Format) -> None:
-    """Secrets are gone, control characters are escaped, and each record is one bounded line."""
+    """Secrets are hidden, control characters are escaped, and each record is one line of limited length."""
     out = StringIO()
     stop = logs.setup("info", style, out)
     try:
@@ -71,7 +71,7 @@ def test_s10_logs_hold_no_secret_and_no_control_character(style: logs.Format) ->
 
 
 def test_notify_speaks_to_systemd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The states arrive at a path and at an abstract socket, and nothing is sent without one."""
+    """The states arrive at a path and at an abstract socket, and nothing is sent without a socket."""
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     assert not systemd.ready()
     abstract = f"@nomad-watchdog-test-{tmp_path.name}-{id(tmp_path)}"
@@ -95,8 +95,8 @@ def test_notify_speaks_to_systemd(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 async def test_s9_trouble_in_the_loop_is_told_once_in_a_while(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A thousand failed accepts are one line; trouble of another kind is told beside it, and of no more
-    than a hundred kinds is any memory kept."""
+    """A thousand failed accepts are one line. Another kind of error is logged as well, and at most a hundred kinds are
+    remembered."""
     loop, told = asyncio.get_running_loop(), logs.LoopErrors()
     for number in range(1000):
         message = f"socket.accept() out of system resource\nsocket {number}"

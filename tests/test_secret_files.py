@@ -1,4 +1,4 @@
-"""Secrets in files: who may own and write them, how long they are, and that a change of one is noticed."""
+"""Secrets in files: allowed owners and modes, minimum length, and detection of changes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def whsec() -> str:
 
 
 def changed_in_place(file: Path, text: str) -> None:
-    """New content with the size, the inode and both times as they were to the nanosecond."""
+    """Write new content with the same size, inode and times to the nanosecond."""
     before = file.stat()
     with file.open("r+") as stream:
         stream.write(text)
@@ -48,7 +48,7 @@ def changed_in_place(file: Path, text: str) -> None:
 
 @pytest.mark.attack("H14", "a secret changed in place, with the same size and modification time")
 async def test_h14_a_change_in_place_is_noticed(tmp_path: Path, attack: Attack) -> None:
-    """Of a token over HTTP, and of every kind of secret: the old one is worth nothing, the new one is good."""
+    """For a token over HTTP, and for every kind of secret: the old one becomes invalid, the new one valid."""
     kinds = (
         (read_token, secrets.token_hex),
         (read_keys, lambda: secrets.token_hex(32)),
@@ -100,7 +100,7 @@ def _foreign(path: Path) -> None:
 
 @root_only
 def test_a_secret_of_the_own_group_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that the process's own group or root's can write, or that another one can only read, is used, by the
+    """A file that the process's own group or root's can write, or that another group can only read, is used, by the
     service and by the agent."""
     path = tmp_path / "secret"
     path.write_text("0123456789abcdef")
@@ -120,7 +120,7 @@ def test_a_secret_of_the_own_group_is_read(tmp_path: Path, monkeypatch: pytest.M
     "H14", "a secret file that others can write, of another user, or with a short token"
 )
 def test_h14_unsafe_and_short_secrets_are_refused(tmp_path: Path, attack: Attack) -> None:
-    """By the service and by every reader of a token, in words that name the fix."""
+    """By the service and by every reader of a token, with a message that names the fix."""
     long = secrets.token_hex(20)
     path = tmp_path / "secret"
     unsafe = (
@@ -159,7 +159,7 @@ def test_h14_unsafe_and_short_secrets_are_refused(tmp_path: Path, attack: Attack
 
 
 def test_a_service_that_runs_lets_go_of_a_secret_that_became_unsafe(tmp_path: Path) -> None:
-    """As of one whose file is gone; with a safe mode it is good again."""
+    """Like one whose file is gone; with a safe mode it is valid again."""
     path = tmp_path / "token"
     path.write_text(secrets.token_hex(20))
     file = SecretFile("x", path, read_token).required()
@@ -170,8 +170,8 @@ def test_a_service_that_runs_lets_go_of_a_secret_that_became_unsafe(tmp_path: Pa
 
 
 def test_mounted_secrets_and_pipes_are_read(tmp_path: Path) -> None:
-    """A Secret as the kubelet mounts it (links through ..data to files of mode 0644) is neither refused nor
-    reported, and a command reads a token from a pipe; a folder, a device and a FIFO in a service are no secret."""
+    """A Secret as mounted by the kubelet (links through ..data to files of mode 0644) is neither rejected nor reported,
+    and a command reads a token from a pipe. A folder, a device and a FIFO are not valid secrets in a service."""
     token = secrets.token_hex(20)
     volume = tmp_path / "..2026_01_01"
     volume.mkdir()
@@ -202,8 +202,8 @@ def test_mounted_secrets_and_pipes_are_read(tmp_path: Path) -> None:
 
 
 async def test_doctor_names_what_is_not_private_and_its_fix(tmp_path: Path) -> None:
-    """A secret that others read is a warning, one that they write a failure, the data folder and a
-    configuration that others write are warnings; each with the command that fixes it."""
+    """A secret that others can read is a warning, and one that they can write a failure. A data folder that is open to
+    others, and a configuration that they can write, are warnings. Each has the command that fixes it."""
     read, written = tmp_path / "read", tmp_path / "written"
     for file, mode in ((read, 0o644), (written, 0o666)):
         file.write_text(secrets.token_hex(20))
@@ -236,8 +236,8 @@ async def test_doctor_names_what_is_not_private_and_its_fix(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("umask", [0o000, 0o077, 0o277])
 def test_files_and_folders_are_private_whatever_the_umask(tmp_path: Path, umask: int) -> None:
-    """Each folder that is made is 0700 and each file 0600; a folder that was there keeps its mode, and a file
-    of ours that was open to others is closed."""
+    """Each created folder is 0700 and each file 0600. An existing folder keeps its mode, and one of our files that was
+    open to others is made private."""
     (tmp_path / "old").mkdir()
     (tmp_path / "old").chmod(0o755)
     (tmp_path / "old" / "db").touch()
@@ -268,7 +268,7 @@ def modes(paths: Iterable[Path]) -> set[int]:
 def test_a_process_without_descriptors_keeps_its_secrets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kept: int
 ) -> None:
-    """That a file can't be opened for want of descriptors takes nobody's token away; that it may not be read does."""
+    """A file that can't be opened for lack of descriptors revokes no token; one that may not be read does."""
     path = tmp_path / "token"
     path.write_text("a-token-of-twenty-4")
     path.chmod(0o600)

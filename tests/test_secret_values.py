@@ -1,4 +1,4 @@
-"""Known secrets are found in any text, however they are written and wherever it was cut."""
+"""Known secrets are found in any text, in any form and cut at any place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ printable = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size
 def test_a_known_secret_is_hidden_in_every_form(
     secret: str, before: str, after: str, cut: int
 ) -> None:
-    """As it is, in JSON, in a repr, in a URL, and cut off anywhere beyond its first half."""
+    """Verbatim, in JSON, in a repr, in a URL, and cut off anywhere beyond its first half."""
     secret_values.forget()
     know(secret)
     for form in (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], quote(secret, safe="")):
@@ -31,7 +31,7 @@ def test_a_known_secret_is_hidden_in_every_form(
 
 
 def test_of_several_secrets_none_leaves_a_part() -> None:
-    """Also where one is the beginning of another, or both begin alike."""
+    """Even if one is the beginning of another, or both begin alike."""
     know(
         "operator-of-the-north-1",
         "operator-of-the-north",
@@ -44,7 +44,8 @@ def test_of_several_secrets_none_leaves_a_part() -> None:
 
 
 def test_short_values_and_passwords_of_addresses() -> None:
-    """Five characters are not hidden, for they are in ordinary words; the password of a URL is."""
+    """Values of five characters are not hidden, because they occur in ordinary words; the password in a URL is
+    hidden."""
     know("every", "")
     know_url("http://user:p%40ssw0rd!@proxy:3128/")
     know_url("http://[broken")
@@ -52,7 +53,7 @@ def test_short_values_and_passwords_of_addresses() -> None:
 
 
 def test_errors_and_documents_hide_by_themselves() -> None:
-    """The message of each error of ours, and every text in parsed JSON."""
+    """Secrets are hidden in the message of each of our errors, and in every text in parsed JSON."""
     know("a-secret-that-is-known")
     assert str(UserError("x a-secret-that-is-known y")) == f"x {REDACTED} y"
     assert str(TransientError("a-secret-that-is-known", retry_after_s=1.0)) == REDACTED
@@ -61,7 +62,7 @@ def test_errors_and_documents_hide_by_themselves() -> None:
 
 @pytest.mark.parametrize("at", [1_980, 3_990, 4_010, 4_020, 4_050])
 def test_a_text_that_is_cut_shows_no_part_of_a_secret(at: int) -> None:
-    """Wherever the limit of a log value falls, and where secrets that were hidden before it moved it."""
+    """Wherever the limit of a log value falls, and wherever hidden secrets before it moved it."""
     secret = "0123456789abcdefghijklmnopqrstuvwxyz"
     know(secret)
     for text in (
@@ -73,7 +74,7 @@ def test_a_text_that_is_cut_shows_no_part_of_a_secret(at: int) -> None:
 
 
 def test_a_presented_token_of_any_bytes() -> None:
-    """Also one that is no text: it is hidden while its request is handled."""
+    """Even a token that is not text is hidden while its request is handled."""
     token = "no-\udcff-text-" + "t" * 20
     secret_values.present(token)
     try:
@@ -83,7 +84,7 @@ def test_a_presented_token_of_any_bytes() -> None:
 
 
 def test_only_so_many_are_kept() -> None:
-    """Of values that rotate, those that were read longest ago are forgotten; one that is read once is not."""
+    """Of rotating values, the least recently read are forgotten; a value that is read once is kept."""
     know("read-at-the-start")
     know("the-first-of-all", "still-in-use-today", rotates=True)
     for number in range(secret_values.MOST):
@@ -102,6 +103,6 @@ def test_only_so_many_are_kept() -> None:
     ],
 )
 def test_ordinary_words_that_begin_a_secret_are_shown(secret: str, text: str) -> None:
-    """Only a long part of a value is taken for the value itself."""
+    """Only a long part of a value is treated like the value itself."""
     know(secret)
     assert hide(text) == text

@@ -8,7 +8,7 @@ from nomad_watchdog.signals import Signal
 
 
 def test_listeners_are_called_in_order_until_they_disconnect() -> None:
-    """Each connected listener is called once per emit, in the order of connecting."""
+    """Each connected listener is called once per emit, in the order of connection."""
     signal: Signal[[int]] = Signal()
     calls: list[tuple[str, int]] = []
 
@@ -27,7 +27,7 @@ def test_listeners_are_called_in_order_until_they_disconnect() -> None:
 
 
 def test_an_exception_of_a_listener_reaches_the_emitter() -> None:
-    """The listeners after it are not called."""
+    """Later listeners are not called."""
     signal: Signal[[]] = Signal()
     calls: list[str] = []
     signal.connect(lambda: calls.append("before"))

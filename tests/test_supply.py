@@ -44,7 +44,7 @@ def sbom() -> ModuleType:
 
 
 def unsatisfied(sbom: ModuleType, lock: Path, wanted: list[str]) -> list[str]:
-    """The requirements that the lock does not satisfy on one of the machines."""
+    """The requirements that the lock does not satisfy on one of the platforms."""
     packages = list(sbom.locked(lock))
     problems = []
     for requirement in map(Requirement, wanted):
@@ -64,8 +64,8 @@ def unsatisfied(sbom: ModuleType, lock: Path, wanted: list[str]) -> list[str]:
 
 
 def test_the_locks_satisfy_pyproject(sbom: ModuleType, repository: Path) -> None:
-    """Every package that pyproject.toml names is in its lock, in one version that pyproject.toml allows, for
-    each Python from 3.11 on; the development lock has all of the runtime's in the same versions."""
+    """Every package in pyproject.toml is in its lock, in one version that pyproject.toml allows, for each Python from
+    3.11 on; the development lock has all packages of the runtime lock in the same versions."""
     told = tomllib.loads((repository / "pyproject.toml").read_text())
     project, folder = told["project"], repository / ".ci" / "lock"
     development = project["dependencies"] + project["optional-dependencies"]["dev"]
@@ -95,8 +95,8 @@ def test_the_locks_satisfy_pyproject(sbom: ModuleType, repository: Path) -> None
 def test_a_lock_that_is_behind_or_not_exact_is_found(
     sbom: ModuleType, tmp_path: Path, wanted: str, text: str
 ) -> None:
-    """A missing package, another version, a marker that leaves a Python out, and a line without an exact
-    version and a SHA-256 are each noticed."""
+    """A missing package, another version, a marker that excludes a Python version, and a line without an exact version
+    and a SHA-256 are each detected."""
     lock = tmp_path / "lock.txt"
     lock.write_text(text + "\n")
     try:
@@ -118,7 +118,7 @@ def test_a_lock_names_no_server(sbom: ModuleType, repository: Path, name: str) -
 
 
 class Index(http.server.BaseHTTPRequestHandler):
-    """A package index that offers whatever is asked for, with a file of its own."""
+    """A package index that offers any requested package, with its own file."""
 
     served: ClassVar[list[str]]
 
@@ -177,7 +177,7 @@ def test_a_file_without_a_known_hash_is_not_installed(
     hostile_index: http.server.ThreadingHTTPServer,
     attack: Attack,
 ) -> None:
-    """The real set-up downloads the file and refuses it; nothing is installed."""
+    """The real set-up downloads the file and rejects it; nothing is installed."""
     target, tools = tmp_path / "installed", tmp_path / "tools"
     tools.mkdir()
     (tmp_path / ".ci").symlink_to(repository / ".ci")
@@ -213,7 +213,7 @@ def test_a_file_without_a_known_hash_is_not_installed(
 
 
 def test_the_images_stand_on_one_digest(repository: Path) -> None:
-    """Both Dockerfiles name the same base, by its digest, and install nothing without hashes."""
+    """Both Dockerfiles use the same base, by its digest, and install nothing without hashes."""
     texts = [(repository / name).read_text() for name in ("jobs/Dockerfile", "agent/Dockerfile")]
     bases = [re.findall(r"^(?:ARG BASE=|FROM )(\S+)", text, re.MULTILINE) for text in texts]
     (base,) = {name for names in bases for name in names if name != "${BASE}"}
@@ -225,8 +225,8 @@ def test_the_images_stand_on_one_digest(repository: Path) -> None:
 
 
 def test_the_bill_of_materials_lists_what_is_shipped(repository: Path, sbom: ModuleType) -> None:
-    """`make sbom` gives the same bytes twice and from elsewhere; it has each package of the runtime lock with
-    version and hashes, and the base image; who needs whom leads from us to each of them."""
+    """`make sbom` gives the same bytes twice and from another folder. It has each package of the runtime lock with
+    version and hashes, and the base image, and dependencies lead from this project to each of them."""
     runs = [
         subprocess.run(
             [sys.executable, repository / ".ci" / "sbom.py"],

@@ -1,4 +1,4 @@
-"""Text that other programs take is taken here: byte order marks, wrapped base64, comments in any language."""
+"""Text that other programs accept is accepted here: byte order marks, wrapped base64, comments in any language."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ async def test_a_kubeconfig_with_wrapped_base64_is_taken(tmp_path: Path) -> None
 
 
 def test_a_proxy_of_a_kubeconfig_is_refused_in_words(tmp_path: Path) -> None:
-    """A cluster behind a proxy is not called past it; an empty setting is none (C7)."""
+    """A proxy is rejected rather than bypassed; an empty setting means no proxy (C7)."""
     with pytest.raises(UserError, match="proxy-url of the cluster is not supported"):
         KubernetesAccess.discover(kubeconfig(tmp_path, **{"proxy-url": "http://p:3128"}))
     assert KubernetesAccess.discover(kubeconfig(tmp_path, **{"proxy-url": ""})).token == "t"
 
 
 async def test_comments_between_certificates_are_left_out(tmp_path: Path) -> None:
-    """What agents are told is the certificates alone, and contexts take the file as it is (C7)."""
+    """Agents get only the certificates, and TLS contexts accept the file as it is (C7)."""
     authority = Authority(tmp_path / "ca")
     await authority.make()
     plain = authority.cert.read_bytes()
@@ -77,8 +77,8 @@ async def test_comments_between_certificates_are_left_out(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("key", ["of its own", "in the same file"])
 async def test_certificates_with_a_byte_order_mark_are_shown(tmp_path: Path, key: str) -> None:
-    """Our own certificate, a client certificate and their keys are taken as a Windows editor saves them, and so is the
-    authority of the clients; a key that belongs to another certificate is still refused."""
+    """Our own certificate, a client certificate, their keys and the authority of the clients are accepted as saved by a
+    Windows editor; a key that belongs to another certificate is still rejected."""
     authority = Authority(tmp_path / "ca")
     await authority.make()
     cert, own = await authority.issue("server", "/CN=server")
@@ -102,7 +102,7 @@ async def test_certificates_with_a_byte_order_mark_are_shown(tmp_path: Path, key
     ("number", "value"), [("2.5e-1", 0.25), ("1E-2", 0.01), ("1e0", 1.0), ("0.5", 0.5), ("1", 1.0)]
 )
 def test_a_number_may_have_an_exponent(tmp_path: Path, number: str, value: float) -> None:
-    """A number is read as HCL has it, in a block and in a list (C7)."""
+    """A number is read as in HCL, in a block and in a list (C7)."""
     file = tmp_path / "w.hcl"
     file.write_bytes(BOM + f"mass_change {{\n  fraction = {number}\n}}\n".encode())
     assert load(file, {"HOME": "/nowhere"}).mass_change.fraction == value
@@ -110,7 +110,7 @@ def test_a_number_may_have_an_exponent(tmp_path: Path, number: str, value: float
 
 @pytest.mark.parametrize("name", ["i.json", "array.json", "i.hcl"])
 def test_an_inventory_with_a_byte_order_mark_is_read(tmp_path: Path, name: str) -> None:
-    """As a spreadsheet or a Windows editor saves it, in each of its forms (C7)."""
+    """As saved by a spreadsheet or a Windows editor, in each of its forms (C7)."""
     one = '{"id": "gerät", "address": "10.0.0.1"}'
     text = {
         "i.json": one,
@@ -124,7 +124,7 @@ def test_an_inventory_with_a_byte_order_mark_is_read(tmp_path: Path, name: str) 
 
 
 def test_a_secret_with_a_byte_order_mark_is_the_secret(tmp_path: Path) -> None:
-    """Tokens and keys are what stands in the file, not the mark before it."""
+    """Tokens and keys are the text in the file without the mark before it."""
     file = tmp_path / "secret"
     file.write_bytes(BOM + b"k" * 40 + b"\r\n")
     assert text_files.token("consul.token_file", file) == "k" * 40
@@ -134,7 +134,7 @@ def test_a_secret_with_a_byte_order_mark_is_the_secret(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("raw", ["tök".encode(), b"a\nb", b"\xff\xfe\x00"])
 def test_what_no_token_holds_is_refused_without_being_shown(tmp_path: Path, raw: bytes) -> None:
-    """A wrong file is named, and what stands in it is not (S10)."""
+    """An invalid file is named, and its content is not disclosed (S10)."""
     file = tmp_path / "secret"
     file.write_bytes(raw)
     with pytest.raises(UserError, match=r"nomad\.token_file .*secret") as caught:

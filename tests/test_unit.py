@@ -33,7 +33,7 @@ def unit(repository: Path) -> Path:
 
 
 def test_the_unit_is_confined(unit: Path) -> None:
-    """Each directive that confines it stands in the unit, and system calls are a list of those allowed."""
+    """Each directive that confines it is in the unit, and system calls are an allowlist."""
     pairs = re.findall(r"^(\w+)=(.*)$", unit.read_text(), re.MULTILINE)
 
     assert dict(pairs).items() >= WANTED.items()
@@ -43,7 +43,7 @@ def test_the_unit_is_confined(unit: Path) -> None:
 
 @pytest.mark.systemd
 def test_systemd_rates_the_unit_at_most_2_5(unit: Path) -> None:
-    """`systemd-analyze security` gives it at most 2.5 of 10."""
+    """`systemd-analyze security` rates it at most 2.5 of 10."""
     done = subprocess.run(
         ["systemd-analyze", "security", "--offline=true", "--no-pager", unit],
         capture_output=True, text=True, check=False, timeout=60,
@@ -83,7 +83,7 @@ agent_class "default" {
 
 
 class Confined(ControlPlane):
-    """Under the unit's rules."""
+    """Runs under the unit's restrictions."""
 
     unit: Path
 
@@ -97,8 +97,8 @@ class Confined(ControlPlane):
 @pytest.mark.systemd
 @pytest.mark.slow_because("starts a control plane, then an agent, and waits until it is gone again")
 async def test_local_agents_run_under_it(unit: Path, tmp_path: Path) -> None:
-    """With the unit's capabilities, system calls, address families and memory rules a control plane starts an
-    agent as its child, whose TCP and command probes answer, and stops it; both are confined."""
+    """With the unit's capabilities, system calls, address families and memory rules, a control plane starts an agent as
+    its child, whose TCP and command probes answer, and stops it; both are confined."""
 
     def facts(pid: int) -> dict[str, str]:
         return dict(
@@ -119,7 +119,7 @@ async def test_local_agents_run_under_it(unit: Path, tmp_path: Path) -> None:
             found = facts(pid)
             assert (found["NoNewPrivs"], found["Seccomp"]) == ("1", "2")
             assert int(found["CapEff"], 16) == 0
-            assert int(found["CapBnd"], 16) == 0 or os.geteuid() != 0  # only root can give it up
+            assert int(found["CapBnd"], 16) == 0 or os.geteuid() != 0  # only root can drop it
         await plane.call("DELETE", "/v1/devices/pump-1")
         async with asyncio.timeout(60.0):
             while Path(f"/proc/{agent}").exists():

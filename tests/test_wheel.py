@@ -1,4 +1,4 @@
-"""What is shipped works without the checkout."""
+"""The wheel works without the checkout."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ print(build_agent(Path("agent.pyz")))
 
 
 def test_a_wheel_holds_all_that_runs(tmp_path: Path, repository: Path) -> None:
-    """Unpacked outside the checkout, the wheel has both packages and the job templates, runs the CLI, and
-    builds an agent."""
+    """Unpacked outside the checkout, the wheel has both packages and the job templates, runs the CLI, and builds an
+    agent."""
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--disable-pip-version-check", "--no-deps",
          "-w", tmp_path, repository],

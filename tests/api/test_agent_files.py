@@ -1,4 +1,4 @@
-"""An agent file of another version, through any replica."""
+"""Agent files of another version, fetched through any replica."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 
 @asynccontextmanager
 async def replicas(folder: Path) -> AsyncIterator[tuple[ServedApi, ServedApi, Path, Path]]:
-    """Two that know each other, and where each keeps its files; the second has the file."""
+    """Two replicas that know each other, and the folder of files of each; only the second has the file."""
     homes = [folder / "one", folder / "two"]
     for home in homes:
         private_files.folder(home / "agent-files")
@@ -43,7 +43,7 @@ async def got(served_api: ServedApi, sha256: str, **headers: str) -> tuple[int, 
 
 
 async def test_a_file_of_another_replica_is_served_by_any(tmp_path: Path) -> None:
-    """The replica that lacks it fetches it from the living one, and then has it itself."""
+    """A replica without the file fetches it from one that has it, and then has the file itself."""
     async with replicas(tmp_path) as (first, second, home, _):
         assert await got(first, SHA256, Via=VIA) == (404, (await got(first, SHA256, Via=VIA))[1])
         assert await got(first, SHA256) == (200, BODY)
@@ -53,7 +53,7 @@ async def test_a_file_of_another_replica_is_served_by_any(tmp_path: Path) -> Non
 
 
 async def test_no_replica_asks_for_ever(tmp_path: Path) -> None:
-    """For a file that none has the answer is 404: each asks the others once, and they ask no further."""
+    """A file that no replica has is a 404: each replica asks the others once, and those ask no further."""
     async with replicas(tmp_path) as (first, second, *_):
         for served_api in (first, second):
             assert (await got(served_api, "0" * 64))[0] == 404
@@ -62,7 +62,7 @@ async def test_no_replica_asks_for_ever(tmp_path: Path) -> None:
 
 @pytest.mark.attack("H15", "a replica that serves another agent file under the SHA-256 of a job")
 async def test_h15_another_file_is_not_passed_on(tmp_path: Path, attack: Attack) -> None:
-    """What has another SHA-256 than asked for is neither served nor kept."""
+    """A file whose SHA-256 differs from the requested one is neither served nor kept."""
     async with replicas(tmp_path) as (first, _, home, other):
         for body in (BODY + b"x", BODY[:-1], b""):
             agent_zipapp.published(other, SHA256).write_bytes(body)

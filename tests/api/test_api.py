@@ -26,7 +26,8 @@ WISH: dict[str, Any] = {"class": "default", "address": "127.0.0.1", "labels": {"
 
 
 async def test_put_get_delete(served_api: ServedApi) -> None:
-    """A device is new once, unchanged the second time, gone after DELETE, and new again after that."""
+    """A PUT creates a device once, then reports it as unchanged; DELETE removes it, and a later PUT creates it
+    again."""
     path = "/v1/devices/cam-1"
     assert (await served_api.ask("GET", path))[0] == 404
     assert (await served_api.ask("PUT", path, json=WISH))[0] == 201
@@ -62,7 +63,7 @@ async def test_put_get_delete(served_api: ServedApi) -> None:
     ],
 )
 async def test_s11_ids_round_trip_through_paths(served_api: ServedApi, name: str) -> None:
-    """Any printable id is stored and found again exactly as it was sent, and explained."""
+    """Any printable ID is stored, returned exactly as sent, and can be explained."""
     path = "/v1/devices/" + quote(name, safe="").replace(".", "%2E")
     status, body = await served_api.ask("PUT", path, json=WISH)
     assert (status, body["id"]) == (201, name)
@@ -99,7 +100,7 @@ HOSTILE: list[tuple[Any, str]] = [
 async def test_hostile_bodies_are_refused_with_words(
     served_api: ServedApi, body: Any, says: str
 ) -> None:
-    """Each wrong body is answered 400 with a message that names what is wrong, and stores nothing."""
+    """Each invalid body is answered 400 with a message that names what is wrong, and stores nothing."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     status, answer = await served_api.ask(
         "PUT", "/v1/devices/x", data=data, headers={"Content-Type": "application/json"}
@@ -129,7 +130,7 @@ async def test_hostile_bodies_are_refused_with_words(
     path=st.sampled_from(["/v1/devices:bulk", "/v1/webhook", "/v1/agents/report"]),
 )
 def test_no_body_breaks_the_schemas(body: Any, path: str) -> None:
-    """No JSON value makes a schema raise anything but its own refusal."""
+    """No JSON value makes a schema raise any exception but its own error."""
     from pydantic import BaseModel, ValidationError
 
     from nomad_watchdog.api.schemas import BulkIn, ReportIn, WebhookIn
@@ -147,7 +148,7 @@ def test_no_body_breaks_the_schemas(body: Any, path: str) -> None:
 
 
 async def test_refusals_of_form(served_api: ServedApi) -> None:
-    """Wrong size, type, coding, method, path, id and query are 4xx JSON with their own codes."""
+    """An invalid size, type, encoding, method, path, ID or query is a 4xx JSON answer with its own code."""
     put = {"Content-Type": "application/json"}
     x = "/v1/devices/x"
     big = json.dumps({"address": "a" * 70_000})
@@ -176,7 +177,7 @@ async def test_refusals_of_form(served_api: ServedApi) -> None:
 
 
 async def test_list_pages_stay_stable_under_inserts(served_api: ServedApi) -> None:
-    """Walking the pages shows every device once, also when others are added on the way."""
+    """A walk through the pages lists every device once, even if devices are added meanwhile."""
     names = [f"d{n:02}" for n in range(0, 20, 2)]
     await served_api.ask(
         "POST", "/v1/devices:bulk", json={"devices": [{"id": n, **WISH} for n in names]}
@@ -195,7 +196,7 @@ async def test_list_pages_stay_stable_under_inserts(served_api: ServedApi) -> No
 
 
 async def test_bulk_answers_each_item(served_api: ServedApi) -> None:
-    """Good items are stored though others are wrong, doubled or unknown; each is told."""
+    """Valid items are stored even if others are invalid, duplicate or unknown; each item has its own result."""
     body = {
         "devices": [{"id": "a", **WISH}, {"id": "b"}, 7, {"id": "a", **WISH}, {"id": "c", **WISH}],
         "delete": ["c", "gone", "", 3],
@@ -233,8 +234,8 @@ def _report(**changed: Any) -> dict[str, Any]:
 
 
 async def test_s1_reports_at_the_door(served_api: ServedApi) -> None:
-    """The first instance is accepted; without a record, and at a future epoch, it has to wait; once the
-    device has left it is told to stop."""
+    """The first instance is accepted. A report without a record, or at a future epoch, is answered with "wait". After
+    the device has left, the agent is told to stop."""
     path = "/v1/agents/report"
     assert (await served_api.ask("POST", path, json=_report()))[0] == 409
     await served_api.ask("PUT", "/v1/devices/cam", json=WISH)
@@ -262,15 +263,15 @@ async def test_s1_reports_at_the_door(served_api: ServedApi) -> None:
 async def test_an_agent_may_listen_on_all_addresses(
     served_api: ServedApi, listen: str, status: int
 ) -> None:
-    """A report names a port alone where the agent listens on every address of its machine, and nothing after it."""
+    """An agent that listens on all addresses of its machine reports only a port, and nothing may follow it."""
     await served_api.ask("PUT", "/v1/devices/cam", json=WISH)
     report = _report(listen=listen)
     assert (await served_api.ask("POST", "/v1/agents/report", json=report))[0] == status
 
 
 async def test_repairs_of_a_report_are_shown_and_told_once(served_api: ServedApi) -> None:
-    """What an agent says of its repairs stands in explain; each that ended is one event; control
-    characters and endless texts in it are made harmless, and another shape is refused."""
+    """The repairs in an agent's report appear in `explain`, and each that ended is one event. Control characters and
+    endless texts are made harmless, and another shape is rejected."""
     path = "/v1/agents/report"
     await served_api.ask("PUT", "/v1/devices/cam", json=WISH)
 
@@ -313,7 +314,7 @@ async def test_openapi_and_routes_agree(served_api: ServedApi) -> None:
 
 
 async def test_head_answers_as_get_does_without_a_body(served_api: ServedApi) -> None:
-    """HEAD of what GET answers has its status and no body, and never begins an endless stream."""
+    """HEAD has the status of GET and no body, and never starts an endless stream."""
     for path in ("/", "/healthz", "/v1/devices", "/v1/events?follow=true", "/v1/openapi.json"):
         async with (
             asyncio.timeout(60),
@@ -325,13 +326,13 @@ async def test_head_answers_as_get_does_without_a_body(served_api: ServedApi) ->
 
 
 async def test_confirming_where_nothing_is_held_is_a_conflict(served_api: ServedApi) -> None:
-    """Without held stops, 409; an id that is none, 400."""
+    """Without held stops a confirmation is answered 409; an invalid ID 400."""
     assert (await served_api.ask("POST", "/v1/plan:confirm", json={"id": "0" * 12}))[0] == 409
     assert (await served_api.ask("POST", "/v1/plan:confirm", json={"id": "all"}))[0] == 400
 
 
 async def test_events_follow_and_end_with_the_server(served_api: ServedApi) -> None:
-    """A follower sees an event made after it came, and a shutdown ends its stream at once."""
+    """A follower receives an event created after it connected, and a shutdown ends its stream immediately."""
     async with served_api.client.get(served_api.base + "/v1/events?follow=true") as response:
         await served_api.ask("PUT", "/v1/devices/a", json=WISH)
         async with asyncio.timeout(60):
@@ -346,7 +347,7 @@ async def test_events_follow_and_end_with_the_server(served_api: ServedApi) -> N
 async def test_events_are_filtered_by_device_kind_verdict_and_age(
     served_api: ServedApi,
 ) -> None:
-    """Each filter picks its events, with and without follow; what is not allowed is refused in words."""
+    """Each filter selects its events, with and without `follow`; an invalid filter is rejected with an explanation."""
     now = served_api.fleet.clock.wall()
     for device, kind, age_s in (
         ("a", "verdict.offline", 7200),
@@ -388,7 +389,7 @@ async def test_events_are_filtered_by_device_kind_verdict_and_age(
 
 
 async def test_incidents_are_listed_and_shown_on_the_page(served_api: ServedApi) -> None:
-    """An open incident is in the list and, escaped, on the page; a closed one only in the list."""
+    """An open incident is in the list and, escaped, on the page; a closed one is only in the list."""
     correlator = served_api.fleet.recorder.incidents._correlator
     group = ((GroupKind.SITE, "<b>north</b>"),)
     names = [Slug(f"d{n}") for n in range(4)]
@@ -419,7 +420,7 @@ async def test_incidents_are_listed_and_shown_on_the_page(served_api: ServedApi)
 
 
 async def test_s9_followers_are_bounded(served_api: ServedApi) -> None:
-    """One follower more than the most is told to come later, and room is made when one leaves."""
+    """A follower beyond the maximum is asked to retry later; when another leaves there is room again."""
     url = served_api.base + "/v1/events?follow=true"
     open_ones = [await served_api.client.get(url) for _ in range(MAX_FOLLOWERS)]
     assert (await served_api.ask("GET", "/v1/events?follow=true"))[0] == 503
@@ -428,7 +429,7 @@ async def test_s9_followers_are_bounded(served_api: ServedApi) -> None:
 
 
 async def test_the_page_begins_with_what_is_worst(served_api: ServedApi) -> None:
-    """A device that is offline stands above one whose agent is missing, and that above one that starts."""
+    """An offline device is listed above one whose agent is missing, and that above one that is starting."""
     for name in ("a-new", "b-unwatched", "c-offline"):
         await served_api.ask("PUT", f"/v1/devices/{name}", json=WISH)
     served_api.fleet.attach(
@@ -450,8 +451,8 @@ async def test_the_page_begins_with_what_is_worst(served_api: ServedApi) -> None
 
 
 async def test_a_degraded_device_is_shown_everywhere(served_api: ServedApi) -> None:
-    """A device whose service is dead while its host answers: on the page, in the list of its verdict, in the counts
-    of the status, and in explain."""
+    """A device whose service is dead while its host answers is on the page, in the list for its verdict, in the counts
+    of the status, and in `explain`."""
     await served_api.ask("PUT", "/v1/devices/web", json=WISH)
     record = served_api.fleet.records[slug_of(DeviceId("web"))]
     ill = Condition(ConditionState.DEGRADED, WallTime(0.0), "http:80: no answer; but icmp answers")
@@ -475,7 +476,7 @@ async def test_a_degraded_device_is_shown_everywhere(served_api: ServedApi) -> N
 async def test_the_page_is_made_once_for_all_who_ask_meanwhile(
     served_api: ServedApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 20 requests that are there before the first page is ready, one makes it."""
+    """Of 20 requests that arrive before the first page is ready, only one renders it."""
     come, all_there, made = 0, asyncio.Event(), 0
     real = page._rendered
 
@@ -506,7 +507,7 @@ async def test_the_page_is_made_once_for_all_who_ask_meanwhile(
 
 
 async def test_page_escapes_what_devices_say(served_api: ServedApi) -> None:
-    """Markup in an id reaches the page as text only, and the page allows no script."""
+    """Markup in an ID reaches the page only as text, and the page allows no scripts."""
     path = "/v1/devices/" + quote("<script>alert(1)</script>", safe="")
     await served_api.ask("PUT", path, json=WISH)
     async with served_api.client.get(served_api.base + "/") as response:
@@ -517,7 +518,7 @@ async def test_page_escapes_what_devices_say(served_api: ServedApi) -> None:
 
 
 async def test_small_endpoints(served_api: ServedApi) -> None:
-    """Health, readiness, status, plan, artifact and metrics answer as they should."""
+    """Health, readiness, status, plan, artifact and metrics return the expected answers."""
     assert (await served_api.ask("GET", "/healthz"))[0] == 200
     assert (await served_api.ask("GET", "/ready"))[0] == 503
     served_api.fleet.readiness.event.set()
@@ -534,7 +535,7 @@ async def test_small_endpoints(served_api: ServedApi) -> None:
 
 @pytest.mark.parametrize("token", ["s3cret-token-of-the-api"])
 async def test_token_is_asked_for(served_api: ServedApi, token: str) -> None:
-    """Without the right token all but the two health paths answer 401, and the token is never told."""
+    """Without a valid token, all paths except the two health checks answer 401; the token is never disclosed."""
     assert (await served_api.ask("GET", "/healthz"))[0] == 200
     for headers in ({}, {"Authorization": "Bearer nope"}, {"Authorization": f"Basic {token}"}):
         for path in ("/v1/status", "/metrics", "/", "/nothing"):
@@ -548,7 +549,7 @@ async def test_token_is_asked_for(served_api: ServedApi, token: str) -> None:
 async def test_slow_senders_are_let_go(
     served_api: ServedApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A body that trickles is answered 408, and headers that never end get the connection closed."""
+    """A body that trickles in is answered 408; if headers never end, the connection is closed."""
     monkeypatch.setattr(body, "BODY_TIMEOUT_S", 0.3)
     app = make_app(served_api.fleet, metrics=served_api.metrics, artifact=None)
     runner = Runner(app, keepalive_timeout=0.5)
@@ -588,7 +589,7 @@ async def test_our_own_faults_tell_no_details(
 
 
 async def test_errors_of_the_stores_become_statuses(served_api: ServedApi) -> None:
-    """A transient error is 503 with Retry-After, a conflict 409 with Retry-After, both with words."""
+    """A transient error is 503 with Retry-After, a conflict is 409 with Retry-After; both have a message."""
     for error, status in (
         (TransientError("the store is away", retry_after_s=2.5), 503),
         (ConflictError("others were faster"), 409),
@@ -610,7 +611,8 @@ async def test_errors_of_the_stores_become_statuses(served_api: ServedApi) -> No
 async def test_before_the_registry_is_read_nothing_is_called_unknown(
     served_api: ServedApi, path: str
 ) -> None:
-    """A control plane that has just started does not know yet whether there are devices."""
+    """A control plane that has just started does not know yet which devices exist, and does not report any as
+    unknown."""
     served_api.fleet.records.loaded = False
     async with served_api.client.get(served_api.base + path) as answer:
         assert answer.status == 503

@@ -1,4 +1,4 @@
-"""Who gets in over real HTTP: roles, credentials, files that change, rates, audit."""
+"""Authentication over real HTTP: roles, credentials, changed files, rate limits, audit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SECRETS = {role: f"{role}-token-{'x' * 20}" for role in Role}
 
 
 class Later(SystemClock):
-    """A clock whose monotonic time the test sets forward."""
+    """A clock whose monotonic time the test moves forward."""
 
     ahead = 0.0
 
@@ -48,7 +48,7 @@ def credential(name: str, epoch: int, key: str = KEY) -> str:
 
 
 def settings(folder: Path, **changes: Any) -> ApiSettings:
-    """An API with a token of each role, whose files are in the folder."""
+    """Settings of an API with one token per role; their files are in the folder."""
     tokens = {}
     for role in Role:
         (folder / role).write_text(SECRETS[role] + "\n")
@@ -77,8 +77,8 @@ def paths() -> Iterator[tuple[str, str, Right]]:
 async def test_each_role_gets_what_the_table_says_and_no_more(
     tmp_path: Path, secured: Authenticator
 ) -> None:
-    """Over every route that is not public: 401 without a token and with an unknown one, 403 with a role
-    that has no right, which names one that has, and neither with a role that has."""
+    """On every route that is not public: 401 without a token or with an unknown one; 403 with a role that lacks the
+    right, naming one that has it; neither with a role that has it."""
     async with served(tmp_path, authenticator=secured) as served_api:
         for method, path, right in paths():
             for headers in ({}, bearer("nope"), {"Authorization": "Basic abc"}):
@@ -104,8 +104,8 @@ async def test_each_role_gets_what_the_table_says_and_no_more(
 
 
 def test_what_changes_something_is_for_operators_unless_it_says_otherwise() -> None:
-    """A route that changes something and is open to another role is one of these, and no route of the
-    table that is public changes anything."""
+    """Only these routes change something and are open to other roles than operator; no public route of the table
+    changes anything."""
     open_to_more = {
         (route.method, route.path): route.right
         for route in ROUTES
@@ -124,7 +124,7 @@ def test_what_changes_something_is_for_operators_unless_it_says_otherwise() -> N
 
 
 async def test_openapi_tells_the_roles(tmp_path: Path, secured: Authenticator) -> None:
-    """The description names for each operation the roles that may use it, and public ones have none."""
+    """The description of each operation lists the roles that may use it; public ones have none."""
     async with served(tmp_path, authenticator=secured) as served_api:
         url = "/v1/openapi.json"
         _, spec = await served_api.ask("GET", url, headers=bearer(SECRETS[Role.VIEWER]))
@@ -136,8 +136,7 @@ async def test_openapi_tells_the_roles(tmp_path: Path, secured: Authenticator) -
 
 
 async def test_a_prefix_limits_a_device_token(tmp_path: Path, secured: Authenticator) -> None:
-    """A token with a prefix changes devices of that prefix, one by one, in bulk and by webhook, and is
-    refused for others."""
+    """A token with a prefix changes only devices with that prefix, singly, in bulk and by webhook."""
     headers = bearer(SECRETS[Role.DEVICE])
     async with served(tmp_path, authenticator=secured) as served_api:
         for name, status in (("gw-1", 201), ("other", 403)):
@@ -155,7 +154,7 @@ async def test_a_prefix_limits_a_device_token(tmp_path: Path, secured: Authentic
 
 
 def labelled(folder: Path) -> Authenticator:
-    """A door with an operator, and a device token for site n only."""
+    """An API with an operator token, and a device token for site n only."""
     (folder / "north").write_text("north-token-" + "n" * 20)
     (folder / "all").write_text("all-token-" + "a" * 20)
     north = TokenSettings(role="device", file=str(folder / "north"), labels={"site": "n"})
@@ -167,8 +166,8 @@ def labelled(folder: Path) -> Authenticator:
 
 
 async def test_labels_limit_a_device_token(tmp_path: Path) -> None:
-    """A token for one site changes devices of that site by every way in; it neither takes one of another
-    site by giving it its own label, nor gives one of its own away, nor brings back one that has left."""
+    """By every route, a token for one site changes only devices of that site. It cannot take over a device of another
+    site by setting its own label, give one of its own away, or bring back one that has left."""
     north, every = bearer("north-token-" + "n" * 20), bearer("all-token-" + "a" * 20)
     mine, other = {**WISH, "labels": {"site": "n"}}, {**WISH, "labels": {"site": "s"}}
     async with served(tmp_path, authenticator=labelled(tmp_path)) as served_api:
@@ -201,8 +200,8 @@ async def test_labels_limit_a_device_token(tmp_path: Path) -> None:
 
 
 async def test_labels_are_asked_of_what_is_stored_now(tmp_path: Path) -> None:
-    """A replica that has not heard yet that another one registered the device for site s lets a token of
-    site n neither take nor remove it: it is asked again when the compare-and-set is lost."""
+    """If another replica registered the device for site s, a replica that has not read that yet lets a token of site n
+    neither change nor remove it: the labels are checked again when the compare-and-set is lost."""
     mine = {**WISH, "labels": {"site": "n"}}
     async with served(tmp_path, authenticator=labelled(tmp_path)) as served_api:
         north = bearer("north-token-" + "n" * 20)
@@ -224,8 +223,8 @@ async def test_labels_are_asked_of_what_is_stored_now(tmp_path: Path) -> None:
 async def test_a_changed_file_counts_and_a_missing_one_revokes(
     tmp_path: Path, secured: Authenticator
 ) -> None:
-    """A second after its file changed the old token is 401 and the new one good; without its file it is
-    401 too, and the others go on."""
+    """One second after its file changed, the old token is 401 and the new one valid. Without its file it is 401 too;
+    other tokens still work."""
     clock = secured.clock
     assert isinstance(clock, Later)
     async with served(tmp_path, authenticator=secured) as served_api:
@@ -247,8 +246,8 @@ async def test_a_changed_file_counts_and_a_missing_one_revokes(
 async def test_s1_a_credential_reports_for_its_device_and_epoch_only(
     tmp_path: Path, secured: Authenticator
 ) -> None:
-    """The agent's own report is accepted; for another device or epoch it is 403; a forged credential is
-    401; it opens no other route; and S1 still judges: who has left is 410, who has no record 409."""
+    """A credential is valid for its own agent's report. For another device or epoch it is 403, a forged one is 401, and
+    no other route accepts it. S1 still applies: a device that has left is 410, one without a record 409."""
     path = "/v1/agents/report"
     operator = bearer(SECRETS[Role.OPERATOR])
     async with served(tmp_path, authenticator=secured) as served_api:
@@ -275,7 +274,8 @@ async def test_s1_a_credential_reports_for_its_device_and_epoch_only(
 
 
 async def test_credentials_outlive_a_change_of_key(tmp_path: Path, secured: Authenticator) -> None:
-    """With a new first key the old key's credentials are good as long as its line is there."""
+    """After a new first key was added, credentials made with the old key are valid as long as its line is in the
+    file."""
     assert isinstance(secured.clock, Later)
     operator = bearer(SECRETS[Role.OPERATOR])
     old, new = bearer(credential("cam", 0)), bearer(credential("cam", 0, "n" * 40))
@@ -296,7 +296,7 @@ async def test_credentials_outlive_a_change_of_key(tmp_path: Path, secured: Auth
 
 
 async def test_an_open_api_still_checks_credentials(tmp_path: Path) -> None:
-    """Without tokens, on this machine, a credential that is sent must be good, and fit."""
+    """Without tokens, on the local machine, a credential that is sent must still be valid and match."""
     api = ApiSettings(agent_key_file=str(tmp_path / "keys"))
     (tmp_path / "keys").write_text(KEY)
     async with served(tmp_path, authenticator=authenticator_of(api)) as served_api:
@@ -313,8 +313,8 @@ async def test_an_open_api_still_checks_credentials(tmp_path: Path) -> None:
 
 
 async def test_s9_each_client_has_its_own_share(tmp_path: Path, secured: Authenticator) -> None:
-    """A token beyond its burst is 429 with Retry-After, while another token, an agent's credential and the
-    health check are answered; after that time it is answered again."""
+    """A token beyond its burst is 429 with Retry-After, while another token, an agent's credential and the health check
+    are answered; after that delay it is answered again."""
     assert isinstance(secured.clock, Later)
     secured.buckets = Buckets(0.5, 3)
     viewer, operator = bearer(SECRETS[Role.VIEWER]), bearer(SECRETS[Role.OPERATOR])
@@ -349,8 +349,8 @@ async def test_s9_each_client_has_its_own_share(tmp_path: Path, secured: Authent
 async def test_each_change_is_audited_once_with_who_and_what(
     tmp_path: Path, secured: Authenticator, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Register, deregister, webhook and bulk make an event and a log line with actor, role, peer, device
-    and outcome; a repeat that changes nothing makes none; no token stands in either (S10)."""
+    """Register, deregister, webhook and bulk requests create an event and a log line with actor, role, peer, device and
+    outcome. A repeat that changes nothing creates none. Neither contains a token (S10)."""
     caplog.set_level(logging.INFO)
     headers, gateway = bearer(SECRETS[Role.OPERATOR]), bearer(SECRETS[Role.DEVICE])
     async with served(tmp_path, authenticator=secured) as served_api:
@@ -373,7 +373,7 @@ async def test_each_change_is_audited_once_with_who_and_what(
         ("audit.bulk", "", "token:operator", "changed"),
         ("audit.deregister", "a", "token:operator", "removed"),
     ]
-    # the delete too: who was disconnected has a grace, who is deregistered has none
+    # the delete too: a disconnected device has a grace period, a deregistered one has none
     assert audits[3]["data"]["changed"] == 3
     assert {a["data"]["peer"] for a in audits} == {"127.0.0.1"}
     lines = [r for r in caplog.records if r.message == "changed through the API"]
@@ -387,8 +387,8 @@ async def test_each_change_is_audited_once_with_who_and_what(
 async def test_refusals_are_logged_as_one_line(
     tmp_path: Path, secured: Authenticator, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Fifty refused requests are counted, and make one line in ten seconds; the next line says how many
-    it stands for, and neither holds what was sent."""
+    """Fifty rejected requests are counted, and make one log line in ten seconds. The next line states how many it
+    stands for. Neither contains what was sent."""
     assert isinstance(secured.clock, Later)
     async with served(tmp_path, authenticator=secured) as served_api:
         for _ in range(50):
@@ -424,7 +424,7 @@ HOSTILE = [
 async def test_hostile_authorization_headers_are_401(
     tmp_path: Path, secured: Authenticator, value: str
 ) -> None:
-    """Whatever stands in the header, the answer is 401 in our form, and does not repeat it."""
+    """Any invalid header is answered 401 in our format, and is not repeated in the answer."""
     async with served(tmp_path, authenticator=secured) as served_api:
         status, body = await served_api.ask("GET", "/v1/status", headers={"Authorization": value})
     assert status == 401
@@ -435,7 +435,7 @@ async def test_hostile_authorization_headers_are_401(
 async def test_two_authorization_headers_do_not_add_up(
     tmp_path: Path, secured: Authenticator
 ) -> None:
-    """A second header changes nothing: the first one counts."""
+    """A second header has no effect: the first one is used."""
     headers = [("Authorization", "Bearer nope"), *bearer(SECRETS[Role.OPERATOR]).items()]
     async with (
         served(tmp_path, authenticator=secured) as served_api,
@@ -459,7 +459,7 @@ async def test_two_authorization_headers_do_not_add_up(
 def test_a_file_without_a_good_secret_is_refused_at_start(
     tmp_path: Path, setting: str, content: bytes | None, words: str
 ) -> None:
-    """The message names the setting and what is wrong, and holds nothing of the file (S10)."""
+    """The message names the setting and what is wrong, and contains nothing of the file (S10)."""
     file = tmp_path / "secret"
     if content is not None:
         file.write_bytes(content)
@@ -470,7 +470,7 @@ def test_a_file_without_a_good_secret_is_refused_at_start(
 
 
 def test_two_names_for_one_token_are_refused(tmp_path: Path) -> None:
-    """Two files that hold the same token can't say whose it is."""
+    """Two files with the same token are rejected, because its owner would be ambiguous."""
     api = settings(tmp_path)
     (tmp_path / "viewer").write_text(SECRETS[Role.OPERATOR])
     with pytest.raises(UserError, match="the same token"):

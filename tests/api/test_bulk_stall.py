@@ -1,4 +1,4 @@
-"""A bulk request leaves the event loop to others in between."""
+"""A bulk request yields the event loop to other requests."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ITEMS = 1_000
 
 
 async def longest(served_api: ServedApi, count: int, name: str) -> float:
-    """CPU seconds of the longest step of the loop while so many items are registered, and removed; each third is
-    refused."""
+    """CPU seconds of the longest step of the loop while `count` items are registered and removed; every third is
+    invalid."""
     steps: list[float] = []
     run = asyncio.Handle._run
 
@@ -53,10 +53,10 @@ async def longest(served_api: ServedApi, count: int, name: str) -> float:
 async def test_l4_no_step_of_a_bulk_request_grows_with_its_items(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The longest step of the loop with 1,000 items is a fraction of that with the items in one piece, and near that
-    of 100 items."""
+    """With 1,000 items, the longest step of the loop is a fraction of that without yielding, and close to that of 100
+    items."""
     async with served(tmp_path, max_body_bytes=1 << 20) as served_api:
-        # The lesser of two: what another process does to the cache is not the question.
+        # The lower of two measurements: another process's effect on the cache does not matter here.
         cut = min([await longest(served_api, ITEMS, f"cut{n}") for n in range(2)])
         small = min([await longest(served_api, clock.STEP, f"small{n}") for n in range(2)])
         monkeypatch.setattr(clock, "STEP", ITEMS)

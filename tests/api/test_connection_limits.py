@@ -1,4 +1,4 @@
-"""Places for connections, memory for bodies: what the rules promise, whatever comes."""
+"""Limits on connections and on memory for bodies hold under any load."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MOST, PER_ADDRESS = 16, 8
 
 @dataclass
 class World:
-    """Places, and what came of each."""
+    """The connections, and the result for each."""
 
     most: int = MOST
     per_address: int = PER_ADDRESS
@@ -102,8 +102,8 @@ TestAny = Any.TestCase
 
 
 def test_an_idle_connection_makes_room_and_operators_are_last() -> None:
-    """Ten thousand silent newcomers of two addresses close neither an operator's idle connection nor an agent's, nor a
-    newcomer of another address."""
+    """Ten thousand silent new connections from two addresses close no idle connection of an operator or an agent, and
+    none of a new client at another address."""
     world = World(most=64, per_address=64, rate=1e6)
     operator, agent = world.admit("10.1.0.1", Rank.OPERATOR), world.admit("10.1.0.2", Rank.KNOWN)
     for number in range(10_000):
@@ -116,8 +116,8 @@ def test_an_idle_connection_makes_room_and_operators_are_last() -> None:
 
 
 def test_authenticated_connections_make_room_too() -> None:
-    """An agent's credential that opens connections without end closes its own oldest idle ones, never the operator's,
-    and a new operator finds a place."""
+    """An agent's credential that opens connections without end closes its own oldest idle ones and none of the
+    operator's; a new operator connection still finds a place."""
     world = World(most=64, per_address=64, rate=1e6)
     operator = world.admit("10.1.0.1", Rank.OPERATOR)
     for number in range(500):
@@ -129,7 +129,7 @@ def test_authenticated_connections_make_room_too() -> None:
 
 
 def test_a_busy_connection_is_not_closed() -> None:
-    """Where every connection is being served a new one is refused, and counted."""
+    """While every connection is being served, a new one is refused and counted."""
     world = World()
     for number in range(MOST // 8):
         place = world.admit(f"10.0.0.{number}")
@@ -141,8 +141,8 @@ def test_a_busy_connection_is_not_closed() -> None:
 
 
 def test_an_idle_connection_of_another_address_makes_room() -> None:
-    """Where all of the address with the most connections are being served, the oldest idle one of another address is
-    closed; where none is idle there is no room."""
+    """If all connections of the address with the most are being served, the oldest idle one of another address is
+    closed; if none is idle there is no room."""
     world = World(most=64, per_address=64)
     places = [world.admit(f"10.0.0.{host}") for host in (1, 1, 1, 1, 2, 3, 3, 3)]
     for host, place in enumerate(places):
@@ -159,7 +159,7 @@ def test_an_idle_connection_of_another_address_makes_room() -> None:
 
 
 def test_ten_thousand_agents_behind_one_nat_are_not_paced() -> None:
-    """With the default settings 10,000 reports that come at once, 320 of them at a time, are all taken without a wait."""
+    """With the default settings, 10,000 simultaneous reports, 320 at a time, are all accepted without delay."""
     world = World(most=4096, per_address=3072, rate=500.0)
     waiting: list[Place] = []
     for _ in range(10_000):
@@ -177,8 +177,8 @@ def test_ten_thousand_agents_behind_one_nat_are_not_paced() -> None:
 
 
 def test_an_address_that_never_authenticates_is_paced() -> None:
-    """Of 20,000 connections in a second an address gets its burst and its rate, each other address its own, and
-    nobody waits for more than a second."""
+    """Of 20,000 connections per second, an address gets its burst and its rate, each other address its own, and none
+    waits for more than a second."""
     world = World(most=4096, per_address=4096, rate=100.0)
     served = 0
     for number in range(20_000):
@@ -195,8 +195,8 @@ def test_an_address_that_never_authenticates_is_paced() -> None:
 
 
 def test_bodies_are_bounded_and_slow_ones_make_room() -> None:
-    """Unauthenticated bodies get a quarter, operators all of it; one that arrives slowly is given up for another,
-    and all is given back."""
+    """Unauthenticated bodies get a quarter of the memory, operators all of it. A slow body is dropped to make room for
+    another, and all memory is released."""
     world = World()
     bodies = BodyMemory(100, lambda: world.now)
     places = [Place(None, "", close=lambda: None) for _ in range(30)]
@@ -225,13 +225,13 @@ def test_bodies_are_bounded_and_slow_ones_make_room() -> None:
     ],
 )
 def test_an_address_is_counted_as_its_network(text: str, network: str) -> None:
-    """One IPv6 host has a whole /64 network."""
+    """An IPv6 host counts as its whole /64 network."""
     assert network_of(text) == network
 
 
 def test_connections_leave_room_for_other_files() -> None:
-    """The soft limit of open files is raised to twice the connections; where the hard one is too low there are fewer
-    connections, half of it but at least 16, and a log line."""
+    """The soft limit of open files is raised to twice the number of connections. If the hard limit is too low, there
+    are fewer connections (half of it, but at least 16) and a log line."""
     code = """\
 import resource
 from nomad_watchdog.api.acceptor import most_connections

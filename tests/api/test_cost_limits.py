@@ -1,4 +1,4 @@
-"""What a caller with a token may cost the others: reads, event streams, devices, events."""
+"""Limits on what a caller with a token may cost others: reads, event streams, devices, events."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HEADERS = {role: {"Authorization": f"Bearer {token}"} for role, token in TOKENS.
 
 
 def settings(folder: Path, **more: Any) -> ApiSettings:
-    """A token of each role, as an operator would set them up."""
+    """One token per role, as an operator would set them up."""
     tokens = {}
     for role, text in TOKENS.items():
         (folder / role).write_text(text)
@@ -54,7 +54,7 @@ async def guarded(tmp_path: Path) -> AsyncIterator[ServedApi]:
 
 
 def fill(served_api: ServedApi, count: int) -> None:
-    """Have so many devices registered, as if the registry had just been read."""
+    """Register this many devices, as if the registry had just been read."""
     records = {}
     for number in range(count):
         device = Device(
@@ -69,7 +69,7 @@ def fill(served_api: ServedApi, count: int) -> None:
 async def asked(
     served_api: ServedApi, role: str, path: str, method: str = "GET", **more: Any
 ) -> tuple[int, Any]:
-    """The status and body of one request with the token of this role."""
+    """Status and body of one request with the token of this role."""
     async with served_api.client.request(
         method, served_api.base + path, headers=HEADERS[role], **more
     ) as answer:
@@ -83,9 +83,9 @@ async def asked(
 async def test_a_viewer_takes_neither_streams_nor_time_from_an_operator(
     tmp_path: Path, attack: Attack
 ) -> None:
-    """Its own streams and searches are refused with 429 and Retry-After; an operator reads, follows events and
-    sends heartbeats beside it, and a replica follows."""
-    # On a busy machine the searches get little processor time: a small budget is used up all the same.
+    """A viewer's own streams and searches are refused with 429 and Retry-After. Meanwhile an operator reads, follows
+    events and sends heartbeats, and a replica follows."""
+    # On a busy machine the searches get little CPU time: a small budget is used up all the same.
     small = settings(tmp_path, read_share=0.01, read_burst="500ms")
     async with AsyncExitStack() as stack:
         guarded = await stack.enter_async_context(
@@ -116,7 +116,7 @@ async def test_a_viewer_takes_neither_streams_nor_time_from_an_operator(
                         refused.append(float(answer.headers["Retry-After"]))
                         await asyncio.sleep(
                             0.05
-                        )  # no tight loop of refusals: the client shares our loop
+                        )  # no tight loop of refused requests: the client shares this event loop
                     else:
                         assert answer.status == 200
                         answered.append(0.0)
@@ -149,7 +149,7 @@ async def test_a_viewer_takes_neither_streams_nor_time_from_an_operator(
 
 
 async def test_replicas_have_streams_of_their_own(guarded: ServedApi) -> None:
-    """Operators that have all their streams leave a replica its own; a viewer can't pass for a replica."""
+    """Replicas keep their own streams when operators use all of theirs; a viewer can't pass for a replica."""
     async with AsyncExitStack() as stack:
 
         async def follow(role: str, query: str = "") -> aiohttp.ClientResponse:
@@ -167,8 +167,8 @@ async def test_replicas_have_streams_of_their_own(guarded: ServedApi) -> None:
 
 
 async def test_a_read_costs_what_it_takes(tmp_path: Path) -> None:
-    """A token with a small budget is refused after reads that cost more, whatever they read; another token is
-    not, nor is a request that reads nothing."""
+    """A token with a small budget is refused after more expensive reads, whatever they read. Another token, and a
+    request that reads nothing, are not refused."""
     tiny = settings(tmp_path, read_share=0.001, read_burst="1ms")
     async with served(tmp_path, authenticator=authenticator_of(tiny)) as served_api:
         fill(served_api, 2_000)
@@ -194,7 +194,7 @@ async def test_a_read_costs_what_it_takes(tmp_path: Path) -> None:
 
 
 async def test_a_scrape_is_neither_charged_nor_refused(tmp_path: Path) -> None:
-    """/metrics costs a token nothing, and is answered when the budget of that token is used up."""
+    """`/metrics` is free of charge, and is answered even if the token's budget is used up."""
     tiny = settings(tmp_path, read_share=0.001, read_burst="1ms")
     async with served(tmp_path, authenticator=authenticator_of(tiny)) as served_api:
         fill(served_api, 1_000)
@@ -220,7 +220,7 @@ async def test_a_scrape_is_neither_charged_nor_refused(tmp_path: Path) -> None:
 async def test_a_device_token_registers_no_more_than_its_quota(
     guarded: ServedApi, attack: Attack
 ) -> None:
-    """Removed devices count until their records are deleted; an operator registers beside it, and when the
+    """Removed devices count until their records are deleted. An operator can still register devices. When the
     tombstones are gone the token may register again, at higher epochs."""
     answers = []
     for number in range(4 * QUOTA):
@@ -272,8 +272,8 @@ async def test_a_device_token_registers_no_more_than_its_quota(
 async def test_a_flood_of_repairs_displaces_no_audit_event(
     guarded: ServedApi, attack: Attack
 ) -> None:
-    """The attempts of one device are stored up to its bound, the rest is counted and stated once; the audit and the
-    events of other devices stay, and an operator's change is audited beside the flood."""
+    """The attempts of one device are stored up to its limit; the rest is counted and reported once. Audit events and
+    events of other devices stay, and an operator's change is audited during the flood."""
     body = {"address": "127.0.0.1"}
     await asked(guarded, "operator", "/v1/devices/first", "PUT", json=body)
     await asked(guarded, "operator", "/v1/devices/pump", "PUT", json=body)
@@ -320,8 +320,8 @@ async def test_a_flood_of_repairs_displaces_no_audit_event(
 async def test_changes_beyond_the_rate_of_a_token_are_counted_and_stated(
     guarded: ServedApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A token that changes more than its rate has no event for the rest, and one that states how many; another
-    token's changes are audited beside it."""
+    """A token that exceeds its rate of changes gets no event for the rest, and one event that states how many. Changes
+    with another token are audited meanwhile."""
     monkeypatch.setattr(audit, "REPORT_EVERY_S", 1.0)
     context = guarded.app[CONTEXT]
     context.audits.buckets = Buckets(0.001, 2)

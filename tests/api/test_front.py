@@ -40,7 +40,7 @@ OPERATOR = {"Authorization": f"Bearer {TOKEN}"}
 
 @dataclass
 class Front:
-    """The API with a token on a listener of ours."""
+    """The API with a token on the test's own listener."""
 
     served_api: ServedApi
     port: int
@@ -50,7 +50,7 @@ class Front:
         return f"http://127.0.0.1:{self.port}"
 
     async def status(self, path: str, method: str = "GET", **options: Any) -> int:
-        """The status over a new connection."""
+        """Status of a request over a new connection."""
         timeout = aiohttp.ClientTimeout(total=60)
         async with (
             aiohttp.ClientSession(timeout=timeout) as session,
@@ -60,7 +60,7 @@ class Front:
             return answer.status
 
     def counted(self, text: str) -> float:
-        """A series of the metrics."""
+        """Value of a series of the metrics."""
         lines = self.served_api.metrics.render().decode().splitlines()
         (value,) = (line.split()[-1] for line in lines if line.startswith(text))
         return float(value)
@@ -91,7 +91,7 @@ async def front(folder: Path, **changes: Any) -> AsyncIterator[Front]:
 
 
 async def answers(port: int, sent: bytes, count: int) -> Counter[str]:
-    """How `count` connections that send these bytes at once are answered: a status, or "" if closed without one."""
+    """Answers to `count` simultaneous connections that send these bytes: a status, or "" if closed without one."""
 
     async def one() -> str:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -108,7 +108,7 @@ async def answers(port: int, sent: bytes, count: int) -> Counter[str]:
 
 
 def memory_kb() -> int:
-    """Of this process now, resident."""
+    """Resident memory of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
 
@@ -119,8 +119,8 @@ def peak_kb() -> int:
 
 @pytest.mark.attack("H1", "a body of 40 MB as 40 kB of gzip, without a token and with one")
 async def test_a_compressed_body_is_never_unpacked(tmp_path: Path, attack: Attack) -> None:
-    """Eight bodies of 40 MB as 40 kB of gzip are refused with 401, with a token 415, and no memory is taken for what is
-    in them."""
+    """Eight bodies of 40 MB, compressed by gzip to 40 kB, are rejected with 401, and with 415 if there is a token; no
+    memory is used for their content."""
     bomb = attackers.compressed()
     known = bomb.replace(b"\r\n\r\n", f"\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode(), 1)
     async with front(tmp_path) as it:
@@ -136,7 +136,7 @@ async def test_a_compressed_body_is_never_unpacked(tmp_path: Path, attack: Attac
 
 @pytest.fixture
 def wires() -> Iterable[list[socket.socket]]:
-    """Sockets that are closed in the end."""
+    """Sockets that are closed at the end."""
     found: list[socket.socket] = []
     yield found
     for wire in found:
@@ -144,7 +144,7 @@ def wires() -> Iterable[list[socket.socket]]:
 
 
 async def connect(port: int, wires: list[socket.socket], count: int, sent: bytes = b"") -> None:
-    """So many more connections, which send this and read nothing."""
+    """Open this many more connections, which send these bytes and read nothing."""
     loop = asyncio.get_running_loop()
     for _ in range(count):
         wire = socket.socket()
@@ -162,7 +162,7 @@ async def connect(port: int, wires: list[socket.socket], count: int, sent: bytes
 async def test_silent_connections_make_room(
     tmp_path: Path, attack: Attack, wires: list[socket.socket]
 ) -> None:
-    """With 300 silent or half-sent connections at a limit of 64, health checks and the operator are answered over new
+    """With 300 silent or incomplete connections at a limit of 64, health checks and the operator are answered over new
     connections, an open connection of the operator stays, and the process never has more than 64."""
     async with (
         front(tmp_path, max_connections=64, max_connections_per_address=64) as it,
@@ -189,7 +189,7 @@ async def test_silent_connections_make_room(
 async def test_a_client_that_does_not_read_is_closed(
     tmp_path: Path, attack: Attack, wires: list[socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever takes nothing of a file or of other responses for the write timeout is closed, and counted."""
+    """A client that reads nothing of a file or another response for the write timeout is disconnected and counted."""
     monkeypatch.setattr(acceptor, "WRITE_TIMEOUT_S", 0.2)
     monkeypatch.setattr(acceptor, "SWEEP_S", 0.05)
     token = f"Authorization: Bearer {TOKEN}"
@@ -217,7 +217,7 @@ ARTIFACT = b"GET /artifacts/watchdog-agent.pyz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r
 async def test_slow_readers_of_the_agents_file_share_its_memory(
     tmp_path: Path, attack: Attack, wires: list[socket.socket]
 ) -> None:
-    """They cost less than 256 KB each, however large the file is, and the operator is answered."""
+    """Each slow reader costs less than 256 KB, however large the file is, and the operator is answered."""
     async with front(tmp_path) as it:
         (tmp_path / "agent.pyz").write_bytes(bytes(8_000_000))
         assert await it.status("/artifacts/watchdog-agent.pyz") == 200
@@ -240,7 +240,7 @@ async def test_slow_readers_of_the_agents_file_share_its_memory(
 
 
 async def test_the_handler_of_a_refused_body_ends_with_its_connection(tmp_path: Path) -> None:
-    """When the client is gone, or was closed to make room, nothing waits for the rest of what it announced."""
+    """When the client has disconnected, or was closed to make room, no handler waits for the rest of the body."""
     request = (
         b"PUT /v1/devices/x HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         b"Content-Length: 900000\r\n\r\n{"
@@ -266,8 +266,8 @@ async def test_the_handler_of_a_refused_body_ends_with_its_connection(tmp_path: 
 async def test_a_body_is_not_read_before_its_headers_are_plausible(
     tmp_path: Path, attack: Attack
 ) -> None:
-    """A webhook of 1 MiB with a wrong signature is refused unread (413), one without signature, with half of one or
-    with an old time stamp is 401 unread, one of 64 KiB is read and 401; memory stays."""
+    """A 1 MiB webhook with a wrong signature is rejected unread (413). Without a signature, with half of one or with an
+    old timestamp it is 401 unread. A 64 KiB one is read and 401. Memory use does not grow."""
     large, small = attackers.unsigned(), attackers.unsigned(64 * 1024)
     bare = attackers.unsigned().replace(b"webhook-signature", b"x-signature")
     half = attackers.unsigned().replace(b"v1,", b"v1,A")
@@ -280,13 +280,13 @@ async def test_a_body_is_not_read_before_its_headers_are_plausible(
         assert await answers(it.port, small, 20) == {"401": 20}
         grown = (peak_kb() - before) / 1000
         assert it.served_api.app[CONTEXT].bodies.used == 0
-    assert grown < 40  # ours and that of the attackers, who are in this process too
+    assert grown < 40  # the memory of this process, which includes the attackers
     attack.tried = 149
     attack.result = f"refused before the body is read; memory +{grown:.0f} MB with the attackers'"
 
 
 async def test_memory_for_bodies_is_bounded(tmp_path: Path) -> None:
-    """Where it is used up a request is 503 and comes again later; nothing is lost of a token's request."""
+    """When it is used up, a request is answered 503 and retried later; no request with a token is lost."""
     async with front(tmp_path) as it:
         bodies = it.served_api.app[CONTEXT].bodies
         bodies.most = 10
@@ -299,7 +299,7 @@ async def test_memory_for_bodies_is_bounded(tmp_path: Path) -> None:
 
 
 async def test_silent_handshakes_make_room(tmp_path: Path, wires: list[socket.socket]) -> None:
-    """With TLS, connections that never shake hands are counted from the start, and make room."""
+    """TLS connections that never complete the handshake are counted from the start, and make room."""
     authority = trustme.CA()
     write_pair(tmp_path, authority)
     tls = {name: str(tmp_path / f"server.{name[4:]}") for name in ("tls_cert", "tls_key")}
@@ -317,14 +317,14 @@ async def test_silent_handshakes_make_room(tmp_path: Path, wires: list[socket.so
 
 @pytest.fixture
 def lingering(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection that is to be closed while its other side has not sent all is kept for an hour."""
+    """Keep connections that should be closed, but whose client has not sent everything, open for an hour."""
     monkeypatch.setattr(
         serving, "RUNNER_OPTIONS", {**serving.RUNNER_OPTIONS, "lingering_time": 3600.0}
     )
 
 
 def end_requests() -> None:
-    """Those that linger."""
+    """End the lingering connections."""
     for task in asyncio.all_tasks():
         coroutine = task.get_coro()
         if getattr(coroutine, "__qualname__", "") == "RequestHandler.start":
@@ -336,8 +336,8 @@ def end_requests() -> None:
 async def test_an_unknown_expectation_keeps_no_place(
     tmp_path: Path, wires: list[socket.socket], body: str
 ) -> None:
-    """It is refused with 417 in our form before anybody asks for a token, and 40 of them on open connections leave the
-    16 places of those without a token to health checks and the operator."""
+    """It is rejected with 417 in our format before the token is checked. 40 such open connections leave the 16 places
+    for clients without a token to health checks and the operator."""
     sent = f"PUT /v1/devices/x HTTP/1.1\r\nHost: 127.0.0.1\r\nExpect: foo\r\n{body}\r\n".encode()
     async with front(tmp_path, max_connections=128) as it:
         head, _, told = (await asyncio.to_thread(asked, it.port, [sent])).partition(b"\r\n\r\n")
@@ -354,8 +354,8 @@ async def test_an_unknown_expectation_keeps_no_place(
 async def test_a_refused_sender_that_goes_on_keeps_no_place(
     tmp_path: Path, wires: list[socket.socket]
 ) -> None:
-    """40 connections whose large bodies were refused and that send on all the same, more than is read of them, leave
-    the places of those without a token to health checks and the operator."""
+    """40 connections whose large bodies were rejected, and that send more than is read, leave the places for clients
+    without a token to health checks and the operator."""
     head = b"PUT /v1/devices/x HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 10000000\r\n\r\n"
     async with front(tmp_path, max_connections=128) as it:
         await connect(it.port, wires, 40, head + bytes(120_000))
@@ -396,8 +396,8 @@ async def test_a_browser_changes_nothing_for_another_page(
     tmp_path: Path, attack: Attack, guarded: bool
 ) -> None:
     """A foreign Host is 421 for every method, a foreign Origin is 403 for every change, and a foreign Sec-Fetch-Site
-    for every request but a link that is followed; ours, those of the settings and requests without Origin are served.
-    A valid token is served by any name."""
+    for every request except a followed link. Our own, those of the settings, and requests without Origin are served. A
+    valid token is served by any name."""
     changes = {"hosts": ("dogs.example",), "advertise": "http://Watch.example:9670"}
     cases = [
         *((421, "GET", {"Host": host}) for host in FOREIGN),
@@ -438,7 +438,7 @@ async def test_a_browser_changes_nothing_for_another_page(
             assert found == (401 if guarded and status == 200 else status), (method, headers)
             if (
                 guarded
-            ):  # no page of another site has a token, and an agent may know an older name of ours
+            ):  # a page of another site has no token; an agent may still use an older name of ours
                 assert await it.status(path, method, json=body, headers=known | headers) == 200
                 wrong = {"Authorization": "Bearer of-nobody-at-all-123"}
                 assert await it.status(path, method, json=body, headers=wrong | headers) == 401
@@ -450,7 +450,7 @@ async def test_a_browser_changes_nothing_for_another_page(
 async def test_a_body_that_breaks_off_is_no_error_of_ours(
     tmp_path: Path, attack: Attack, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing is logged of it, and the next request is served."""
+    """An incomplete body is not logged as an error, and the next request is served."""
     caplog.set_level(logging.DEBUG, "aiohttp.server")
     signature = base64.b64encode(b"0" * 32).decode()
     sent = (
@@ -474,7 +474,7 @@ async def test_a_body_that_breaks_off_is_no_error_of_ours(
 
 
 async def test_a_health_check_without_a_host_is_answered(tmp_path: Path) -> None:
-    """Load balancers check with HTTP/1.0, which needs no Host; no browser sends such requests."""
+    """Load balancers check with HTTP/1.0, which needs no Host; browsers never send such requests."""
     async with front(tmp_path) as it:
         reader, writer = await asyncio.open_connection("127.0.0.1", it.port)
         writer.write(b"GET /healthz HTTP/1.0\r\n\r\n")

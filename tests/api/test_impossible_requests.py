@@ -1,4 +1,4 @@
-"""W2: requests for what can't be are rejected when they come in."""
+"""W2: impossible requests are rejected on arrival."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WISH: dict[str, Any] = {"address": "127.0.0.1"}
 
 @pytest.fixture
 def two(served_api: ServedApi) -> ServedApi:
-    """The API where the classes camera and gateway are configured, and no default."""
+    """The API with the configured classes camera and gateway, and no default class."""
     served_api.fleet.classes = frozenset({"camera", "gateway"})
     return served_api
 
@@ -39,7 +39,7 @@ def two(served_api: ServedApi) -> ServedApi:
 async def test_a_class_that_is_not_configured_is_400(
     two: ServedApi, more: dict[str, str], words: list[str]
 ) -> None:
-    """By PUT, webhook and bulk alike: the answer names the classes, and the one that was meant."""
+    """By PUT, webhook and bulk alike: the error lists the classes, and suggests the one that was meant."""
     webhook = {"event": "connected", "device": WISH | more | {"id": "cam"}}
     asked = (
         await two.ask("PUT", "/v1/devices/cam", json=WISH | more),
@@ -58,7 +58,7 @@ async def test_a_class_that_is_not_configured_is_400(
 
 
 async def test_each_invalid_item_of_a_bulk_request_has_its_index(two: ServedApi) -> None:
-    """The valid ones are stored; the index counts within `devices` and within `delete`."""
+    """The valid items are stored; the index refers to `devices` or to `delete`."""
     body = {
         "devices": [
             {"id": "a", "class": "camera", "address": "127.0.0.1"},
@@ -88,8 +88,8 @@ async def test_each_invalid_item_of_a_bulk_request_has_its_index(two: ServedApi)
 async def test_a_device_of_a_class_that_vanished_stays_usable(
     two: ServedApi, left: Departure | None, status: int
 ) -> None:
-    """One that is registered, or blinked, may be registered again with the class that it had; one that was
-    removed may not, and none may be moved to such a class."""
+    """A device that is registered, or was disconnected briefly, may be registered again with the class that it had. A
+    removed device may not, and no device may be moved to such a class."""
     device = Device(DeviceId("cam"), "old", "127.0.0.1")
     await two.fleet.records.register(
         [device, replace(device, id=DeviceId("other"), agent_class="camera")]
@@ -107,8 +107,8 @@ async def test_a_device_of_a_class_that_vanished_stays_usable(
 
 
 async def test_a_pause_of_what_is_not_there_is_refused(two: ServedApi) -> None:
-    """Devices that were never registered are 404 with a similar id, an unknown class 400; a device that
-    another replica has just registered is known; nothing is kept of a refused pause."""
+    """Unregistered devices are 404 with a similar ID, an unknown class is 400. A device that another replica has just
+    registered is known. A rejected pause is not stored."""
     await two.fleet.records.register([Device(DeviceId("cam-1"), "camera", "127.0.0.1")])
     for body, status, word in (
         ({"devices": ["cam-2"]}, 404, "did you mean 'cam-1'?"),
@@ -124,7 +124,7 @@ async def test_a_pause_of_what_is_not_there_is_refused(two: ServedApi) -> None:
 
 
 async def test_events_of_a_device_that_was_never_there_are_404(two: ServedApi) -> None:
-    """As a page and as a stream; a device that was removed still has its events."""
+    """As a page and as a stream; a removed device still has its events."""
     await two.ask("PUT", "/v1/devices/cam-1", json=WISH | {"class": "camera"})
     for query in ("device=cam-2", "device=cam-2&follow=true", "device=cam-2&own=true"):
         status, answer = await two.ask("GET", f"/v1/events?{query}")
@@ -139,8 +139,8 @@ async def test_events_of_a_device_that_was_never_there_are_404(two: ServedApi) -
 async def test_a_device_that_the_registry_has_lost_was_registered_before(
     two: ServedApi,
 ) -> None:
-    """`devices get` and `explain` say so, as long as an event about it is kept; also while its agent still runs,
-    whose events have the device's id. Of a device that was never there they say nothing of the kind."""
+    """`devices get` and `explain` say so as long as an event about the device is kept, even while its agent still runs
+    and its events have the device's ID. For a device that never existed they do not say so."""
     await two.ask("PUT", "/v1/devices/cam-1", json=WISH | {"class": "camera"})
     two.fleet.records.reset({}, two.fleet.records.reached + 1)
     for path in ("/v1/devices/cam-1", "/v1/devices/cam-1/explain"):
@@ -164,7 +164,7 @@ async def test_a_device_that_the_registry_has_lost_was_registered_before(
 
 
 async def test_a_device_token_learns_no_ids_from_a_misspelt_one(two: ServedApi) -> None:
-    """The hint stands where every id may be read: a heartbeat for an unknown device has none."""
+    """Only callers who may read every ID get a hint: a heartbeat for an unknown device has none."""
     await two.fleet.records.register([Device(DeviceId("cam-1"), "camera", "127.0.0.1")])
     status, answer = await two.ask("POST", "/v1/devices/cam-2/heartbeat")
     assert (status, "cam-1" in answer["error"]["message"]) == (404, False)
@@ -174,7 +174,7 @@ async def test_a_device_token_learns_no_ids_from_a_misspelt_one(two: ServedApi) 
 
 @pytest.mark.parametrize("path", ["/v1/devices", "/v1/agents"])
 async def test_a_query_with_two_values_of_a_label_is_400(served_api: ServedApi, path: str) -> None:
-    """No device has both, so that an empty list would mislead; the answer names the key."""
+    """No device can have both, so an empty list would be misleading; the error names the key."""
     status, answer = await served_api.ask("GET", f"{path}?label=site=a&label=site=b")
     assert status == 400
     assert "'site' is given twice" in answer["error"]["message"]
@@ -185,7 +185,7 @@ async def test_a_query_with_two_values_of_a_label_is_400(served_api: ServedApi, 
 async def test_the_verdict_departed_lists_devices_that_have_left(
     served_api: ServedApi,
 ) -> None:
-    """Without `presence` the verdict alone picks; with one both must match."""
+    """Without `presence` only the verdict selects; with `presence` both must match."""
     await served_api.ask("PUT", "/v1/devices/cam", json=WISH)
     await served_api.ask("DELETE", "/v1/devices/cam")
     for query, ids in (
@@ -202,8 +202,8 @@ async def test_the_verdict_departed_lists_devices_that_have_left(
 async def test_the_last_report_of_a_replaced_agent_is_no_alarm(
     served_api: ServedApi,
 ) -> None:
-    """A report of an older epoch from an instance that the scheduler lists is refused and noted as a replacement;
-    one of an instance that nobody knows is a refusal."""
+    """A report of an older epoch is refused. If the scheduler lists the instance it is recorded as a replacement, and
+    if the instance is unknown as a refusal."""
     await served_api.ask("PUT", "/v1/devices/cam", json=WISH)
     record = served_api.fleet.records[slug_of(DeviceId("cam"))]
     (moved,) = await served_api.fleet.records.commit([presence.advance(record, Epoch(2))])
@@ -233,7 +233,7 @@ async def test_the_last_report_of_a_replaced_agent_is_no_alarm(
 async def test_an_audit_event_of_a_bulk_request_names_devices(
     served_api: ServedApi, count: int, others: int
 ) -> None:
-    """The first 20 that changed, and how many others; one that did not change is not named."""
+    """The first 20 changed devices, and the number of others; an unchanged device is not named."""
     await served_api.ask("PUT", "/v1/devices/same", json=WISH)
     devices = [WISH | {"id": f"d{number:02}"} for number in range(count)]
     body = {"devices": [WISH | {"id": "same"}, *devices], "delete": ["never"]}
@@ -246,7 +246,7 @@ async def test_an_audit_event_of_a_bulk_request_names_devices(
 
 
 async def test_ready_gives_a_reason_only_when_it_is_not(served_api: ServedApi) -> None:
-    """Whoever reaches the service may report to it: what else is wrong is a warning."""
+    """The service is ready if agents can report to it; any other problem is only a warning."""
     assert (await served_api.ask("GET", "/ready"))[1]["reason"]
     served_api.fleet.readiness.event.set()
     served_api.fleet.readiness.waits_for = ""
@@ -264,7 +264,7 @@ async def test_ready_gives_a_reason_only_when_it_is_not(served_api: ServedApi) -
 async def test_the_examples_in_the_documentation_are_accepted(
     served_api: ServedApi, repository: Path
 ) -> None:
-    """Each curl command of docs/presence.md: its path exists, and its body is taken."""
+    """Each curl command of docs/presence.md uses an existing path and a valid body."""
     text = (repository / "docs/presence.md").read_text()
     examples = re.findall(r"http://127\.0\.0\.1:9670(\S+) \\\n\s+-d '([^']+)'", text)
     assert [path for path, _ in examples] == ["/v1/webhook", "/v1/devices:bulk"]

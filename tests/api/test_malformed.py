@@ -1,4 +1,4 @@
-"""Requests that are not HTTP, with a token in them, on raw sockets: no byte of them is written anywhere."""
+"""Malformed HTTP requests that contain a token, on raw sockets: no byte of the token is written anywhere."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.fixed_loop import FixedLoop
 
 KNOWN, UNKNOWN = secrets.token_hex(20), secrets.token_hex(20)
 PIECES = (KNOWN, UNKNOWN, KNOWN[:24], UNKNOWN[:24])
-"""What must not be found: the tokens, and so much of one that it would help to guess the rest."""
+"""Must not be found: the tokens, and parts long enough to help guess the rest."""
 SHAPES = (
     "GET /v1/status HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\r\n\r\n",
     "GET /v1/status HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\0\r\n\r\n",
@@ -37,7 +37,7 @@ SHAPES = (
 
 @contextmanager
 def logged(style: logs.Format = "json") -> Iterator[StringIO]:
-    """All that is logged at every level, as `run` writes it; complete at the end."""
+    """All log records at every level, as `run` writes them; complete at the end."""
     out = StringIO()
     stop = logs.setup("debug", style, out)
     try:
@@ -48,7 +48,7 @@ def logged(style: logs.Format = "json") -> Iterator[StringIO]:
 
 @contextmanager
 def no_quarrel_with_pytest() -> Iterator[None]:
-    """Loggers that another test has made quiet speak here."""
+    """Re-enable loggers that another test has silenced."""
     logger = logging.getLogger("aiohttp.server")
     before = logger.level
     logger.setLevel(logging.DEBUG)
@@ -67,7 +67,7 @@ def guarded(folder: Path) -> object:
 
 
 def asked(port: int, packets: list[bytes]) -> bytes:
-    """What the server answers to these packets until it closes, or has said nothing for a while."""
+    """The server's answer to these packets, until it closes the connection or has sent nothing for a while."""
     got = b""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -77,15 +77,15 @@ def asked(port: int, packets: list[bytes]) -> bytes:
             connection.settimeout(0.3)
             while piece := connection.recv(65536):
                 got += piece
-        except OSError:  # it closed first, or waits for the rest of a body
+        except OSError:  # the server closed first, or waits for the rest of the body
             pass
     return got
 
 
 @pytest.mark.attack("H3", "malformed requests that carry a token, of four shapes, on raw sockets")
 async def test_h3_no_malformed_request_gets_into_the_log(tmp_path: Path, attack: Attack) -> None:
-    """None of 540 requests leaves a byte of its token in log, answer, event or explanation; all are counted,
-    and reported in a line or two."""
+    """None of 540 requests leaves a byte of its token in a log, answer, event or explanation; all are counted, and
+    reported in one or two lines."""
     requests = [
         shape.format(token).encode()
         for _ in range(34)
@@ -100,12 +100,12 @@ async def test_h3_no_malformed_request_gets_into_the_log(tmp_path: Path, attack:
             )
             said = await everything(served_api)
     lines = [line for line in out.getvalue().splitlines() if "malformed requests" in line]
-    answered = [answer for answer in answers if answer]  # a reset may overtake the answer
+    answered = [answer for answer in answers if answer]  # a reset may arrive before the answer
     assert answered
     assert all(b" 400 " in answer[:20] for answer in answered)
     for text in (out.getvalue(), said, *(answer.decode("latin-1") for answer in answers)):
         assert not any(piece in text for piece in PIECES)
-    assert len(lines) <= 3  # the first at once, one per minute, the rest at the end
+    assert len(lines) <= 3  # the first immediately, one per minute, the rest at the end
     assert sum(json.loads(line)["requests"] for line in lines) == len(requests)
     assert f"nomad_watchdog_api_malformed_total {float(len(requests))}" in said
     attack.tried = len(requests)
@@ -116,7 +116,7 @@ async def test_h3_no_malformed_request_gets_into_the_log(tmp_path: Path, attack:
 
 
 async def everything(served_api: ServedApi) -> str:
-    """What people see: events, a device and its explanation, metrics."""
+    """What users see: events, a device and its explanation, metrics."""
     bearer = {"Authorization": f"Bearer {KNOWN}", "Connection": "close"}
     found = []
     for path in ("/v1/events", "/v1/devices", "/v1/devices/pump/explain", "/v1/status", "/metrics"):
@@ -169,7 +169,7 @@ bodies = st.sampled_from(
 
 @st.composite
 def malformed_requests(draw: st.DrawFn) -> list[bytes]:
-    """A request with one token in many places, broken somewhere, in one packet or two."""
+    """A request with one token in many places, malformed somewhere, in one packet or two."""
     token = draw(st.sampled_from([KNOWN, UNKNOWN]))
     parts = [draw(lines), "Connection: close", *draw(st.lists(heads, max_size=4))]
     text = "\r\n".join(parts).replace("{}", token) + "\r\n\r\n" + draw(bodies).replace("{}", token)
@@ -183,8 +183,8 @@ def malformed_requests(draw: st.DrawFn) -> list[bytes]:
 async def test_no_request_that_the_parser_rejects_leaves_a_token_behind(
     tmp_path: Path, style: logs.Format
 ) -> None:
-    """Whatever is wrong with a request, its token is neither in the answer nor in the log at any level, nor in
-    a traceback, event or explanation."""
+    """Whatever is wrong with a request, its token is in no answer, in no log record at any level, and in no traceback,
+    event or explanation."""
     with no_quarrel_with_pytest(), logged(style) as out:
         async with guarded(tmp_path) as served_api:  # type: ignore[attr-defined]
             port = served_api.runner.addresses[0][1]
@@ -205,8 +205,8 @@ async def test_no_request_that_the_parser_rejects_leaves_a_token_behind(
 async def test_errors_of_handlers_name_no_known_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A token inside an exception, its traceback, an argument of a log call, an event or a wrong body is gone
-    from log and answer; one that was only presented is gone from the log while its request is handled."""
+    """A known token inside an exception, its traceback, an argument of a log call, an event or an invalid body is
+    removed from log and answer; one that was only presented is removed from the log while its request is handled."""
     with logged() as out:
         async with guarded(tmp_path) as served_api:  # type: ignore[attr-defined]
 
@@ -242,7 +242,7 @@ async def test_errors_of_handlers_name_no_known_token(
 async def test_malformed_requests_are_one_line_per_minute(
     served_api: ServedApi, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first is logged at once, those of the next minute together, and what is left at the end."""
+    """The first is logged immediately, those of the next minute together, and the rest at the end."""
     monkeypatch.setattr(malformed, "LOG_EVERY_S", 0.05)
     counter = malformed.MalformedRequests(served_api.metrics)
     counter.add("192.0.2.1")

@@ -1,4 +1,4 @@
-"""Leases, heartbeats, ownership and pauses at the door."""
+"""Leases, heartbeats, ownership and pauses through the API."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ async def leave(served_api: ServedApi, name: str, left: Departure) -> None:
 
 
 async def test_a_ttl_is_stored_shown_and_changed(served_api: ServedApi) -> None:
-    """A wish with another ttl is another wish; what is shown can be given again."""
+    """A request with another TTL changes the device, and the returned TTL can be sent again."""
     path = "/v1/devices/cam"
     before = served_api.fleet.clock.wall()
     assert (await served_api.ask("PUT", path, json=WISH | {"ttl": "90s"}))[0] == 201
@@ -38,7 +38,7 @@ async def test_a_ttl_is_stored_shown_and_changed(served_api: ServedApi) -> None:
 
 @pytest.mark.parametrize("ttl", ["", "90", "-1s", "10ms", "1y", 90, "9" * 40 + "s"])
 async def test_a_ttl_without_sense_is_refused(served_api: ServedApi, ttl: object) -> None:
-    """The answer names the field."""
+    """The error names the field."""
     status, answer = await served_api.ask("PUT", "/v1/devices/cam", json=WISH | {"ttl": ttl})
 
     assert status == 400
@@ -46,7 +46,7 @@ async def test_a_ttl_without_sense_is_refused(served_api: ServedApi, ttl: object
 
 
 async def test_a_heartbeat_brings_back_only_who_expired(served_api: ServedApi) -> None:
-    """The wish that it had stands again; a device that was told to leave is 404."""
+    """The desired state of an expired device is restored; a device that was removed is 404."""
     path = "/v1/devices/cam"
     for left, status in (
         (Departure.EXPIRED, 204),
@@ -69,7 +69,7 @@ async def test_a_heartbeat_brings_back_only_who_expired(served_api: ServedApi) -
 async def test_a_gateway_beats_for_many_and_hears_who_is_unknown(
     served_api: ServedApi,
 ) -> None:
-    """Strangers, twins and hostile ids cost the others nothing; nothing is written for a beat."""
+    """Unknown, duplicate and hostile IDs do not affect the others; a heartbeat writes nothing to the registry."""
     names = [f"d{n}" for n in range(500)]
     items = [{"id": name} | WISH | {"ttl": "60s"} for name in names]
     await served_api.ask("POST", "/v1/devices:bulk", json={"devices": items})
@@ -85,7 +85,7 @@ async def test_a_gateway_beats_for_many_and_hears_who_is_unknown(
 
 
 async def test_nobody_is_unknown_before_the_registry_was_read(served_api: ServedApi) -> None:
-    """503 and when to try again, not a 404 that a gateway would believe."""
+    """503 with a retry delay, not a 404 that a gateway would believe."""
     served_api.fleet.records.loaded = False
     for path, body in (("/v1/devices/cam/heartbeat", None), ("/v1/heartbeats", {"ids": ["cam"]})):
         assert (await served_api.ask("POST", path, json=body))[0] == 503
@@ -93,7 +93,7 @@ async def test_nobody_is_unknown_before_the_registry_was_read(served_api: Served
 
 
 async def test_a_heartbeat_is_not_refused_by_an_old_cache(served_api: ServedApi) -> None:
-    """A device that another replica registered a moment ago is found in the registry."""
+    """A device that another replica has just registered is found in the registry."""
     other = Fleet(served_api.fleet.registry, Limits(), SystemClock())
     await other.records.register([Device(DeviceId("cam"), "default", "127.0.0.1")])
     assert slug_of(DeviceId("cam")) not in served_api.fleet.records
@@ -104,14 +104,14 @@ async def test_a_heartbeat_is_not_refused_by_an_old_cache(served_api: ServedApi)
     "body", [{}, {"ids": "d1"}, {"ids": [1]}, {"ids": ["d"] * 10_001}, {"ids": ["d" * 129]}]
 )
 async def test_heartbeats_without_sense_are_refused(served_api: ServedApi, body: Any) -> None:
-    """A wrong or unbounded list is refused whole."""
+    """An invalid or oversized list is rejected as a whole."""
     assert (await served_api.ask("POST", "/v1/heartbeats", json=body))[0] == 400
 
 
 async def test_a_disconnect_may_be_a_blink_and_a_removal_is_not(
     served_api: ServedApi,
 ) -> None:
-    """The webhook and `now=false` leave the agent its grace; DELETE ends it, also afterwards."""
+    """The webhook and `now=false` leave the agent its grace period; DELETE ends the grace period, even later on."""
     path, slug = "/v1/devices/cam", slug_of(DeviceId("cam"))
     served_api.fleet.presence.heartbeats.rules = PresenceRules(grace_s=60.0)
     event = {"event": "connected", "device": {"id": "cam", "ttl": "5m"} | WISH}
@@ -129,7 +129,7 @@ async def test_a_disconnect_may_be_a_blink_and_a_removal_is_not(
 
 
 async def test_flapping_is_said(served_api: ServedApi) -> None:
-    """Six changes at once are an event and a field; the wish is what was asked last."""
+    """Six simultaneous changes create an event and set a field; the latest request is the desired state."""
     event = {"event": "connected", "device": {"id": "cam"} | WISH}
     gone = {"event": "disconnected", "device": {"id": "cam"}}
     for _ in range(4):
@@ -146,8 +146,8 @@ async def test_flapping_is_said(served_api: ServedApi) -> None:
 
 
 async def test_what_an_inventory_lists_is_changed_there(served_api: ServedApi) -> None:
-    """409 for every other wish while the file is configured; the same wish is no conflict, and without
-    the file the API may change the device."""
+    """While the file is configured, any differing request is answered 409, and an equal one is no conflict. Without the
+    file the API may change the device."""
     source = "inventory:/etc/devices.json"
     await served_api.fleet.records.register(
         [Device(DeviceId("cam"), "default", "127.0.0.1")], source
@@ -172,7 +172,7 @@ async def test_what_an_inventory_lists_is_changed_there(served_api: ServedApi) -
 
 
 async def test_a_pause_is_made_shown_moved_and_ended(served_api: ServedApi) -> None:
-    """The same target keeps its id; the device and explain name it; resume ends it."""
+    """The same target keeps its ID; the device and `explain` name the pause; `resume` ends it."""
     await served_api.ask("PUT", "/v1/devices/cam", json=WISH)
     body = {"devices": ["cam"], "for": "1h", "reason": "new lens", "by": "eve"}
     status, made = await served_api.ask("POST", "/v1/pauses", json=body)
@@ -194,7 +194,7 @@ async def test_a_pause_is_made_shown_moved_and_ended(served_api: ServedApi) -> N
 
 
 async def test_a_window_begins_later_and_is_removed_by_its_id(served_api: ServedApi) -> None:
-    """Until it begins nothing is paused; its id takes it away once."""
+    """Nothing is paused before it begins; its ID removes it once."""
     await served_api.ask("PUT", "/v1/devices/cam", json=WISH | {"labels": {"site": "a"}})
     body = {"labels": {"site": "a"}, "window": True, "for": "1h"}
     _, later = await served_api.ask(
@@ -228,12 +228,12 @@ async def test_a_window_begins_later_and_is_removed_by_its_id(served_api: Served
     ],
 )
 async def test_pauses_without_sense_are_refused(served_api: ServedApi, body: Any) -> None:
-    """An empty target, two ends, an end that is over, far away or without a zone."""
+    """An empty target, two ends, or an end that is past, too far away or without a time zone."""
     assert (await served_api.ask("POST", "/v1/pauses", json=body))[0] == 400
 
 
 async def test_pauses_are_bounded(served_api: ServedApi) -> None:
-    """The 257th is refused and the others stay."""
+    """The 257th pause is refused, and the others stay."""
     for n in range(256):
         status, _ = await served_api.ask("POST", "/v1/pauses", json={"labels": {"n": str(n)}})
         assert status == 201

@@ -1,4 +1,4 @@
-"""TLS and client certificates on a real socket, and the CLI that speaks them."""
+"""TLS and client certificates on a real socket, and the CLI that uses them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KEY = "k" * 40
 
 
 def write_pair(folder: Path, authority: trustme.CA, name: str = "server") -> None:
-    """A certificate for 127.0.0.1 and its key, renamed into place as a tool would."""
+    """Write a certificate for 127.0.0.1 and its key, renamed into place as a tool would."""
     pair = authority.issue_cert("127.0.0.1", common_name=name)
     for file, pems in (("key", [pair.private_key_pem]), ("cert", pair.cert_chain_pems)):
         fresh = folder / f"{name}.{file}.new"
@@ -48,7 +48,7 @@ def write_pair(folder: Path, authority: trustme.CA, name: str = "server") -> Non
 
 @dataclass
 class Secure:
-    """An API that speaks TLS."""
+    """An API that serves TLS."""
 
     folder: Path
     url: str
@@ -56,7 +56,7 @@ class Secure:
     fleet: Fleet
 
     def trust(self, authority: trustme.CA, name: str = "") -> ssl.SSLContext:
-        """As a client that trusts this authority, and shows the certificate of this name."""
+        """SSL context of a client that trusts this authority, and presents the certificate with this name."""
         context = ssl.create_default_context()
         authority.configure_trust(context)
         if name:
@@ -66,7 +66,7 @@ class Secure:
     async def get(
         self, path: str, context: ssl.SSLContext, method: str = "GET", **options: Any
     ) -> int:
-        """The status over a new connection."""
+        """Status of a request over a new connection."""
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as session,
             session.request(method, self.url + path, ssl=context, **options) as answer,
@@ -82,7 +82,7 @@ def authority() -> trustme.CA:
 
 @asynccontextmanager
 async def secure(folder: Path, authority: trustme.CA, **changes: Any) -> AsyncIterator[Secure]:
-    """The API over TLS on a free port, following its files."""
+    """The API over TLS on a free port, which follows changes of its files."""
     write_pair(folder, authority)
     authority.cert_pem.write_to_path(folder / "ca.pem")
     api = ApiSettings(
@@ -119,7 +119,7 @@ async def took_over(api: Secure, authority: trustme.CA) -> None:
 
 
 async def test_only_tls_is_spoken(tmp_path: Path, authority: trustme.CA) -> None:
-    """A client that trusts the authority is answered, another is not, and plain HTTP is not."""
+    """A client that trusts the authority is answered; another client, and plain HTTP, are not."""
     async with secure(tmp_path, authority) as api:
         assert await api.get("/v1/status", api.trust(authority)) == 200
         with pytest.raises(aiohttp.ClientConnectorCertificateError):
@@ -133,8 +133,8 @@ async def test_only_tls_is_spoken(tmp_path: Path, authority: trustme.CA) -> None
 
 
 async def test_a_new_certificate_is_taken_over(tmp_path: Path, authority: trustme.CA) -> None:
-    """After new files and a SIGHUP (the event that it sets) new connections get the new certificate and
-    no other, and an open one goes on."""
+    """After new files and a SIGHUP (the event that it sets) new connections get only the new certificate, and an open
+    connection is kept."""
     other = trustme.CA()
     async with (
         secure(tmp_path, authority) as api,
@@ -158,8 +158,7 @@ async def test_a_pair_that_does_not_fit_changes_nothing(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Half of a new pair is told in the log and not used; when the other half comes, both are, without a
-    signal."""
+    """Half of a new pair is logged and not used; when the other half arrives, the pair is used without a signal."""
     monkeypatch.setattr(serving, "CHECK_EVERY_S", 0.05)
     other = trustme.CA()
     pair = other.issue_cert("127.0.0.1")
@@ -174,8 +173,9 @@ async def test_a_pair_that_does_not_fit_changes_nothing(
 
 
 async def test_client_certificates_are_asked_for(tmp_path: Path, authority: trustme.CA) -> None:
-    """With client_ca a request without a certificate is 403, but for health checks, the agent's file and
-    an agent's own report; one of another authority gets no connection; one of ours is answered."""
+    """With `client_ca`, a request without a certificate is 403, except for health checks, the agent's file and an
+    agent's own report. A client with a certificate of another authority gets no connection; one of our authority is
+    answered."""
     clients = trustme.CA()
     (tmp_path / "keys").write_text(KEY)
     clients.cert_pem.write_to_path(tmp_path / "clients.pem")
@@ -206,8 +206,8 @@ async def test_client_certificates_are_asked_for(tmp_path: Path, authority: trus
 async def test_an_authority_of_clients_can_be_changed(
     tmp_path: Path, authority: trustme.CA
 ) -> None:
-    """After a new file and a SIGHUP, certificates of the old authority get no connection, those of the new
-    one are answered."""
+    """After a new file and a SIGHUP, clients with certificates of the old authority get no connection, and those of the
+    new one are answered."""
     old, new = trustme.CA(), trustme.CA()
     (tmp_path / "keys").write_text(KEY)
     file = tmp_path / "clients.pem"
@@ -235,7 +235,7 @@ async def test_an_authority_of_clients_can_be_changed(
 async def test_the_authority_of_other_replicas_can_be_changed(
     tmp_path: Path, authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a new file of `api.ca_cert` alone, without a signal, other replicas are trusted by the new authority."""
+    """After a new file of `api.ca_cert` alone, without a signal, other replicas are verified with the new authority."""
     monkeypatch.setattr(serving, "CHECK_EVERY_S", 0.05)
     file = tmp_path / "replicas.pem"
     trustme.CA().cert_pem.write_to_path(file)
@@ -256,7 +256,7 @@ async def test_the_authority_of_other_replicas_can_be_changed(
 
 
 async def test_a_certificate_is_named_in_the_audit(tmp_path: Path, authority: trustme.CA) -> None:
-    """The common name of the certificate that a change came with stands in its event."""
+    """The event of a change contains the common name of the client certificate."""
     (tmp_path / "keys").write_text(KEY)
     authority.cert_pem.write_to_path(tmp_path / "clients.pem")
     write_pair(tmp_path, authority, "alice")
@@ -289,7 +289,7 @@ async def test_a_certificate_is_named_in_the_audit(tmp_path: Path, authority: tr
 async def test_certificates_that_are_none_are_refused_at_start(
     tmp_path: Path, authority: trustme.CA, file: str, content: bytes | None, words: str
 ) -> None:
-    """A missing or wrong file of TLS is a UserError that names the setting, and no key (S10)."""
+    """A missing or invalid TLS file is a UserError that names the setting and discloses no key (S10)."""
     write_pair(tmp_path, authority)
     authority.cert_pem.write_to_path(tmp_path / "clients.pem")
     (tmp_path / file).unlink()
@@ -311,8 +311,8 @@ async def test_the_cli_speaks_tls(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With CACERT, CLIENT_CERT and CLIENT_KEY the status is shown; without the authority it is not, unless
-    verifying is skipped; without the certificate it is denied (77)."""
+    """With CACERT, CLIENT_CERT and CLIENT_KEY the status is displayed. Without the authority it is not, unless
+    verification is skipped. Without the certificate access is denied (77)."""
     (tmp_path / "keys").write_text(KEY)
     clients = trustme.CA()
     clients.cert_pem.write_to_path(tmp_path / "clients.pem")
@@ -349,7 +349,7 @@ async def test_the_cli_speaks_tls(
 
 
 class OnePeer(SoleOwner):
-    """Leases that know of one other replica."""
+    """Leases with one other replica."""
 
     def __init__(self, api: str) -> None:
         super().__init__()
@@ -360,7 +360,7 @@ class OnePeer(SoleOwner):
 
 
 async def test_replicas_speak_tls_to_each_other(tmp_path: Path, authority: trustme.CA) -> None:
-    """What one replica heard of an agent reaches another that asks for TLS, a certificate and a token."""
+    """What one replica received from an agent reaches another that requires TLS, a certificate and a token."""
     (tmp_path / "keys").write_text(KEY)
     (tmp_path / "token").write_text("operators-s3cret-token")
     authority.cert_pem.write_to_path(tmp_path / "clients.pem")

@@ -1,4 +1,4 @@
-"""Signed webhooks over real HTTP: who may send one, and what a replay does."""
+"""Signed webhooks over real HTTP: who may send one, and the effect of a replay."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GONE = {"event": "disconnected", "device": {"id": "gw/1"}}
 
 
 class Wall(SystemClock):
-    """A clock whose wall time stands where the test puts it."""
+    """A clock whose wall time the test sets."""
 
     at = 1_800_000_000.0
 
@@ -58,7 +58,7 @@ async def send(
     secret: bytes = SECRETS[0],
     **changes: str,
 ) -> tuple[int, Any]:
-    """A signed call; `later`: seconds after the clock's start; changes: of the headers."""
+    """Send a signed call. `later`: seconds after the clock's start; `changes`: of the headers."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     signed = SignatureHeaders(message, int(Wall.at) + later)
     headers = {
@@ -78,7 +78,7 @@ def presence(served_api: ServedApi) -> Presence | None:
 
 
 async def loaded(served_api: ServedApi) -> tuple[dict[Slug, DeviceRecord], int]:
-    """What a start reads: the record of our device."""
+    """What is loaded at start: the record of the device."""
     record = await served_api.fleet.registry.get(slug_of(DeviceId("gw/1")))
     assert record is not None
     return {record.slug: record}, record.index
@@ -96,8 +96,8 @@ async def test_a_signed_event_needs_no_token(served_api: ServedApi) -> None:
 async def test_what_is_not_signed_well_is_401_and_does_nothing(
     served_api: ServedApi,
 ) -> None:
-    """Without a signature, with a wrong one, an old or future one, or over another body: 401, and the
-    answer and the metric say so."""
+    """Without a signature, with a wrong, old or future one, or with one of another body: 401, and the answer and the
+    metric say so."""
     cases: list[dict[str, Any]] = [
         {"webhook_signature": ""},
         {"webhook_id": ""},
@@ -125,8 +125,8 @@ async def test_what_is_not_signed_well_is_401_and_does_nothing(
 async def test_the_signature_is_checked_before_the_body_is_read(
     served_api: ServedApi,
 ) -> None:
-    """A body that is no JSON is 401 unsigned and 400 signed; signed over the bytes as they came, blanks
-    and all."""
+    """A body that is not JSON is 401 unsigned and 400 signed; the signature covers the bytes as sent, including
+    blanks."""
     assert (await send(served_api, b"{", webhook_signature="v1,AAAA"))[0] == 401
     assert (await send(served_api, b"{"))[0] == 400
     spaced = json.dumps(CONNECTED, indent=7).encode() + b" \n"
@@ -134,7 +134,7 @@ async def test_the_signature_is_checked_before_the_body_is_read(
 
 
 async def test_a_token_may_stand_for_the_signature(served_api: ServedApi) -> None:
-    """With an operator's token an unsigned call is applied; a signature that is sent beside it counts."""
+    """An unsigned call with an operator's token is applied; a signature that is sent as well must be valid."""
     token = {"Authorization": "Bearer operators-s3cret-token"}
     asked = await served_api.ask("POST", "/v1/webhook", json=CONNECTED, headers=token)
     assert asked[0] == 201
@@ -145,7 +145,7 @@ async def test_a_token_may_stand_for_the_signature(served_api: ServedApi) -> Non
 
 
 async def test_s5_a_replay_has_no_effect(served_api: ServedApi) -> None:
-    """The same call again says `duplicate` and changes nothing, also after the device has gone; the id
+    """A repeated call is answered with `duplicate` and changes nothing, even after the device has gone; the same ID
     with another body is 409."""
     status, first = await send(served_api, CONNECTED)
     assert (status, first["duplicate"]) == (201, False)
@@ -159,7 +159,7 @@ async def test_s5_a_replay_has_no_effect(served_api: ServedApi) -> None:
 
 
 async def test_a_failed_event_may_be_sent_again(served_api: ServedApi) -> None:
-    """An event that was refused for its content leaves its id free for the mended one."""
+    """An event that was rejected for its content does not use up its ID: the corrected one may have the same."""
     assert (await send(served_api, {"event": "connected", "device": {"id": "gw/1"}}))[0] == 400
     assert (await send(served_api, CONNECTED))[0] == 201
     assert (await send(served_api, {"event": "disconnected", "device": {"id": "x"}}, message="m"))[
@@ -170,7 +170,7 @@ async def test_a_failed_event_may_be_sent_again(served_api: ServedApi) -> None:
 async def test_s5_a_replay_has_no_effect_after_a_restart(
     tmp_path: Path, served_api: ServedApi
 ) -> None:
-    """A service that remembers nothing refuses an older event with 409 and knows the last one as a
+    """After a restart without any memory, an older event is refused with 409 and the last one is recognised as a
     duplicate; a later one is applied."""
     await send(served_api, CONNECTED)
     await send(served_api, GONE, message="msg_2", later=5)
@@ -187,8 +187,8 @@ async def test_s5_a_replay_has_no_effect_after_a_restart(
 
 
 async def test_w1_a_late_event_changes_nothing(tmp_path: Path, served_api: ServedApi) -> None:
-    """Connected at -10, connected at -2 (changes nothing), disconnected at -3: the device stays, also on a
-    replica that has just started; the event that changed nothing is known as a duplicate there."""
+    """Connected at -10, connected at -2 (changes nothing), disconnected at -3: the device stays, also on a replica that
+    has just started, where the event that changed nothing is recognised as a duplicate."""
     assert (await send(served_api, CONNECTED, message="a", later=-10))[0] == 201
     status, second = await send(served_api, CONNECTED, message="b", later=-2)
     assert (status, second["changed"], second["duplicate"]) == (200, False, False)
@@ -209,8 +209,8 @@ async def test_w1_a_late_event_changes_nothing(tmp_path: Path, served_api: Serve
 async def test_w1_two_events_of_one_second_leave_the_device_watched(
     served_api: ServedApi,
 ) -> None:
-    """A disconnect that was signed in the second of a connect is refused and says why; a connect signed in
-    the second of a disconnect brings the device back."""
+    """A disconnect signed in the same second as a connect is refused with the reason; a connect signed in the same
+    second as a disconnect brings the device back."""
     assert (await send(served_api, CONNECTED, message="a"))[0] == 201
     status, body = await send(served_api, GONE, message="b")
     assert status == 409
@@ -223,7 +223,7 @@ async def test_w1_two_events_of_one_second_leave_the_device_watched(
 async def test_w1_a_request_that_confirms_the_device_makes_older_events_late(
     served_api: ServedApi,
 ) -> None:
-    """After a PUT that changed nothing, an event that was signed before it is refused."""
+    """After a PUT that changed nothing, an event signed before it is refused."""
     assert (await send(served_api, CONNECTED, message="a", later=-10))[0] == 201
     token = {"Authorization": "Bearer operators-s3cret-token"}
     wish = {"address": "10.0.0.1"}
@@ -236,7 +236,7 @@ async def test_w1_a_request_that_confirms_the_device_makes_older_events_late(
 async def test_the_window_is_bounded_and_the_record_still_guards(
     served_api: ServedApi,
 ) -> None:
-    """With a window of two ids a replay of a forgotten event is refused by its device's record."""
+    """With a window of two IDs, a replay of a forgotten event is refused because of its device's record."""
     served_api.app_door.window.most = 2
     await send(served_api, CONNECTED)
     await send(served_api, GONE, message="msg_2", later=1)
@@ -248,7 +248,7 @@ async def test_the_window_is_bounded_and_the_record_still_guards(
 
 
 async def test_where_secrets_are_asked_for_an_open_api_asks_too(tmp_path: Path) -> None:
-    """Without any token configured, an unsigned webhook is 401 and other routes stay open."""
+    """Without any configured token, an unsigned webhook is 401, and other routes stay open."""
     secret = "whsec_" + base64.b64encode(SECRETS[0]).decode()
     (tmp_path / "secrets").write_text(secret)
     api = ApiSettings(webhook_secrets_file=str(tmp_path / "secrets"))

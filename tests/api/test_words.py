@@ -1,4 +1,4 @@
-"""A wrong request is answered in plain words, as a wrong configuration is."""
+"""An invalid request is answered in plain words, like an invalid configuration."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DEVICE = {"id": "a", "address": "10.0.0.1"}
 
 
 def said(body: object, model: type[BaseModel]) -> str:
-    """What is said of this body."""
+    """The error for this body."""
     with pytest.raises(ValidationError) as caught:
         model.model_validate_json(body if isinstance(body, bytes) else json.dumps(body))
     return device_fields.problem(caught.value, model)
@@ -73,7 +73,7 @@ def said(body: object, model: type[BaseModel]) -> str:
 def test_a_wrong_body_is_told_what_was_found_and_expected(
     body: object, model: type[BaseModel], words: str
 ) -> None:
-    """The field, what was found, what is expected, and what was probably meant."""
+    """The error names the field, what was found, what was expected, and what was probably meant."""
     assert said(body, model).startswith(words)
 
 
@@ -90,7 +90,7 @@ json_values = st.recursive(
 def test_no_wrong_value_is_answered_in_the_librarys_words(
     model: type[BaseModel], data: st.DataObject
 ) -> None:
-    """Whatever stands in whatever field of whatever request, the answer is printable and in our words."""
+    """Whatever value is in whatever field of whatever request, the error is printable and in our own words."""
     names = [field.alias or name for name, field in model.model_fields.items()]
     body = data.draw(st.dictionaries(st.sampled_from(names), json_values) | json_values)
     try:
@@ -122,14 +122,14 @@ def _patterns(note: Any) -> Iterator[str]:
 
 
 def test_every_pattern_of_a_body_has_words() -> None:
-    """None is described as another one."""
+    """Every pattern of a request body has its own description."""
     found = {pattern for model in BODIES for pattern in patterns(model)}
     assert found
     assert found <= PATTERNS.keys()
 
 
 async def test_the_answer_of_the_api_says_it(served_api: ServedApi) -> None:
-    """Alone and in bulk."""
+    """For single and bulk requests."""
     wrong = {"address": "10.0.0.1", "ttl": 5}
     words = "ttl: found 5; expected text between double quotes, at most 32 characters"
     status, answer = await served_api.ask("PUT", "/v1/devices/x", json=wrong)

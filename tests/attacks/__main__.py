@@ -1,4 +1,4 @@
-"""Perform every attack and print the table: ``python -m tests.attacks [--write docs/security.md] [PYTEST ARGUMENTS]``."""
+"""Run every attack and print the table: ``python -m tests.attacks [--write docs/security.md] [PYTEST ARGUMENTS]``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.attacks.table import Rows
 
 
 def main() -> int:
-    """0 if every attack failed; else pytest's exit code, and nothing is written."""
+    """Returns 0 if every attack failed; otherwise pytest's exit code, and nothing is written."""
     arguments = sys.argv[1:]
     document = None
     if "--write" in arguments:

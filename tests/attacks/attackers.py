@@ -1,7 +1,7 @@
-"""Attackers as a process of their own: ``python attackers.py KIND HOST PORT SOURCE COUNT``.
+"""Attackers in a process of their own: ``python attackers.py KIND HOST PORT SOURCE COUNT``.
 
-Each of COUNT connections is made anew when it ends, until SIGTERM; then the number of connections made, and of
-answers by status, is printed as JSON.
+Each of COUNT connections is opened again when it ends, until SIGTERM. Then the number of connections and of
+answers by status is printed as JSON.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _head(method: str, path: str, length: int, *more: bytes) -> bytes:
 
 @cache
 def compressed() -> bytes:
-    """40 MB of zeros as 40 kB."""
+    """40 MB of zeros, compressed to 40 kB."""
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)  # 31: gzip's frame
     zeros = bytes(MIB)
     body = b"".join(packer.compress(zeros) for _ in range(ZEROS // MIB)) + packer.flush()
@@ -47,7 +47,7 @@ def unsigned(length: int = MIB) -> bytes:
 
 
 def deaf() -> bytes:
-    """The largest answer that needs no token, as often as fits a connection, and none of it is read."""
+    """Requests for the largest answer that needs no token, as many as fit on a connection; no answer is read."""
     return b"GET /artifacts/watchdog-agent.pyz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 200
 
 
@@ -69,7 +69,7 @@ class Attackers:
         self.made = 0
 
     async def one(self) -> None:
-        """One connection after another, without end."""
+        """Open one connection after another, forever."""
         loop = asyncio.get_running_loop()
         while True:
             wire = socket.socket(socket.AF_INET)
@@ -114,7 +114,7 @@ async def main() -> None:
 
 
 def start(folder: Path, kind: str, port: int, source: str, count: int) -> tuple[Process, Path]:
-    """Such a process; the file in which its words will stand."""
+    """Start such a process; returns it and the file that receives its output."""
     log = folder / f"{kind}-{source}.log"
     argv = [sys.executable, __file__, kind, "127.0.0.1", str(port), source, str(count)]
     return Process.start(argv, log=log, env=clean_environment()), log

@@ -23,7 +23,7 @@ BEGIN, END = "<!-- attacks -->", "<!-- /attacks -->"
 
 @dataclass(slots=True)
 class Attack:
-    """What a test found: how often it tried, and what happened, with figures."""
+    """Result of a test: the number of tries, and what happened, with figures."""
 
     tried: int = 0
     result: str = ""
@@ -43,7 +43,7 @@ def attack(request: pytest.FixtureRequest) -> Iterator[Attack]:
 
 
 class Rows:
-    """A plugin that collects the rows of the tests that passed, also from the workers of xdist."""
+    """A plugin that collects the rows of the passed tests, also from xdist's workers."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, str, int, str]] = []
@@ -53,7 +53,7 @@ class Rows:
             self.rows += [value for name, value in report.user_properties if name == "attack"]
 
     def markdown(self) -> str:
-        """The table, in order of the ids."""
+        """The table, ordered by ID."""
         lines = ["| | Attack | Times | Result |", "| --- | --- | --- | --- |"]
         for name, what, tried, result in sorted(
             self.rows, key=lambda row: (row[0][0], int(row[0][1:]), row[1])
@@ -62,7 +62,7 @@ class Rows:
         return "\n".join(lines) + "\n"
 
     def write(self, document: Path) -> None:
-        """Replace the table between the two marks of the document."""
+        """Replace the table between the two markers in the document."""
         text = document.read_text()
         before, rest = text.split(BEGIN)
         _, after = rest.split(END)

@@ -1,4 +1,4 @@
-"""Attackers without a token against the real control plane, beside an operator who measures."""
+"""Attackers without a token against the real control plane, while an operator measures latency."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def computed_s(plane: ControlPlane) -> float:
 
 
 async def series(plane: ControlPlane, name: str) -> list[str]:
-    """The series of a metric that is not 0, with their values."""
+    """The nonzero series of a metric, with their values."""
     headers = {"Authorization": f"Bearer {TOKEN}"}
     async with (
         aiohttp.ClientSession(headers=headers) as session,
@@ -89,7 +89,7 @@ async def counted(plane: ControlPlane, name: str) -> float:
 
 
 class Operator:
-    """Asks for the status again and again, half of the time over a new connection."""
+    """Requests the status repeatedly, half of the time over a new connection."""
 
     def __init__(self, plane: ControlPlane) -> None:
         self.plane = plane
@@ -135,7 +135,7 @@ async def beat(plane: ControlPlane, names: list[str]) -> None:
 async def test_an_operator_works_beside_all_attackers(
     plane: ControlPlane, tmp_path: Path, attack: Attack
 ) -> None:
-    """While H1, H2 and H4 run together the operator's p50 is at most 20 ms and p99 at most 250 ms, memory grows by at
+    """While H1, H2 and H4 run together, the operator's p50 is at most 20 ms and p99 at most 250 ms, memory grows by at
     most 40 MB, every resync is followed by a pass, and no device with a heartbeat expires."""
     names = [f"cam-{number}" for number in range(5)]
     for name in names:
@@ -175,7 +175,7 @@ async def test_an_operator_works_beside_all_attackers(
     assert await counted(plane, "nomad_watchdog_expired_devices_total") == 0
     assert passed >= lasted / 1.5, (
         attack.result
-    )  # the next begins a second after the last has ended
+    )  # the next one starts a second after the last has ended
     assert p50 <= 20, attack.result
     assert p99 <= 250, attack.result
     assert grown <= 40, attack.result
@@ -186,8 +186,8 @@ async def test_an_operator_works_beside_all_attackers(
 async def test_ten_thousand_devices_behind_one_address_are_all_answered(
     plane: ControlPlane,
 ) -> None:
-    """10,000 connections of one address at once, each with a valid token as an agent has it, are all answered with 200
-    at the default limits: none is closed to make room, and none is too fast."""
+    """10,000 simultaneous connections from one address, each with a valid token like an agent's, are all answered with
+    200 at the default limits: none is closed to make room, and none is rate-limited."""
     request = (
         f"GET /v1/leases HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\n"
         "Connection: close\r\n\r\n"
@@ -212,7 +212,7 @@ async def test_ten_thousand_devices_behind_one_address_are_all_answered(
         return found
 
     found: Counter[str] = Counter()
-    while (left := 10_000 - found.total()) > 0:  # as many at once as this process may have
+    while (left := 10_000 - found.total()) > 0:  # as many at once as this process may open
         found += await asyncio.to_thread(wave, min(left, soft - 500))
     closings = await series(plane, "nomad_watchdog_api_connections_closed_total")
     assert (found, closings) == ({"200": 10_000}, [])

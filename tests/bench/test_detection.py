@@ -1,4 +1,4 @@
-"""The benchmark of detection gives the same figures each time, and could give others."""
+"""The detection benchmark is reproducible, and its figures depend on the faults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def world(seed: int = 1) -> detection.World:
 
 
 def test_one_seed_gives_one_result() -> None:
-    """Two runs print the same rows, and all floors are kept in the small run too."""
+    """Two runs print the same rows, and the small run misses no floor."""
     rows = detection.run(quick=True)
 
     assert rows == detection.run(quick=True)
@@ -22,8 +22,8 @@ def test_one_seed_gives_one_result() -> None:
 
 
 def test_an_outage_is_told_by_both_and_is_not_false() -> None:
-    """A device that is off from 1,000 s to 1,400 s is called offline in time and rightly by both, by
-    ours after 15 to 30 s."""
+    """A device that is off from 1,000 s to 1,400 s is correctly reported offline in time by both, by ours after 15 to
+    30 s."""
     for judge in (detection.naive, detection.ours):
         known = detection.Faults([(1_000.0, 1_400.0, detection.DEVICE, True)])
         tally = detection.Tally()
@@ -35,7 +35,7 @@ def test_an_outage_is_told_by_both_and_is_not_false() -> None:
 
 
 def test_a_long_stall_of_the_service_fools_the_naive_one_only() -> None:
-    """A service that stalls for a minute while its host answers is offline for the naive one."""
+    """If a service stalls for a minute while its host answers, only the naive judge reports it as offline."""
     found = {}
     for judge in (detection.naive, detection.ours):
         tally = detection.Tally()
@@ -46,7 +46,7 @@ def test_a_long_stall_of_the_service_fools_the_naive_one_only() -> None:
 
 
 def test_skipping_loses_as_much_as_going_step_by_step() -> None:
-    """Over ten devices and a day, one exchange in a hundred is lost (0.9 to 1.1 %)."""
+    """Over ten devices and a day, one percent of the exchanges is lost (0.9 to 1.1 %)."""
     lost = steps = 0
     it = world()
     none = detection.Faults([])
@@ -62,7 +62,8 @@ def test_skipping_loses_as_much_as_going_step_by_step() -> None:
 
 
 def test_a_watcher_that_cannot_ask_is_our_problem_and_no_outage() -> None:
-    """For six minutes nothing can be asked: unwatched once and never offline; the naive one is fooled."""
+    """Nothing can be probed for six minutes: the device is unwatched once and never offline; the naive judge is
+    fooled."""
     found = {}
     for judge in (detection.naive, detection.ours):
         tally = detection.Tally()
@@ -73,7 +74,7 @@ def test_a_watcher_that_cannot_ask_is_our_problem_and_no_outage() -> None:
 
 
 def test_an_outage_whose_end_could_not_be_seen_is_not_claimed_again() -> None:
-    """The device comes back while nothing can be asked: a lost probe after that is no evidence, in 50 worlds."""
+    """The device comes back while nothing can be probed: a lost probe after that is no evidence, in 50 worlds."""
     spans = [(1_000.0, 1_200.0, detection.DEVICE, True), (1_100.0, 1_400.0, detection.BLIND, False)]
     for seed in range(50):
         tally = detection.Tally()
@@ -82,8 +83,8 @@ def test_an_outage_whose_end_could_not_be_seen_is_not_claimed_again() -> None:
 
 
 def test_a_dead_service_is_degraded_and_no_suspicion_lasts() -> None:
-    """A service that is dead for ten minutes while its host answers is degraded and never offline; no suspicion of
-    a day with all kinds of faults lasts longer than the documented 44 s."""
+    """A service that is dead for ten minutes while its host answers is degraded and never offline. During days with all
+    kinds of faults, no device is suspect for longer than the documented 44 s."""
     tally = detection.Tally()
     dead = detection.Faults([(1_000.0, 1_600.0, detection.SERVICE, False)])
     detection.ours(world(), dead, tally)

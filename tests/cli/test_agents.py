@@ -57,7 +57,7 @@ agent_class "default" {
 
 
 class Shell:
-    """The command line, told of one control plane."""
+    """The command line, configured for one control plane."""
 
     def __init__(self, plane: ControlPlane) -> None:
         self.file = str(plane.file)
@@ -80,8 +80,8 @@ async def watched(plane: ControlPlane, world: World, directory: Path) -> None:
 
 @pytest.mark.slow_because("starts the command some ten times")
 async def test_logs_and_probes_of_a_local_agent(tmp_path: Path, directory: Path) -> None:
-    """`logs` prints the agent's lines, `exec-probe` its results: 0 while the device answers, then 69, with
-    no verdict changed; an unknown device is 66."""
+    """`logs` prints the agent's lines and `exec-probe` its results: exit code 0 while the device answers, then 69,
+    without a change of verdict; an unknown device is 66."""
     async with a_world(tmp_path / "world") as world:
         config = CONFIG.replace("AGENTS", str(directory))
         config = config.replace("DEVICE", str(world.device.port))
@@ -99,7 +99,7 @@ async def test_logs_and_probes_of_a_local_agent(tmp_path: Path, directory: Path)
 
             async def failed() -> Any:
                 code, out, _ = await shell("agents", "exec-probe", "pump-7")
-                return code == 69 and out  # 75 when the second is not over
+                return code == 69 and out  # 75 if the second is not over yet
 
             told = await until(failed, "the failed probe", 60.0)
             assert "connection refused" in told
@@ -112,7 +112,7 @@ async def test_logs_and_probes_of_a_local_agent(tmp_path: Path, directory: Path)
 
 
 async def test_an_agent_that_is_gone_is_unavailable(tmp_path: Path, directory: Path) -> None:
-    """When nobody listens at the agent's address any more, `exec-probe` ends with 69 and says so."""
+    """If nothing listens at the agent's address any more, `exec-probe` exits with 69 and says so."""
     from nomad_watchdog.cli.agents import _run_probes
 
     port = free_port()
@@ -121,7 +121,7 @@ async def test_an_agent_that_is_gone_is_unavailable(tmp_path: Path, directory: P
 
 
 def job(name: str, *, disabled: bool) -> dict[str, Any]:
-    """A batch job whose only task, `agent`, says something and stays."""
+    """A batch job whose only task, `agent`, prints something and keeps running."""
     task = {
         "Name": "agent",
         "Driver": "raw_exec",
@@ -135,7 +135,7 @@ def job(name: str, *, disabled: bool) -> dict[str, Any]:
 
 @pytest.mark.servers
 async def test_logs_of_a_nomad_agent_or_what_to_set(nomad: NomadServer) -> None:
-    """What the task said comes from Nomad's client; where the job disables logs the error says so."""
+    """The task's output is read from Nomad's client; if the job disables logs, the error says so."""
     settings = Settings(backend="nomad", nomad=NomadSettings(address=nomad.http_addr))
     found: dict[str, str] = {}
     try:
@@ -181,8 +181,8 @@ HOSTILE = (
 async def test_h13_exec_probe_posts_to_a_host_and_a_port_only(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], attack: Attack
 ) -> None:
-    """What is more than HOST:PORT is refused by the API in a report (400), and by the command before it connects,
-    whatever the API lists; a host and a port are asked."""
+    """Anything beyond HOST:PORT is rejected by the API in a report (400), and by the command before it connects,
+    whatever the API lists; a host and a port are contacted."""
     visits: list[bytes] = []
 
     async def visited(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

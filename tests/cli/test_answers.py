@@ -22,14 +22,14 @@ PLAN = {
 
 
 def test_an_answer_may_have_more_fields_and_lack_optional_ones() -> None:
-    """The answer of a newer or older service is used as it is."""
+    """Answers of a newer or older service are used as they are."""
     answer = PLAN | {"new": [1], "held": {"count": 0, "id": "", "since": 1}}
     assert parse(answer, PlanAnswer) is answer
     pool = {"name": "p", "configured": True, "count": 1, "running": 1, "problem": ""}
     assert parse({"items": [pool | {"target": None}], "keeper": True}, PoolsAnswer)["items"] == [
         pool | {"target": None}
     ]
-    assert parse(pool | {"value": 1}, PoolAnswer)["value"] == 1  # JSON has one kind of number
+    assert parse(pool | {"value": 1}, PoolAnswer)["value"] == 1  # JSON has only one number type
     assert parse({"a": [1]}, Fields) == {"a": [1]}
 
 
@@ -51,6 +51,6 @@ def test_an_answer_may_have_more_fields_and_lack_optional_ones() -> None:
 def test_what_is_not_the_apis_answer_is_named(
     answer: object, shape: type[object], problem: str
 ) -> None:
-    """Another answer is rejected with the field that is wrong, and ends in no Python error."""
+    """Any other answer is rejected with the name of the wrong field, and never causes a Python error."""
     with pytest.raises(ValueError, match=f"^{problem}$"):
         parse(answer, shape)

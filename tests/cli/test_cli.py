@@ -27,7 +27,7 @@ HOSTILE = "gate\x1b[31m\u202e[bold]way"
 
 
 class StandIn:
-    """The API's routes on a real socket; devices are kept in memory."""
+    """The API's routes on a real socket; devices are stored in memory."""
 
     def __init__(self) -> None:
         self.devices: dict[str, dict[str, Any]] = {}
@@ -134,7 +134,7 @@ def command(*argv: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_importing_the_command_line_imports_nothing_heavy() -> None:
-    """--help starts without pydantic, aiohttp, rich, consul, nomad or hcl2."""
+    """`--help` starts without importing pydantic, aiohttp, rich, consul, nomad or hcl2."""
     code = (
         "import sys\nfrom nomad_watchdog.cli.main import _code\n_code(['--help'])\n"
         "heavy={'pydantic','aiohttp','rich','consul','nomad','hcl2','asyncio'} & set(sys.modules)\n"
@@ -169,7 +169,7 @@ def test_importing_the_command_line_imports_nothing_heavy() -> None:
     ],
 )
 def test_wrong_usage_exits_64(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Wrong usage exits 64, never click's 2, and says so on stderr only."""
+    """Wrong usage exits with 64, never with click's 2, and is reported only on stderr."""
     assert _code(argv) == 64
     assert capsys.readouterr().out == ""
 
@@ -181,7 +181,7 @@ def test_every_verb_has_its_help() -> None:
 
 
 def test_docs_name_every_verb_and_no_other() -> None:
-    """docs/cli.md has a row for each verb, and none more."""
+    """docs/cli.md has a row for each verb, and no other rows."""
     assert isinstance(cli, LazyGroup)
     context = click.Context(cli)
     verbs: set[str] = set()
@@ -194,7 +194,7 @@ def test_docs_name_every_verb_and_no_other() -> None:
 
 
 def test_docs_name_every_exit_code() -> None:
-    """Each exit code that an error of the tree has stands in docs/cli.md."""
+    """docs/cli.md lists the exit code of each error class."""
     from nomad_watchdog import errors
 
     tree = [e for e in vars(errors).values() if isinstance(e, type)]
@@ -217,7 +217,7 @@ def test_completion_prints_a_script_that_names_the_program(
 def test_devices_can_be_added_listed_exported_imported_and_removed(
     api: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A fleet goes out with export and comes back with import, ids with slashes included."""
+    """A fleet is exported and imported again, including IDs with slashes."""
     names = ["a/b c", "über", "x?y#z"]
     for name in names:
         assert _code(["devices", "add", name, "--address", "127.0.0.9", "--label", "k=v"]) == 0
@@ -250,7 +250,7 @@ def test_devices_can_be_added_listed_exported_imported_and_removed(
 def test_a_wrong_line_imports_nothing(
     api: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str
 ) -> None:
-    """One wrong line is named by its number, and no line of the file is sent."""
+    """One invalid line is reported by its number, and no line of the file is sent."""
     file = tmp_path / "fleet.ndjson"
     file.write_text('{"id": "good", "address": "127.0.0.9"}\n' + line + "\n")
     assert _code(["devices", "import", str(file)]) == 64
@@ -280,7 +280,7 @@ def test_hostile_values_reach_the_terminal_escaped(
 
 
 def test_exit_codes_follow_the_answer(api: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
-    """404 exits 66; 503 and 409 exit 75; 403 exits 77; no answer exits 69."""
+    """404 exits with 66; 503 and 409 with 75; 403 with 77; no answer with 69."""
     assert _code(["devices", "get", "other"]) == 66
     for answer, code in (("busy", 75), ("moved", 75), ("denied", 77), ("", 0)):
         api.token = answer
@@ -291,7 +291,7 @@ def test_exit_codes_follow_the_answer(api: StandIn, capsys: pytest.CaptureFixtur
 
 
 def test_config_check_exits_64_with_every_mistake(tmp_path: Path) -> None:
-    """`config check` of a wrong file exits 64 and prints each mistake on stderr."""
+    """`config check` of an invalid file exits with 64 and prints all errors on stderr."""
     file = tmp_path / "wrong.hcl"
     file.write_text('shards = 0\nresync = "5"\n')
     found = command("config", "check", str(file))
@@ -304,7 +304,7 @@ def test_config_check_exits_64_with_every_mistake(tmp_path: Path) -> None:
 
 
 def test_run_refuses_an_inventory_that_is_not_there(tmp_path: Path) -> None:
-    """The service does not start, and says which file is missing and what to do; no registry is made."""
+    """The service does not start; it reports which file is missing and what to do, and creates no registry."""
     file = tmp_path / "w.hcl"
     missing = tmp_path / "devices.hcl"
     file.write_text(
@@ -321,7 +321,7 @@ def test_run_refuses_an_inventory_that_is_not_there(tmp_path: Path) -> None:
 def test_doctor_tells_what_fails_and_exits_69(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """doctor passes on a plain machine, and exits 69 with a remedy when Nomad does not answer."""
+    """`doctor` passes on a plain machine, and exits with 69 and a fix if Nomad does not answer."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert _code(["doctor", "-o", "json"]) == 0
@@ -340,7 +340,7 @@ def test_doctor_tells_what_fails_and_exits_69(
 def test_doctor_tells_an_unreadable_migration_from_an_unreadable_registry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A document of migrations that another version wrote fails by its own name, and the registry is well."""
+    """A migrations document written by another version fails under its own name, and the registry passes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
 
@@ -358,7 +358,7 @@ def test_doctor_tells_an_unreadable_migration_from_an_unreadable_registry(
 
 
 def test_clean_and_age() -> None:
-    """Unprintable characters become escapes; ages have one unit and hostile ones are empty."""
+    """Unprintable characters become escapes; ages have one unit, and hostile ones are empty."""
     assert clean("a\x1b\u202e\ud800b\n") == "a\\x1b\\u202e\\ud800b\\n"
     assert [age(x) for x in (5, 300, 90000, -1, float("nan"), "x", None)] == [
         "5s", "5m", "25h", "0s", "", "", "",

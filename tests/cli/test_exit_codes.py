@@ -1,4 +1,4 @@
-"""One rule for the exit code of every answer of the API, whoever asks."""
+"""Every API error has one exit code, for every command."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ __all__ = ["served"]
     ids=lambda error: type(error).__name__,
 )
 def test_an_error_exits_with_its_code_through_the_api_too(error: WatchdogError) -> None:
-    """What the service raises and answers ends a command with the same code as where the command raises it itself."""
+    """An error answered by the service gives a command the same exit code as the error raised in the command itself."""
     answer = answer_to(error)
     assert isinstance(answer.body, bytes)
     assert refusal(answer.status, answer.body, "http://api").exit_code == error.exit_code
@@ -66,13 +66,13 @@ def test_an_error_exits_with_its_code_through_the_api_too(error: WatchdogError) 
     ],
 )
 def test_answers_of_a_proxy_have_no_code(status: int, body: bytes, code: int) -> None:
-    """A proxy in front of the service may be asked again; what it denies is denied."""
+    """An error of a proxy in front of the service is retryable, except a denial."""
     assert refusal(status, body, "http://api").exit_code == code
 
 
 def test_apply_with_a_wrong_token_is_denied(served: str) -> None:
-    """An API that answers 401 is there: `apply` says that the token is wrong, and does not speak of an API that does
-    not answer. One that is not there may come back."""
+    """When the API answers 401, `apply` reports a wrong token, and not an API that does not answer. If the API does not
+    answer, the error is retryable."""
     running = [Replica("plane-1", served, 0.0, 1, "1")]
     asked: list[Any] = [running, {"actions": [], "waiting_rollout": 0}]
     with pytest.raises(DeniedError, match="missing or unknown token"):

@@ -1,4 +1,4 @@
-"""Proxies of the environment: none gets what is for this machine, and messages name the one that was used."""
+"""Proxy variables: no request to the local machine uses a proxy, and messages name the proxy that was used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nomad_watchdog.errors import DeniedError, TerminalError, UserError
 
 
 class Recorder:
-    """An HTTP server that answers with one status and keeps the heads of requests."""
+    """An HTTP server that answers with one status and keeps the request heads."""
 
     def __init__(self, status: int = 200) -> None:
         self.heads: list[str] = []
@@ -63,7 +63,7 @@ def api() -> Iterator[Recorder]:
 def test_a_loopback_address_is_called_directly(
     proxy: Recorder, api: Recorder, host: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The operator's token reaches the API and never the proxy, also without no_proxy (C4)."""
+    """The operator's token reaches the API and never the proxy, even without `no_proxy` (C4)."""
     for one in ("no_proxy", "NO_PROXY", "http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(one, raising=False)
     monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
@@ -78,14 +78,14 @@ def test_a_loopback_address_is_called_directly(
 
 
 def test_another_address_goes_through_the_proxy(proxy: Recorder) -> None:
-    """A proxy is heeded where it is meant, for a name that only the proxy can resolve."""
+    """The proxy is used for other addresses, even for a name that only the proxy can resolve."""
     env = {"http_proxy": f"127.0.0.1:{proxy.port}"}
     ApiClient("http://watchdog.invalid:9670", "t", env=env).get("/v1/status")
     assert proxy.heads[0].startswith("GET http://watchdog.invalid:9670/v1/status")
 
 
 def test_a_failure_names_the_proxy_and_not_its_password() -> None:
-    """A dead proxy and one that refuses are told from the API itself."""
+    """A dead proxy and one that refuses are distinguished from the API itself."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -138,7 +138,7 @@ PROXIES = {"http_proxy": "http://p:1", "https_proxy": "http://p:2"}
     ],
 )
 def test_no_proxy_is_honoured(address: str, exempt: str, url: str | None) -> None:
-    """Names with and without a dot, ports, addresses, networks and "*", as curl reads them."""
+    """Names with and without a dot, ports, addresses, networks and "*", read as by curl."""
     for name in ("no_proxy", "NO_PROXY"):
         found = proxy_for(address, {**PROXIES, name: exempt})
         assert (found.url if found else None) == url
@@ -146,12 +146,12 @@ def test_no_proxy_is_honoured(address: str, exempt: str, url: str | None) -> Non
 
 @pytest.mark.parametrize("value", ["socks5://p:1080", "https://p:1", "http://p:x", "http://"])
 def test_a_proxy_that_is_not_supported_is_named(value: str) -> None:
-    """A proxy of another kind is an error that names its variable, not a call past it."""
+    """A proxy of an unsupported kind is an error that names its variable; it is not bypassed."""
     with pytest.raises(UserError, match=r"^http_proxy "):
         proxy_for("http://10.0.0.1", {"http_proxy": value})
 
 
 def test_a_header_is_not_taken_for_a_proxy() -> None:
-    """In a CGI program HTTP_PROXY comes from the caller (httpoxy)."""
+    """In a CGI program, HTTP_PROXY comes from the caller (httpoxy)."""
     env = {"HTTP_PROXY": "http://p:1", "REQUEST_METHOD": "GET"}
     assert proxy_for("http://10.0.0.1", env) is None

@@ -64,7 +64,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_every_looking_verb_understands_the_real_api(
     served: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A device that was added is seen by ls, get, explain, export, status, agents and events."""
+    """A device that was added appears in `ls`, `get`, `explain`, `export`, `status`, `agents` and `events`."""
     assert _code(["devices", "add", "gate/1 ü", "--address", "127.0.0.9", "--label", "k=v"]) == 0
     assert _code(["devices", "add", "gate2", "--address", "127.0.0.8"]) == 0
     capsys.readouterr()
@@ -90,7 +90,7 @@ def test_every_looking_verb_understands_the_real_api(
 def test_people_read_times_and_durations(
     served: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`events` and `explain` print UTC times, ages with a unit and sentences; `agents ls` names the device."""
+    """`events` and `explain` print UTC times, ages with a unit, and sentences; `agents ls` names the device."""
     assert _code(["devices", "add", "cam", "--address", "127.0.0.9"]) == 0
     capsys.readouterr()
     assert _code(["events"]) == 0
@@ -126,8 +126,8 @@ def test_an_invalid_file_does_not_hide_the_running_service(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """After a rejected reload the file is still invalid: commands go on with its `api` block and say so in one line.
-    Where that can't be read the error names --address, which works."""
+    """After a rejected reload the file is still invalid: commands use its `api` block and say so in one line. If that
+    block can't be read, the error names `--address`, which works."""
     file = tmp_path / "bad.hcl"
     api = f'api {{\n  advertise = "{served}"\n}}\n'
     file.write_text(f'{api}agent_class "a" {{\n  prob "icmp" {{}}\n}}\n')
@@ -153,7 +153,7 @@ def test_an_invalid_file_does_not_loosen_where_a_token_is_sent(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A file that only lies in the working folder, valid or not, gets no token of the environment."""
+    """A file that merely lies in the working directory, valid or not, gets no token from the environment."""
     api = f'api {{\n  advertise = "{served}"\n}}\n'
     monkeypatch.delenv("NOMAD_WATCHDOG_ADDR")
     for more in ("", 'backend = "nomed"\n'):
@@ -168,8 +168,8 @@ def test_an_invalid_file_does_not_loosen_where_a_token_is_sent(
 def test_events_and_incidents_take_their_options(
     served: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Filters of `events` reach the API, an age counts from now, a wrong one is refused with what is
-    allowed, and `incidents` says that there are none."""
+    """The filters of `events` reach the API, an age counts from now, an invalid filter is rejected with the allowed
+    values, and `incidents` reports that there are none."""
     for name in ("a", "b"):
         assert _code(["devices", "add", name, "--address", "127.0.0.9"]) == 0
     capsys.readouterr()
@@ -178,7 +178,7 @@ def test_events_and_incidents_take_their_options(
         assert _code(["events", "-o", "json", *options]) == 0, options
         return [json.loads(line)["device"] for line in capsys.readouterr().out.splitlines()]
 
-    # each wish is told twice: who asked for it, and that it stands
+    # each request makes two events: its audit event, and the new desired state
     assert devices() == ["a", "a", "b", "b"]
     assert devices("--since", "2") == ["b", "b"]
     assert devices("--since", "1h") == ["a", "a", "b", "b"]
@@ -199,7 +199,7 @@ def test_events_and_incidents_take_their_options(
 def test_a_wrong_token_exits_77_and_is_not_shown(
     served: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A token that the API refuses exits 77, and no token stands in what is printed (S10)."""
+    """A token that the API rejects exits with 77, and no token is printed (S10)."""
     (tmp_path / "token").write_text("wrong-token")
     assert _code(["status"]) == 77
     found = capsys.readouterr()
@@ -209,8 +209,8 @@ def test_a_wrong_token_exits_77_and_is_not_shown(
 def test_w2_impossible_requests_exit_64_and_66(
     served: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An unknown class exits 64 with a hint; pause, events and agents logs of an unknown device exit 66 with
-    a hint; an import names the line of each item that the API rejects."""
+    """An unknown class exits with 64 and a hint; `pause`, `events` and `agents logs` of an unknown device exit with 66
+    and a hint; an import names the line of each item that the API rejects."""
     assert _code(["devices", "add", "cam-1", "--address", "127.0.0.9"]) == 0
     capsys.readouterr()
     (tmp_path / "nomad-watchdog.hcl").write_text(

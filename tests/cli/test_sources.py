@@ -1,4 +1,4 @@
-"""Whose configuration the CLI reads, and where it sends a token: over real sockets."""
+"""Which configuration the CLI reads, and where it sends a token: over real sockets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files 
 
 
 class Thief:
-    """A server that keeps what it is sent, and answers like the API."""
+    """A server that records what it receives, and answers like the API."""
 
     def __init__(self) -> None:
         self.heads: list[bytes] = []
@@ -62,7 +62,7 @@ def thief() -> Iterator[Thief]:
 
 @pytest.fixture
 def token(tmp_path: Path) -> str:
-    """The caller's own, in a file that only the caller can read."""
+    """The caller's own token, in a file that only the caller can read."""
     text = secrets.token_hex(20)
     (tmp_path / "mine").write_text(text)
     (tmp_path / "mine").chmod(0o600)
@@ -71,7 +71,7 @@ def token(tmp_path: Path) -> str:
 
 @pytest.fixture
 def bait(tmp_path: Path, thief: Thief, token: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a configuration that sends the caller's token to the thief; the caller works there."""
+    """A folder with a configuration that sends the caller's token to the thief; it is the working directory."""
     folder = tmp_path / "shared"
     folder.mkdir()
     file = folder / "nomad-watchdog.hcl"
@@ -113,7 +113,7 @@ def _link_of_a_stranger(file: Path) -> None:
 def test_h10_a_strangers_configuration_gets_no_token(
     bait: Path, thief: Thief, token: str, capfd: pytest.CaptureFixture[str], attack: Attack
 ) -> None:
-    """Whatever makes the file somebody else's, no verb reads it, and nothing at all is sent to its address."""
+    """Whatever makes the file another user's, no verb reads it, and nothing at all is sent to its address."""
     argvs = (
         ["status"],
         ["devices", "ls"],
@@ -149,13 +149,13 @@ def test_h10_a_strangers_configuration_gets_no_token(
 
 
 def test_our_own_file_is_read(bait: Path, thief: Thief, token: str) -> None:
-    """The caller's own file, or one that is named, may say where its token goes."""
+    """The caller's own file, or an explicitly named one, may set where its token is sent."""
     _code(["status"])
     assert thief.knows(token)
 
 
 def test_a_named_file_is_the_callers_word(bait: Path, thief: Thief, token: str) -> None:
-    """Whoever names a file trusts it."""
+    """An explicitly named file is trusted."""
     bait.chmod(0o666)
     _code(["--config", bait.name, "status"])
     assert thief.knows(token)
@@ -172,7 +172,7 @@ def test_h10_a_token_of_the_environment_goes_to_no_address_of_a_file(
     capsys: pytest.CaptureFixture[str],
     attack: Attack,
 ) -> None:
-    """Also where the file is the caller's own; with an address of the environment beside it is sent."""
+    """Even if the file is the caller's own; with an address from the environment as well, the token is sent."""
     other = secrets.token_hex(20)
     (tmp_path / "other").write_text(other)
     bait.write_text(bait.read_text().replace(f'token_file = "{tmp_path}/mine"', ""))
@@ -197,7 +197,8 @@ def test_h10_a_token_of_the_environment_goes_to_no_address_of_a_file(
 def test_h10_a_token_of_a_file_goes_to_no_address_of_the_environment(
     bait: Path, thief: Thief, token: str, monkeypatch: pytest.MonkeyPatch, attack: Attack
 ) -> None:
-    """The file is not read: the request is made without the token, whoever the file belongs to and named or not."""
+    """The file is not read: the request is made without the token, whoever owns the file, and whether it is named or
+    not."""
     for way in ([], ["--config", bait.name]):
         for argv in (["status"], ["devices", "ls"], ["explain", "x"]):
             _code([*way, "--address", thief.url, *argv])
@@ -222,8 +223,8 @@ def test_h10_a_token_of_a_file_goes_to_no_address_of_the_environment(
 def test_a_token_of_nomad_or_consul_goes_to_an_address_of_its_own_source(
     block: str, env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An address and a token of which one is the folder's and one the environment's are refused, unless the
-    file is named."""
+    """If an address and a token come from different sources, one from the folder and one from the environment, they are
+    rejected unless the file is named."""
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "nomad-watchdog.hcl"
     file.write_text(block + '\nagent_class "default" {\n  probe "tcp" { port = 80 }\n}\n')
@@ -236,7 +237,7 @@ def test_a_token_of_nomad_or_consul_goes_to_an_address_of_its_own_source(
 def test_a_crash_of_a_command_shows_no_secret(
     bait: Path, token: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A bug is a traceback without the token, and the exit code of an internal error."""
+    """A bug prints a traceback without the token, and exits with the code for an internal error."""
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError(f"header was Bearer {token}")

@@ -1,4 +1,4 @@
-"""What a person gets wrong on the command line is named, and nothing is done."""
+"""Wrong command-line arguments are named, and nothing is done."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = ["served"]
 def test_a_label_with_two_values_is_a_contradiction(
     served: str, capsys: pytest.CaptureFixture[str], argv: list[str]
 ) -> None:
-    """Every command that takes KEY=VALUE exits 64, names the key, and sends nothing."""
+    """Every command that takes KEY=VALUE exits with 64, names the key, and sends nothing."""
     assert _code(argv) == 64
     told = capsys.readouterr().err
     assert "'site' is given twice" in told
@@ -49,7 +49,7 @@ def test_a_label_with_two_values_is_a_contradiction(
 def test_the_same_label_twice_is_no_contradiction(
     served: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A pair that is repeated as it is, and values with "=" in them, are taken."""
+    """A repeated identical pair, and values that contain "=", are accepted."""
     labels = ["--label", "site=a=b", "--label", "site=a=b", "--label", "rack="]
     assert _code(["devices", "add", "cam", "--address", "::1", *labels]) == 0
     capsys.readouterr()
@@ -61,7 +61,7 @@ def test_the_same_label_twice_is_no_contradiction(
 def test_departed_devices_are_listed_by_their_verdict(
     served: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`devices ls --verdict departed` lists as many as `status` counts, and the plain list none of them."""
+    """`devices ls --verdict departed` lists as many devices as `status` counts, and the plain list none of them."""
     assert _code(["devices", "add", "cam", "--address", "::1"]) == 0
     assert _code(["devices", "add", "pump", "--address", "::1"]) == 0
     assert _code(["devices", "rm", "cam"]) == 0
@@ -77,7 +77,7 @@ def test_departed_devices_are_listed_by_their_verdict(
 def test_import_names_every_wrong_line_and_sends_none(
     served: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Syntax, fields, addresses and an id that is listed twice are all found before the first line is sent."""
+    """Errors in syntax, fields, addresses, and duplicate IDs are all found before the first line is sent."""
     file = tmp_path / "fleet.ndjson"
     lines = [
         '{"id": "a", "address": "127.0.0.9"}',
@@ -110,7 +110,7 @@ def test_import_names_every_wrong_line_and_sends_none(
 def test_removing_unknown_devices_names_similar_ones_once(
     served: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One error per unknown device, with the id that was probably meant; the others are removed; exit code 66."""
+    """Each unknown device is one error, with the ID that was probably meant; the others are removed; exit code 66."""
     for name in ("web-1", "web-2"):
         assert _code(["devices", "add", name, "--address", "::1"]) == 0
     capsys.readouterr()
@@ -130,7 +130,7 @@ def test_an_empty_token_file_is_named(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A file without a token, or with blanks only, is an error of the file and not of the token."""
+    """A file without a token, or with only blanks, is reported as an error of the file and not of the token."""
     for text in ("", " \n"):
         (tmp_path / "empty").write_text(text)
         monkeypatch.setenv("NOMAD_WATCHDOG_TOKEN_FILE", str(tmp_path / "empty"))
@@ -139,7 +139,7 @@ def test_an_empty_token_file_is_named(
 
 
 def test_a_pause_of_nothing_is_a_warning(served: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A selector that matches no device may be meant for later ones: it is kept, with a warning."""
+    """A selector without a match may be meant for future devices: the pause is stored, with a warning."""
     assert _code(["pause", "--selector", "site=nope", "--for", "5m"]) == 0
     assert "warning: no registered device matches" in capsys.readouterr().err
     assert _code(["devices", "add", "cam", "--address", "::1", "--label", "site=nope"]) == 0
@@ -151,7 +151,7 @@ def test_a_pause_of_nothing_is_a_warning(served: str, capsys: pytest.CaptureFixt
 def test_errors_of_a_window_speak_of_a_window(
     served: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`maintenance add` and `pause` name what was asked for."""
+    """`maintenance add` and `pause` report errors in their own terms."""
     assert _code(["devices", "add", "cam", "--address", "::1"]) == 0
     for verb, what in ((["maintenance", "add"], "maintenance window"), (["pause"], "pause")):
         for end, words in (
@@ -165,7 +165,7 @@ def test_errors_of_a_window_speak_of_a_window(
 def test_a_ttl_is_shown_in_the_unit_of_what_is_left_of_it(
     served: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`-o wide` has 5m for 300s; JSON and `export` keep what the API takes."""
+    """`-o wide` displays 300s as 5m; JSON and `export` keep the form that the API takes."""
     for name, ttl in (("a", "300s"), ("b", "90s"), ("c", "36h"), ("d", "1500ms")):
         assert _code(["devices", "add", name, "--address", "::1", "--ttl", ttl]) == 0
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Nomad's and Consul's variables: what we send, compared with what their own command lines send."""
+"""Nomad's and Consul's variables: requests of this program compared with those of the vendors' command lines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from servers.certificates import Authority
 
 @dataclass(frozen=True)
 class Arrival:
-    """What a server gets to see of the first request."""
+    """What a server sees of the first request."""
 
     scheme: str
     path: str = ""
@@ -103,7 +103,7 @@ async def listening(certificate: tuple[Path, Path] | None = None) -> AsyncIterat
 
 
 async def vendor(program: str, env: Mapping[str, str]) -> str:
-    """What the vendor's own command line prints on standard error."""
+    """The output of the vendor's own command line."""
     argv = ["kv", "get", "probe"] if program == "consul" else ["job", "status"]
     child = await asyncio.create_subprocess_exec(
         binaries.find(program), *argv, env=dict(env),
@@ -114,7 +114,7 @@ async def vendor(program: str, env: Mapping[str, str]) -> str:
 
 
 async def ours(program: str, env: Mapping[str, str]) -> None:
-    """Ask as the control plane does, with the settings that it makes of the environment."""
+    """Send a request as the control plane does, with the settings that it derives from the environment."""
     settings = load(None, {"HOME": "/nowhere", **env})
     if program == "consul":
         consul = ConsulClient(consul_settings(settings, env))
@@ -172,8 +172,8 @@ FORMS: list[tuple[str, dict[str, str]]] = [
 @pytest.mark.servers
 @pytest.mark.slow_because("starts each vendor's program for each form of its variables")
 async def test_what_arrives_is_what_the_vendors_programs_send(tmp_path: Path) -> None:
-    """For each form of the variables, scheme, path, region, namespace and token are those of `consul` and
-    `nomad` themselves, and a server that they do not trust gets nothing from us either."""
+    """For each form of the variables, scheme, path, region, namespace and token are the same as those of `consul` and
+    `nomad`, and a server that they do not trust receives nothing from this program either."""
     certificates = Authority(tmp_path / "ca")
     await certificates.make()
     pair = await certificates.issue("server", "/CN=localhost", san="DNS:localhost,IP:127.0.0.1")
@@ -195,7 +195,7 @@ async def test_what_arrives_is_what_the_vendors_programs_send(tmp_path: Path) ->
             await ours(program, env)
             found, listener.seen = listener.seen[:1], []
             if program == "nomad" and expected and not expected[0].query:
-                # the CLI leaves out what is the server's default
+                # the CLI omits the server's default
                 found = [Arrival(one.scheme, one.path, (), one.token) for one in found]
             assert found == expected, (program, form, said)
 
@@ -214,7 +214,7 @@ async def test_what_arrives_is_what_the_vendors_programs_send(tmp_path: Path) ->
 async def test_a_missing_port_is_the_one_that_the_vendors_program_dials(
     program: str, env: dict[str, str]
 ) -> None:
-    """Without a port the scheme's own is dialled, 80 or 443, by the clients of doctor and the registry alike."""
+    """Without a port the clients of `doctor` and of the registry both connect to the scheme's own port, 80 or 443."""
     dialled = re.search(r"127\.0\.0\.77:(\d+)", await vendor(program, env))
     assert dialled is not None
     settings = load(None, {"HOME": "/nowhere", **env})
@@ -245,7 +245,7 @@ async def test_a_missing_port_is_the_one_that_the_vendors_program_dials(
     ],
 )  # fmt: skip
 def test_a_value_that_cannot_be_used_is_refused_in_words(env: dict[str, str], words: str) -> None:
-    """A wrong vendor variable is named, with what to write instead."""
+    """An invalid vendor variable is named, with what to write instead."""
     with pytest.raises(UserError) as caught:
         load(None, {"HOME": "/nowhere", **env})
     assert words in str(caught.value)
@@ -257,20 +257,21 @@ def test_a_value_that_cannot_be_used_is_refused_in_words(env: dict[str, str], wo
     [("CONSUL_HTTP_AUTH", "consul"), ("CONSUL_PARTITION", "consul"), ("NOMAD_HTTP_AUTH", "nomad")],
 )
 def test_what_the_vendors_know_and_we_do_not_is_refused(variable: str, block: str) -> None:
-    """A variable that would change where a request goes is not ignored without a word."""
+    """A variable that would change where a request goes is not silently ignored."""
     settings = load(None, {"HOME": "/nowhere"})
     with pytest.raises(UserError, match=f"{variable}: .* is not supported; unset it"):
         {"consul": consul_settings, "nomad": nomad_settings}[block](settings, {variable: "x"})
 
 
 def test_a_slash_at_the_end_changes_nothing() -> None:
-    """Where Consul's CLI loses the /v1 of its paths, we ask as without the slash."""
+    """Consul's CLI drops the /v1 of its paths in this case; this program requests the same path as without the
+    slash."""
     env = {"HOME": "/nowhere", "CONSUL_HTTP_ADDR": "http://127.0.0.1:8500/"}
     assert load(None, env).consul.address == "http://127.0.0.1:8500"
 
 
 def test_ssl_asked_for_is_never_dropped(tmp_path: Path) -> None:
-    """CONSUL_HTTP_SSL turns the default address and that of the file into https, as Consul's CLI does."""
+    """CONSUL_HTTP_SSL turns the default address, and that of the file, into https, as in Consul's CLI."""
     home = {"HOME": "/nowhere", "CONSUL_HTTP_SSL": "true"}
     assert load(None, home).consul.address == "https://127.0.0.1:8500"
     file = tmp_path / "a.hcl"
@@ -280,7 +281,7 @@ def test_ssl_asked_for_is_never_dropped(tmp_path: Path) -> None:
 
 
 def test_our_variables_take_precedence_over_the_vendors() -> None:
-    """NOMAD_WATCHDOG_* decides where both are set, also when it says false."""
+    """NOMAD_WATCHDOG_* takes precedence if both are set, even if its value is false."""
     env = {"NOMAD_SKIP_VERIFY": "true", "NOMAD_WATCHDOG_NOMAD_TLS_SKIP_VERIFY": "false"}
     settings = load(None, {"HOME": "/nowhere", **env})
     assert nomad_settings(settings, env).tls_skip_verify is False

@@ -1,7 +1,7 @@
-"""The smoke test of a running cluster, wherever it is: `make cluster-test`.
+"""The smoke test of any running cluster: `make cluster-test`.
 
 From the environment: NOMAD_ADDR, NOMAD_CACERT, NOMAD_TOKEN (it may read and stop jobs) and
-NOMAD_WATCHDOG_TOKEN_FILE (the operator's). Devices that it registers are gone at the end."""
+NOMAD_WATCHDOG_TOKEN_FILE (the operator's). All devices that it registers are removed at the end."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Cluster:
             return await answer.json(content_type=None)
 
     async def planes(self) -> dict[str, str]:
-        """Allocation → API of each control plane that runs."""
+        """Allocation → API of each running control plane."""
         found = {}
         for row in await self.nomad("/v1/job/nomad-watchdog/allocations"):
             if row["ClientStatus"] == "running" and row["DesiredStatus"] == "run":
@@ -57,7 +57,7 @@ class Cluster:
 
 
 async def until(what: str, test: Callable[[], Awaitable[Any]], timeout_s: float = SLOW_S) -> Any:
-    """What the test gives once it is true; AssertionError with the last answer when it never is."""
+    """The result of the test once it is true. Raises AssertionError with the last result if it never is."""
     deadline = time.monotonic() + timeout_s
     last: object = None
     while time.monotonic() < deadline:
@@ -71,7 +71,7 @@ async def until(what: str, test: Callable[[], Awaitable[Any]], timeout_s: float 
 
 
 async def nomad_is_whole_and_guarded(cluster: Cluster) -> None:
-    """Three servers, two clients or more, TLS only, and nothing without a token."""
+    """Three servers, at least two clients, TLS only, and no access without a token."""
     assert cluster.nomad_addr.startswith("https://"), cluster.nomad_addr
     assert len(await cluster.nomad("/v1/status/peers")) >= 3
     nodes = await cluster.nomad("/v1/nodes")
@@ -87,7 +87,7 @@ async def nomad_is_whole_and_guarded(cluster: Cluster) -> None:
 
 
 async def two_control_planes_share_the_shards(cluster: Cluster) -> None:
-    """Two copies, on two hosts, that know each other and hold every shard between them."""
+    """Two replicas on two hosts know each other and hold every shard between them."""
 
     async def shared() -> Any:
         apis = set((await cluster.planes()).values())
@@ -102,7 +102,7 @@ async def two_control_planes_share_the_shards(cluster: Cluster) -> None:
 
 
 async def the_door_is_shut(cluster: Cluster) -> None:
-    """Without a token the API answers 401 to a change and to a look."""
+    """Without a token the API answers 401 to a change and to a read."""
     api = await cluster.any_plane()
     for method, path in (("PUT", "/v1/devices/x"), ("GET", "/v1/devices")):
         async with cluster.http.request(
@@ -123,7 +123,7 @@ async def devices_are_watched_by_one_agent_each(cluster: Cluster) -> None:
 
 
 async def watched(cluster: Cluster, names: list[str]) -> dict[str, int] | None:
-    """Device → epoch when all are watched, as each control plane tells it."""
+    """Device → epoch when all are watched, as reported by each control plane."""
     epochs: dict[str, int] = {}
     for api in (await cluster.planes()).values():
         for name in names:
@@ -135,7 +135,7 @@ async def watched(cluster: Cluster, names: list[str]) -> dict[str, int] | None:
 
 
 async def children(cluster: Cluster) -> dict[str, int]:
-    """Device → how many of its children run in Nomad."""
+    """Device → number of its children that run in Nomad."""
     found = dict.fromkeys(DEVICES, 0)
     jobs = await cluster.nomad("/v1/jobs?meta=true&prefix=device-watchdog")
     for job in jobs:
@@ -161,7 +161,7 @@ async def consul_knows_the_agents(cluster: Cluster) -> None:
 
 
 async def a_lost_control_plane_is_replaced_and_touches_no_agent(cluster: Cluster) -> None:
-    """The holder of shard 0 is stopped: the other one goes on, Nomad starts another, no epoch moves."""
+    """The holder of shard 0 is stopped: the other replica takes over, Nomad starts a new one, and no epoch changes."""
     before = await watched(cluster, DEVICES)
     assert before, "not all are watched"
     planes = await cluster.planes()
@@ -180,7 +180,7 @@ async def a_lost_control_plane_is_replaced_and_touches_no_agent(cluster: Cluster
 
 
 async def a_pool_is_scaled(cluster: Cluster) -> None:
-    """The pool `spare` gets a second worker, with no more than the shipped policies, and gives it back."""
+    """The pool `spare` is scaled up by one worker and down again with only the shipped policies."""
 
     async def has(count: int) -> bool:
         rows = (await cluster.call("GET", await keeper(cluster), "/v1/pools"))["items"]
@@ -204,7 +204,7 @@ async def keeper(cluster: Cluster) -> str:
 
 
 async def devices_that_leave_have_no_agent(cluster: Cluster) -> None:
-    """After a deregistration no child of a device runs."""
+    """After a deregistration no child of the device runs."""
     api = await cluster.any_plane()
     for name in DEVICES:
         await cluster.call("DELETE", api, f"/v1/devices/{name}")
@@ -216,7 +216,7 @@ async def devices_that_leave_have_no_agent(cluster: Cluster) -> None:
 
 
 async def no_control_plane_has_crashed(cluster: Cluster) -> None:
-    """Both copies still run, and Nomad never had to restart one."""
+    """Both replicas still run, and Nomad never had to restart one."""
     planes = await cluster.planes()
     assert len(planes) == 2, planes
     for alloc in planes:

@@ -1,4 +1,4 @@
-"""The provisioning scripts of the Vagrant cluster make a cluster that passes the smoke test."""
+"""The provisioning scripts of the Vagrant cluster create a cluster that passes the smoke test."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 async def test_five_hosts_with_tls_and_acls_run_the_control_plane_in_two_copies(
     tmp_path: Path,
 ) -> None:
-    """secrets.sh, node.sh, bootstrap.sh and submit.sh on five network namespaces make a cluster on which the
-    smoke test passes from a sixth; a second run of the last two fails at nothing and makes what the first
-    left undone, and no secret is for others to read."""
+    """secrets.sh, node.sh, bootstrap.sh and submit.sh on five network namespaces create a cluster that passes the smoke
+    test from a sixth. A second run of the last two fails at nothing and creates what the first run left out. No secret
+    is readable by others."""
     async with ScriptedCluster(tmp_path) as cluster:
         argv = [sys.executable, "-m", "tests.cluster.smoke"]
         env = cluster.environment() | {"PYTHONPATH": str(ROOT)}
@@ -39,7 +39,7 @@ async def test_five_hosts_with_tls_and_acls_run_the_control_plane_in_two_copies(
 
 
 async def scraped(cluster: ScriptedCluster) -> None:
-    """What Prometheus is told to scrape answers with metrics to the token that it is told to show."""
+    """The targets in Prometheus' configuration return metrics for the token in that configuration."""
     told = yaml.safe_load((cluster.etc("s1") / "prometheus.yml").read_text())
     (job,) = told["scrape_configs"]
     token = Path(job["authorization"]["credentials_file"]).read_text().strip()

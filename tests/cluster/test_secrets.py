@@ -1,4 +1,4 @@
-"""What the hosts of a cluster share is made whole or not at all."""
+"""The shared secrets of a cluster's hosts are created completely or not at all."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make(folder: Path, **environ: str) -> int:
 
 
 def whole(folder: Path) -> None:
-    """Each file is what it should be, and nothing else is there."""
+    """Each file is as it should be, and there are no other files."""
     names = {one.name for one in folder.iterdir()}
     assert not [name for name in names if name.endswith((".new", ".csr"))]
     tokens = {"api.token", "prometheus.token", "agent.keys"}
@@ -57,7 +57,7 @@ def whole(folder: Path) -> None:
 
 
 def test_what_failed_is_made_by_the_next_run(tmp_path: Path) -> None:
-    """Whichever call of openssl fails, and leaves half a file, the next run makes all that is missing; one more
+    """If a call of openssl fails and leaves an incomplete file, the next run creates all that is missing; another run
     changes nothing."""
     found = shutil.which("openssl")
     assert found is not None

@@ -1,4 +1,4 @@
-"""An agent written from docs/agent-contract.md alone; it knows nothing of watchdog_agent."""
+"""An agent written from docs/agent-contract.md alone, without watchdog_agent."""
 
 import json
 import os

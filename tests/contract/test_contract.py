@@ -1,4 +1,4 @@
-"""docs/agent-contract.md holds on both sides, and old and new versions understand each other."""
+"""Both sides follow docs/agent-contract.md, and old and new versions are compatible."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def golden(name: str) -> Any:
 
 @pytest_asyncio.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
-    """A device and a peer in the API's place."""
+    """A device, and a peer in place of the API."""
     async with a_world(tmp_path) as it:
         yield it
 
@@ -84,7 +84,7 @@ def test_schemas_are_schemas() -> None:
 
 
 async def test_what_the_agent_says_is_in_the_schema(world: World) -> None:
-    """Every report of a real agent, over suspicion and the end, keeps the schema and says nothing more."""
+    """Every report of a real agent, including suspicion and its end, matches the schema and has no other fields."""
     agent = await world.started()
     await world.peer.saw("ok", ready=True)
     await world.device.stop()
@@ -98,7 +98,7 @@ async def test_what_the_agent_says_is_in_the_schema(world: World) -> None:
 
 
 def test_what_the_control_plane_says_is_in_the_schema() -> None:
-    """The document of a default class keeps the schema and has no key that the schema doesn't know."""
+    """The document of a default class matches the schema and has no key that is not in it."""
     (spec,) = Settings().specs().values()
     document = wire.agent_config(
         dict(spec.agent_config),
@@ -113,7 +113,7 @@ def test_what_the_control_plane_says_is_in_the_schema() -> None:
 
 
 def test_what_an_old_control_plane_wrote_is_a_document(tmp_path: Path) -> None:
-    """The first release's document is in the schema, and taken by the agent of today with a later key."""
+    """The first release's document matches the schema, and today's agent accepts it with a later key."""
     document = golden("config-0.1.0")
     jsonschema.validate(document, schema("config"))
     checked = configuration.check({**document, "of_a_later_version": {"x": [1]}})
@@ -121,7 +121,7 @@ def test_what_an_old_control_plane_wrote_is_a_document(tmp_path: Path) -> None:
 
 
 async def test_the_agent_of_today_works_from_an_old_document(world: World) -> None:
-    """An agent with the first release's document, and a key of a later one, is ready and reports."""
+    """An agent with the first release's document, and a key of a later one, becomes ready and reports."""
     changed = {"api": [f"http://127.0.0.1:{world.peer.port}"], "probes": [probe(world.device.port)]}
     agent = world.agent()
     agent.config = {**golden("config-0.1.0"), **changed, "of_a_later_version": 1}
@@ -131,7 +131,7 @@ async def test_the_agent_of_today_works_from_an_old_document(world: World) -> No
 
 @pytest.mark.parametrize("file", REPORTS, ids=lambda file: file.stem)
 def test_old_reports_are_taken(file: Path) -> None:
-    """A report of the first release, and the least that is allowed, are taken, with unknown keys too."""
+    """Reports of the first release and minimal reports are accepted, also with unknown keys."""
     said = json.loads(file.read_text())
     jsonschema.validate(said, schema("report"))
     plain = ReportIn.model_validate_json(file.read_bytes()).report()
@@ -142,7 +142,7 @@ def test_old_reports_are_taken(file: Path) -> None:
 
 
 def test_the_schema_and_the_door_want_the_same() -> None:
-    """What the schema requires of a report the API requires, and the API knows every key of the schema."""
+    """The API requires the fields that the schema requires, and knows every key of the schema."""
     fields = ReportIn.model_fields
     told = schema("report")
     assert {n for n, f in fields.items() if f.is_required()} == set(told["required"])
@@ -150,7 +150,7 @@ def test_the_schema_and_the_door_want_the_same() -> None:
 
 
 def test_the_page_names_what_the_code_names() -> None:
-    """Every variable of the environment and every exit code of wire stands in the page."""
+    """The page contains every environment variable and every exit code of `wire`."""
     page = (ROOT / "docs" / "agent-contract.md").read_text()
     names = set(re.findall(r"``((?:WATCHDOG|CONSUL)_[A-Z0-9_]+)``", str(wire.__doc__)))
     assert len(names) > 5
@@ -163,8 +163,8 @@ def test_the_page_names_what_the_code_names() -> None:
 async def test_a_removed_device_ends_its_alert(
     world: World, tmp_path: Path, directory: Path
 ) -> None:
-    """In a real control plane an offline device's agent has told a receiver; when the device is taken out,
-    the receiver is told `resolved`, whether the agent hears of it by its report or by a signal first."""
+    """In a real control plane, an offline device's agent has alerted a receiver. When the device is removed, the
+    receiver gets `resolved`, whether the agent learns of it first from its report or from a signal."""
     receiver = Receiver()
     await receiver.start()
     numbers = {
@@ -193,8 +193,8 @@ async def test_a_removed_device_ends_its_alert(
 
 
 async def test_a_refusal_says_whether_the_device_has_left(tmp_path: Path, directory: Path) -> None:
-    """The control plane's 410 carries `departed` for a device that was taken out, and `refused` for an epoch
-    that is over while the device is there."""
+    """The control plane's 410 contains `departed` for a device that was removed, and `refused` for an old epoch of a
+    device that is still registered."""
     config = CONFIG.replace("COMMAND", '[\\"/bin/false\\"]').replace("AGENTS", str(directory))
     async with ControlPlane(tmp_path, "plane", config.replace("DEVICE", "9")) as plane:
         await plane.register("pump-7")
@@ -218,7 +218,7 @@ async def test_a_refusal_says_whether_the_device_has_left(tmp_path: Path, direct
 
 
 async def test_minimal_agent_obeys_a_410(world: World, tmp_path: Path) -> None:
-    """An agent written from the page exits 0 when its report is answered by 410."""
+    """An agent written from the page exits with 0 when its report is answered 410."""
     world.peer.status = 410
     config = tmp_path / "config.json"
     config.write_text(
@@ -241,7 +241,7 @@ async def test_minimal_agent_obeys_a_410(world: World, tmp_path: Path) -> None:
 async def test_minimal_agent_serves_in_a_real_control_plane(
     world: World, tmp_path: Path, directory: Path
 ) -> None:
-    """An agent of under 80 lines, written from the page, has its device watched, and stops when told to."""
+    """An agent of under 80 lines, written from the page, watches its device, and stops when asked to."""
     assert len(MINIMAL.read_text().splitlines()) <= 80
     command = json.dumps([sys.executable, str(MINIMAL)]).replace('"', '\\"')
     config = CONFIG.replace("COMMAND", command).replace("AGENTS", str(directory))

@@ -1,4 +1,4 @@
-"""The class specs in force, as replicas of one registry decide, follow and report them."""
+"""The class specs in force, as the replicas of one registry decide, follow and report them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def specs(version: str, *more: str) -> dict[str, AgentSpec]:
 
 @dataclass
 class Leases(SoleOwner):
-    """One replica's; the test says who else is there."""
+    """Leases of one replica; the test sets which other replicas exist."""
 
     config: str = ""
 
@@ -74,7 +74,7 @@ def events(site: Site) -> list[str]:
 
 async def test_a_follower_takes_all_but_its_own_places(site: Site) -> None:
     """A second replica with the older set follows the newer one, class by class, with its own addresses in it, and
-    reports the difference in words once; when it is configured with it, that is over."""
+    reports the difference once. When it is configured with the newer set, the report ends."""
     first = Part(site, "r1", OwnClasses(specs("1")))
     await first.look([])
     newer = Part(site, "r2", OwnClasses(specs("2", "b")))
@@ -104,7 +104,7 @@ async def test_a_follower_takes_all_but_its_own_places(site: Site) -> None:
 
 
 async def test_nothing_is_decided_before_the_others_are_known(site: Site) -> None:
-    """A replica that does not know who else is there goes by what is in force, and decides when it knows."""
+    """A replica that does not know the others yet follows the set in force, and decides when it knows them."""
     first = Part(site, "r1", OwnClasses(specs("1")))
     await first.look([])
     second = Part(site, "r2", OwnClasses(specs("2")))
@@ -117,7 +117,7 @@ async def test_nothing_is_decided_before_the_others_are_known(site: Site) -> Non
 
 async def test_an_unreadable_class_keeps_what_is_in_force(site: Site) -> None:
     """A replica that lacks a template file changes nothing and reports no difference: it takes the class from the
-    registry, unless it was itself that brought it into force. Once it can read the file, it is as ever."""
+    registry, unless it brought the class into force itself. Once it can read the file, it behaves normally."""
     first = Part(site, "r1", OwnClasses(specs("1", "b")))
     await first.look([])
     lacking = OwnClasses(specs("1"), {"b": "no such file"})
@@ -137,7 +137,7 @@ async def test_an_unreadable_class_keeps_what_is_in_force(site: Site) -> None:
 async def test_an_outage_of_the_registry_changes_nothing(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was read stands, the reason is in the status, and what is to be decided is decided afterwards."""
+    """The last set that was read stays in force, the reason is in the status, and decisions are made afterwards."""
     part = Part(site, "r1", OwnClasses(specs("1")))
     await part.look([])
     real = site.fleet.registry.document
@@ -154,7 +154,7 @@ async def test_an_outage_of_the_registry_changes_nothing(
 
 
 async def test_a_command_looks_without_deciding(site: Site) -> None:
-    """It goes by what would be in force if a replica started with its configuration, and writes nothing."""
+    """A command uses the set that would be in force if a replica started with its configuration, and writes nothing."""
     first = Part(site, "r1", OwnClasses(specs("1")))
     await first.look([])
     command = Part(site, "plan", OwnClasses(specs("2")))

@@ -1,4 +1,4 @@
-"""What a file lists, or all that is wrong with it."""
+"""Parsing an inventory file: its devices, or all of its errors."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def wrong(path: Path, text: str) -> str:
     ],
 )
 def test_all_forms_say_the_same(tmp_path: Path, name: str, text: str) -> None:
-    """HCL blocks, an object a line, and an array list the same devices."""
+    """HCL blocks, one object per line, and an array list the same devices."""
     assert list(load(tmp_path / name, text).values()) == DEVICES
 
 
 def test_all_mistakes_of_a_file_are_named_at_once_with_their_lines(tmp_path: Path) -> None:
-    """Unknown settings, wrong values, twins and expressions, each by its line."""
+    """Unknown settings, wrong values, duplicates and expressions, each with its line."""
     text = """\
 device "a" { address = "10.0.0.1" }
 device "b" { adress = "10.0.0.1" }
@@ -100,14 +100,14 @@ device { address = "10.0.0.4" }
 @pytest.mark.parametrize("name", ["a.hcl", "a.json"])
 @pytest.mark.parametrize("text", ["", "\n", "# nothing\n", "[]"])
 def test_a_file_that_lists_nobody_is_not_believed(tmp_path: Path, name: str, text: str) -> None:
-    """An empty file is refused: it looks like one that was torn."""
+    """An empty file is rejected, because it may be incomplete."""
     assert wrong(tmp_path / name, text)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=60), st.sampled_from(["hcl", "json"]))
 def test_any_text_is_read_or_refused(text: str, kind: str) -> None:
-    """No text of a file ends in another error than ours."""
+    """No file content causes an error other than our own."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +120,7 @@ def test_any_text_is_read_or_refused(text: str, kind: str) -> None:
 
 
 def test_another_file_than_was_looked_at_is_not_read(tmp_path: Path) -> None:
-    """A rename over the file, a swapped link and a longer file between look and read are noticed."""
+    """A rename over the file, a swapped link and a longer file between check and read are detected."""
     one, two, link = tmp_path / "1.json", tmp_path / "2.json", tmp_path / "link.json"
     for path in (one, two):
         path.write_text(json.dumps(OBJECTS))
@@ -144,7 +144,7 @@ def test_another_file_than_was_looked_at_is_not_read(tmp_path: Path) -> None:
 
 
 def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
-    """A folder, a pipe and nothing at all are named for what they are."""
+    """A folder, a pipe and a missing file are each named as such."""
     os.mkfifo(tmp_path / "pipe.json")
     for path in (tmp_path, tmp_path / "pipe.json", tmp_path / "none.json"):
         with pytest.raises(UserError):

@@ -1,4 +1,4 @@
-"""What is kept of versions in the registry, who judges, and who goes by it."""
+"""Class versions in the registry: what is stored, which replica judges, and which follow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GIVEN_UP = "nomad_watchdog_rollouts_given_up 1.0"
 
 
 class Onlooker(SoleOwner):
-    """Holds nothing."""
+    """Holds no shard."""
 
     def terms(self) -> Mapping[Shard, Term]:
         return {}
@@ -39,7 +39,7 @@ class OneOfTwo(SoleOwner):
 
 @dataclass
 class Stage:
-    """A fleet of six that the test moves from version to version."""
+    """A fleet of six devices that the test moves from version to version."""
 
     site: Site
     template: Path
@@ -55,7 +55,7 @@ class Stage:
         return RolloutController(self.site.fleet, wished, leases or SoleOwner(), self.metrics)
 
     async def run(self, version: str, *, restarts: int = 0) -> None:
-        """All agents are of this version now, and ready."""
+        """Set all agents to this version, ready."""
         fleet = self.site.fleet
         for slug in self.slugs:
             (old,) = fleet.placements[slug]
@@ -89,9 +89,9 @@ async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
 
 
 async def test_the_judge_goes_back_and_the_others_follow(stage: Stage) -> None:
-    """Version 1 lasts and is kept; of version 2 all agents are restarted within the soak: the judge has
-    version 1 in force at once, and a replica that judges nothing some seconds later, both also when they are
-    made anew; a third version is in force as it is wished."""
+    """Version 1 lasts and is stored. With version 2 all agents are restarted during the soak: the judge puts version 1
+    in force immediately and another replica some seconds later, also when either is created again. A third version is
+    in force as configured."""
     await stage.run("1")
     await stage.lasts(stage.rollouts("1"))
     judge, other = stage.rollouts("2"), stage.rollouts("2", Onlooker())
@@ -116,8 +116,8 @@ async def test_the_judge_goes_back_and_the_others_follow(stage: Stage) -> None:
 
 
 async def test_a_replica_that_judges_nothing_counts_what_soaks(stage: Stage) -> None:
-    """Its own shards wait for agents that soak as the judge's do, and go on when they have lasted; a judge
-    that loses shard 0 sees them last, too."""
+    """A replica that does not judge counts the agents in their soak like the judge, and continues when they have
+    lasted; a judge that loses shard 0 counts them too."""
     await stage.run("1")
     await stage.lasts(stage.rollouts("1"))
     leases = OneOfTwo()
@@ -139,8 +139,8 @@ async def test_a_replica_that_judges_nothing_counts_what_soaks(stage: Stage) -> 
 
 
 async def test_without_its_template_there_is_no_way_back(stage: Stage) -> None:
-    """When the template of the version before has another text now, the roll-out stops where it is, and the
-    event says so; a version that lasts after that is done."""
+    """If the template of the previous version has a different text now, the roll-out stops where it is, and the event
+    says so; a later version that lasts completes."""
     await stage.run("1")
     await stage.lasts(stage.rollouts("1"))
     stage.template.write_text("job { }")
@@ -158,7 +158,7 @@ async def test_without_its_template_there_is_no_way_back(stage: Stage) -> None:
 
 
 async def test_the_first_version_has_nothing_to_go_back_to(stage: Stage) -> None:
-    """Agents of the first version of all may die as they like: nothing is given up, nothing halted."""
+    """Restarts of agents of the very first version cause no rollback and no halt."""
     judge = stage.rollouts("1")
     for restarts in range(5):
         await stage.run("1", restarts=restarts)

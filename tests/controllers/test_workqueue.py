@@ -1,4 +1,4 @@
-"""The work queue: one at a time a key, newest wins, urgent first, nothing starves."""
+"""The work queue: one worker per key, the newest item wins, urgent items first, and nothing starves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nomad_watchdog.model import Limits, Monotonic, WallTime
 
 @dataclass
 class HandClock:
-    """A clock that moves when told."""
+    """A clock that the test moves."""
 
     now: float = 100.0
     moves: list[float] = field(default_factory=list)
@@ -39,7 +39,7 @@ ops = st.lists(
 @settings(max_examples=400, deadline=None)
 @given(ops)
 def test_a_key_is_never_in_work_twice_and_the_newest_item_wins(history: list) -> None:
-    """Through any history: one worker a key, the last item put is the one taken, none is lost."""
+    """Through any history: one worker per key, the last item put is the one taken, and no item is lost."""
     clock = HandClock()
     queue: WorkQueue[int, int] = WorkQueue(clock)
     latest: dict[int, int] = {}
@@ -72,7 +72,7 @@ def test_a_key_is_never_in_work_twice_and_the_newest_item_wins(history: list) ->
 
 
 def test_l4_an_urgent_item_passes_a_storm_and_the_storm_still_moves() -> None:
-    """One urgent item among 1,000 comes first; a stream of urgent ones leaves every fifth to bulk."""
+    """One urgent item is taken before 1,000 others; a stream of urgent items leaves every fifth take to bulk items."""
     queue: WorkQueue[int, str] = WorkQueue(HandClock())
     for key in range(1000):
         queue.put(key, "bulk")
@@ -99,7 +99,7 @@ def test_s9_a_delayed_key_waits_and_holds_up_nobody() -> None:
 
 
 async def test_take_wakes_for_a_put() -> None:
-    """A waiting worker gets what is put later."""
+    """A waiting worker receives an item that is put later."""
     queue: WorkQueue[str, int] = WorkQueue(HandClock())
     async with asyncio.TaskGroup() as group:
         taker = group.create_task(queue.take(1))
@@ -111,7 +111,7 @@ async def test_take_wakes_for_a_put() -> None:
 
 @given(st.lists(st.floats(0.0, 400.0), min_size=1, max_size=60))
 def test_s9_a_device_never_gets_more_starts_than_its_budget(gaps: list[float]) -> None:
-    """However often a start is asked for, at most 20 happen within any hour."""
+    """However often a start is requested, at most 20 happen within any hour."""
     limits = Limits(starts_per_hour=20)
     budget = RetryBudget()
     now = 0.0
@@ -127,7 +127,7 @@ def test_s9_a_device_never_gets_more_starts_than_its_budget(gaps: list[float]) -
 
 @given(st.integers(1, 30))
 def test_backoff_stays_within_its_ceiling(failures: int) -> None:
-    """The wait after n failures is at least half the first delay and never above the maximum."""
+    """The delay after n failures is at least half the first delay and never above the maximum."""
     limits = Limits(backoff_initial_s=1.0, backoff_max_s=30.0)
     budget = RetryBudget()
     for _ in range(failures):

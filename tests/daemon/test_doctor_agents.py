@@ -1,4 +1,4 @@
-"""What doctor makes of the answers of running agents."""
+"""How `doctor` reports the answers of running agents."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def status(trouble: object) -> bytes:
 
 @pytest.mark.parametrize("runs", [True, False])
 async def test_agents_that_say_that_their_reports_are_refused_are_named(runs: bool) -> None:
-    """Several answer, one of them with trouble; another does not answer, one sends what is no status. That is a
-    failure, or a warning while no control plane runs that they could reach."""
+    """Several agents answer, one of them with a problem; another does not answer, and one sends an invalid status. That
+    is a failure, or a warning while no control plane runs that they could reach."""
     said = {"well": status(""), "refused": status(REFUSED), "odd": b"HTTP/1.1 200 OK\r\n\r\n[]"}
     async with AsyncExitStack() as stack:
         agents = {f"127.0.0.1:{free_port()}": "away"}
@@ -47,7 +47,7 @@ async def test_agents_that_say_that_their_reports_are_refused_are_named(runs: bo
 
 
 async def test_only_so_many_are_asked_and_only_at_an_address() -> None:
-    """A bounded number; an address with a path, a name or a port that can't be is asked nothing."""
+    """A limited number of agents is queried; an address with a path, an invalid name or an invalid port is not."""
     many = {f"127.0.0.1:{free_port()}": str(number) for number in range(3)}
     listener = Listener(says(status("bad")))
     await listener.start()
@@ -73,7 +73,7 @@ async def test_only_so_many_are_asked_and_only_at_an_address() -> None:
 
 
 async def test_an_answer_in_two_segments_is_read_whole() -> None:
-    """What comes after the first segment belongs to the answer too."""
+    """The data after the first segment belongs to the answer too."""
     answer = status(REFUSED)
 
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

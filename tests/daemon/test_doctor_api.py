@@ -1,4 +1,4 @@
-"""What doctor says of the way from agents to the control plane."""
+"""How `doctor` checks the path from agents to the control plane."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def answer(status: str, body: str) -> bytes:
 
 
 async def test_a_control_plane_that_does_not_run_is_no_mistake_of_the_settings() -> None:
-    """Nothing answers at all: a warning; it runs and agents can't reach it: a failure that names the setting."""
+    """No answer at all is a warning. If the control plane runs and agents can't reach it, that is a failure that names
+    the setting."""
     port, nowhere = free_port(), free_port()
     chosen = settings(listen=f"127.0.0.1:{port}", advertise=f"http://127.0.0.1:{nowhere}")
     ((name, status, found, _),) = await doctor_api.checks(chosen)
@@ -42,7 +43,7 @@ async def test_a_control_plane_that_does_not_run_is_no_mistake_of_the_settings()
 
 
 async def test_a_key_that_is_not_believed_is_a_failure(tmp_path: Path) -> None:
-    """Something else at the address, and a control plane with another key, are told apart."""
+    """Another program at the address, and a control plane with another key, are distinguished."""
     key = tmp_path / "keys"
     key.write_text("k" * 64)
     other = Listener(says(answer("200 OK", "{}")))
@@ -66,7 +67,7 @@ async def test_a_key_that_is_not_believed_is_a_failure(tmp_path: Path) -> None:
 
 
 async def test_a_restored_registry_is_named() -> None:
-    """What the running control plane has noticed is a warning of its own; without it there is no such line."""
+    """A restore detected by the running control plane is a warning of its own; without one there is no such line."""
     text = "2026-11-30 05:00 UTC: the registry went back in time"
     for restored, expected in ((text, [("registry restored", "warn", text)]), ("", [])):
         body = f'{{"ready": true, "unheard": {{}}, "registry_restored": "{restored}"}}'

@@ -1,4 +1,4 @@
-"""`plan` without the service: what inventory files add is named, and a file that can't be used is an error."""
+"""`plan` without the service reports what inventory files add; an unusable file is an error."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ agent_class "default" {{
 def test_plan_counts_what_inventories_add(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A line per file says how many devices the service will register; all errors of all files are printed at once,
-    with exit code 64, also of `apply`."""
+    """One line per file states how many devices the service will register. All errors of all files are printed at once,
+    with exit code 64; `apply` does the same."""
     (tmp_path / "nomad-watchdog.hcl").write_text(CONFIG.format(root=tmp_path))
     monkeypatch.chdir(tmp_path)
     first, second = tmp_path / "devices.json", tmp_path / "more.hcl"

@@ -1,4 +1,4 @@
-"""`config check` and `doctor` read what `run` reads: files, templates, variables and classes."""
+"""`config check` and `doctor` read the same files, templates, variables and classes as `run`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GOOD = 'data_dir = "/nowhere"\n' + CLASS
 
 
 def checked(folder: Path, text: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Exit code and the message of `config check`."""
+    """Exit code and message of `config check`."""
     file = folder / "w.hcl"
     file.write_text(text, encoding="utf-8")
     code = _code(["config", "check", str(file)])
@@ -30,8 +30,8 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_missing_file_is_named_with_its_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Tokens, keys, certificates, inventories and templates that are not there, all in one run (C9), also in
-    a folder with a long name."""
+    """Missing tokens, keys, certificates, inventories and templates are all reported in one run (C9), also in a folder
+    with a long name."""
     tmp_path /= "a-folder-with-a-name-of-some-length"
     tmp_path.mkdir()
     text = f"""\
@@ -101,7 +101,7 @@ agent_class "camera" {{
 def test_what_is_wrong_with_an_inventory_is_told_before_it_is_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, inventory: str, words: str
 ) -> None:
-    """Unknown classes, wrong text and numbers of 5,000 digits (C9, H6)."""
+    """Unknown classes, invalid text and numbers of 5,000 digits (C9, H6)."""
     (tmp_path / name).write_text(inventory)
     code, said = checked(tmp_path, f'inventory = "{tmp_path}/{name}"\n{GOOD}', capsys)
     assert code == 64
@@ -114,7 +114,7 @@ def test_what_is_wrong_with_an_inventory_is_told_before_it_is_used(
 def test_a_misspelt_template_variable_is_named_with_its_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], backend: str
 ) -> None:
-    """A variable that the template does not have would be ignored without a word (C6)."""
+    """A variable that the template does not have would be silently ignored (C6)."""
     word, meant = {
         "nomad": ("pyhton", "python"),
         "kubernetes": ("imgae", "image"),
@@ -131,7 +131,7 @@ def test_a_misspelt_template_variable_is_named_with_its_line(
 
 
 def test_what_is_there_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Files that can be read, with a byte order mark too, and known classes pass."""
+    """Readable files, with a byte order mark too, and known classes pass."""
     (tmp_path / "i.json").write_bytes(
         b"\xef\xbb\xbf" + json.dumps({"id": "a", "address": "10.0.0.1", "class": "camera"}).encode()
     )
@@ -143,7 +143,7 @@ def test_what_is_there_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_doctor_names_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`doctor` has a finding for each of them, and goes on with its other checks."""
+    """`doctor` has a finding for each of them, and continues with its other checks."""
     monkeypatch.setenv("HOME", str(tmp_path))
     file = tmp_path / "w.hcl"
     file.write_text(
@@ -172,7 +172,7 @@ def test_doctor_names_each_wrong_variable(
     value: str,
     words: str,
 ) -> None:
-    """A value that the control plane could not use is a failure of doctor, not its silence (C5)."""
+    """A value that the control plane can't use is a failure in `doctor`, which does not ignore it (C5)."""
     monkeypatch.setenv(variable, value)
     assert _code(["doctor", "-o", "json"]) == 69
     (check,) = json.loads(capsys.readouterr().out)["checks"]

@@ -1,4 +1,4 @@
-"""W4: what a reload of the configuration applies, what it leaves, and what it refuses as a whole."""
+"""W4: what a reload of the configuration applies, what it leaves unchanged, and what it rejects as a whole."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ agent_class "default" {{
 
 
 class Picky(FakeScheduler):
-    """Refuses to be prepared while `error` is set."""
+    """Fails to prepare while `error` is set."""
 
     error: Exception | None = None
 
@@ -56,7 +56,7 @@ class Picky(FakeScheduler):
 
 @dataclass
 class Service:
-    """The API, a reconciler that does not run, and a configuration file."""
+    """The API, a reconciler that is not running, and a configuration file."""
 
     served_api: ServedApi
     folder: Path
@@ -106,8 +106,8 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
 
 
 async def test_tokens_limits_and_the_log_level_are_applied(service: Service) -> None:
-    """The new token counts and the old one does not, windows and graces are the new ones, and the answer
-    names each change; without one the next reload changes nothing."""
+    """The new token is valid and the old one is not, windows and grace periods are the new ones, and the answer names
+    each change. Without a change the next reload does nothing."""
     fleet = service.served_api.fleet
     assert await service.asked_with("first-token-of-the-api") == 200
     (service.folder / "other").write_text("second-token-of-the-api")
@@ -168,7 +168,7 @@ log { level = "warning" }""",
 async def test_what_is_wrong_changes_nothing_at_all(
     service: Service, api: str, more: str, rest: str
 ) -> None:
-    """A wrong setting, a missing secret, a file that ends in the middle: no part is applied."""
+    """A wrong setting, a missing secret, an incomplete file: no part is applied."""
     before = (
         service.reloader.settings,
         service.served_api.fleet.limits,
@@ -197,7 +197,8 @@ async def test_what_is_wrong_changes_nothing_at_all(
 
 
 async def test_classes_that_the_scheduler_refuses_change_nothing(service: Service) -> None:
-    """A refusal is the answer and the old classes stand; one that does not answer now is prepared later."""
+    """A refusal is returned and the old classes stay; if the scheduler does not answer now, classes are prepared
+    later."""
     service.write(more='  memory = "96Mi"', rest="rollout { at_once = 7 }")
     service.scheduler.error = UserError("no such driver")
     hashes = dict(service.reloader.reconciler.classes.hashes)
@@ -223,8 +224,8 @@ def class_two(more: str) -> str:
 
 
 async def test_a_class_whose_template_is_missing_affects_only_itself(service: Service) -> None:
-    """The rest is applied, its devices may be registered, and the answer, `status` and the plan have the
-    reason. It is read again by itself, from the settings of the reload, and by the next reload."""
+    """The rest is applied, its devices may be registered, and the answer, `status` and the plan have the reason. The
+    template is read again automatically, with the settings of the reload, and by the next reload."""
     reconciler, fleet = service.reloader.reconciler, service.served_api.fleet
     file = service.folder / "agent.hcl"
     service.write(rest=class_two(f' template = "{file}"'))
@@ -259,8 +260,8 @@ async def test_a_class_whose_template_is_missing_affects_only_itself(service: Se
 
 
 async def test_a_class_that_the_scheduler_refuses_affects_only_itself(service: Service) -> None:
-    """Its version in force is the new one and nothing is started with it; a reload that mends it is enough.
-    Meanwhile the scheduler is not asked again at every look."""
+    """Its new version is in force and nothing is started with it; a reload with a fix is enough. Meanwhile the
+    scheduler is not asked again at every pass."""
     reconciler, fleet = service.reloader.reconciler, service.served_api.fleet
     refused = f' variables = {{ {REFUSED} = "no such pool" }}'
     service.write(rest=class_two(refused))
@@ -290,7 +291,7 @@ async def test_a_class_that_the_scheduler_refuses_affects_only_itself(service: S
 
 
 async def test_a_class_that_comes_or_goes(service: Service) -> None:
-    """A new class may be asked for at once; one that is gone may not, and does not stop anything."""
+    """A new class may be used immediately; a removed one may not, and stops nothing."""
     assert service.served_api.fleet.classes == frozenset({"default"})
     two = 'agent_class "two" {\n probe "tcp" { port = 81 }\n}'
     service.write(rest=two)
@@ -304,7 +305,7 @@ async def test_a_class_that_comes_or_goes(service: Service) -> None:
 
 
 async def test_nothing_that_a_reload_raises_ends_the_service(service: Service) -> None:
-    """Also a bug: the task goes on, and the next reload is done."""
+    """Even after an internal error the task continues, and the next reload works."""
 
     def broken() -> Settings:
         raise RecursionError
@@ -326,8 +327,8 @@ async def test_nothing_that_a_reload_raises_ends_the_service(service: Service) -
 
 
 def test_a_reload_never_opens_the_api(tmp_path: Path) -> None:
-    """A file that listens on this machine only and asks for no token leaves the API as it is, guarded: the
-    address needs a restart, and so does the rest."""
+    """A file that listens only on the local machine and requires no token leaves the API protected as it is: the
+    address, like the rest, needs a restart."""
     guarded = {"listen": "0.0.0.0:1", "token_file": str(tmp_path / "token")}
     running = Settings.model_validate({"data_dir": "/x", "api": guarded})
     loaded = Settings.model_validate({"data_dir": "/x", "resync": "5s"})
@@ -337,7 +338,8 @@ def test_a_reload_never_opens_the_api(tmp_path: Path) -> None:
 
 
 def test_a_change_of_a_class_is_stated_in_words() -> None:
-    """Numbers with their units, added and removed blocks as one, and never a text that may be a secret."""
+    """Numbers have their units, added and removed blocks are one change each, and no text that may be a secret
+    appears."""
 
     def settings(**more: Any) -> AgentSpec:
         block = {"probe": [{"kind": "http", "port": 80}], "confirm": [{"kind": "icmp"}]} | more

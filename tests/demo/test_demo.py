@@ -1,4 +1,4 @@
-"""Which servers `demo` finds on PATH or built, and how long it takes to build the others."""
+"""Which servers `demo` finds on PATH or has built, and how long it takes to build the others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from servers import binaries
 
 
 def program(at: Path, text: str) -> None:
-    """A program that prints its version, as servers do."""
+    """A program that prints its version, like the servers."""
     at.parent.mkdir(parents=True, exist_ok=True)
     at.write_text(f"#!/bin/sh\necho {text}\n")
     at.chmod(0o755)
@@ -31,8 +31,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_build_minutes_counts_what_is_not_here(bare: Path) -> None:
-    """A recent enough program on PATH or in the cache needs no build, an older one does; asking builds
-    nothing."""
+    """A recent enough program on PATH or in the cache needs no build, an older one does; the query builds nothing."""
     both = binaries.build_minutes("nomad", "consul")
     nomad = binaries.build_minutes("nomad")
     assert both is not None
@@ -50,7 +49,7 @@ def test_build_minutes_counts_what_is_not_here(bare: Path) -> None:
 
 
 def test_build_minutes_without_a_checkout(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the sources to build from nothing can be built, but what is on PATH is still found."""
+    """Without the sources nothing can be built, but programs on PATH are still found."""
     monkeypatch.setattr(binaries, "SERVERS", bare / "nowhere")
     assert binaries.build_minutes("nomad", "consul") is None
 
@@ -59,7 +58,7 @@ def test_build_minutes_without_a_checkout(bare: Path, monkeypatch: pytest.Monkey
 
 
 def test_unknown_backend_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    """A backend that the demo can't run is refused with those that it can."""
+    """An unsupported backend is rejected with a list of the supported ones."""
     assert _code(["--backend", "swarm", "demo"]) == 64
     assert "expected one of local, nomad, kubernetes" in capsys.readouterr().err
 

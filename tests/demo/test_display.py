@@ -17,8 +17,8 @@ from nomad_watchdog.demo.display import Show
 def test_finished_steps_and_the_live_view_fit_the_terminal(
     finished: int, unwatched: int, height: int
 ) -> None:
-    """However many devices are not watched, nothing that was printed scrolls away, as long as a line is left for
-    the view at all."""
+    """However many devices are not watched, no printed line scrolls away, as long as there is a line for the view at
+    all."""
     show = Show()
     show.console = Console(width=80, height=height, force_terminal=True, file=io.StringIO())
     for number in range(finished):
@@ -35,7 +35,7 @@ def test_finished_steps_and_the_live_view_fit_the_terminal(
 
 @pytest.mark.parametrize("unwatched", [3, 20])
 async def test_no_finished_step_is_lost_while_the_view_changes_its_height(unwatched: int) -> None:
-    """Steps end while many devices are listed: each is on the screen in whole, and nothing scrolled away."""
+    """Steps end while many devices are listed: each is completely on the screen, and nothing scrolled away."""
     screen = pyte.HistoryScreen(80, 24, history=100)
     stream = pyte.Stream(screen)
     show = Show()

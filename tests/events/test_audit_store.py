@@ -1,4 +1,4 @@
-"""Audit events have a ring and a file of their own, and each sender its own room."""
+"""Audit events have their own ring and file, and each actor has its own share."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Clock(SystemClock):
 
 
 def see(history: EventLog, kind: str, actor: str = "token:a", device: str = "pump") -> Event:
-    """One event of now."""
+    """Add an event with the current time."""
     name = DeviceId(device)
     data = {"actor": actor}
     return history.add(
@@ -42,7 +42,7 @@ def see(history: EventLog, kind: str, actor: str = "token:a", device: str = "pum
 
 
 def store_in(folder: Path) -> SplitStore:
-    """Two files, small enough to be filled."""
+    """Two files, small enough to fill up."""
     return SplitStore(
         EventStore(folder / "events.db", origin="o", max_events=1_000),
         EventStore(folder / "audit.db", origin="o", max_events=1_000, per_actor=True),
@@ -51,8 +51,8 @@ def store_in(folder: Path) -> SplitStore:
 
 @pytest.mark.parametrize("stored", [True, False], ids=["on disk", "in memory only"])
 async def test_no_other_event_displaces_an_audit_event(tmp_path: Path, stored: bool) -> None:
-    """More other events than ring and file hold leave each audit event where it was, in order, also when none
-    of them can be stored, and also in the next run."""
+    """More other events than ring and file hold displace no audit event and keep their order, even if none of them can
+    be stored, and also in the next run."""
     store = store_in(tmp_path)
     history = EventLog("o", store if stored else None)
     if stored:
@@ -81,7 +81,7 @@ async def test_no_other_event_displaces_an_audit_event(tmp_path: Path, stored: b
 
 
 async def test_no_actor_displaces_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token that changes a lot pushes out its own audit events only, in memory and on disk."""
+    """A token with many changes displaces only its own audit events, in memory and on disk."""
     monkeypatch.setattr(history_module, "MAX_PER_ACTOR", 50)
     store = store_in(tmp_path)
     await store.open()
@@ -100,13 +100,13 @@ async def test_no_actor_displaces_another(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 async def test_no_number_stops_the_store_or_its_rotation(tmp_path: Path) -> None:
-    """Numbers that are no JSON, or of any size, are stored in some form, and what comes after them too; a row that an
-    earlier version wrote of them, or that is damaged, does not keep others from being stored and deleted."""
+    """Numbers that are not JSON, or of any size, are stored in some form, and so are the events after them. A row that
+    an earlier version wrote with them, or a damaged one, does not keep others from being stored and deleted."""
     path = tmp_path / "audit.db"
     name = DeviceId("pump")
     for data in ({"x": float("nan")}, {"x": [float("inf")]}, {"x": 2**70}, {"x": 10**5_000}):
         store = EventStore(path, origin="o", max_events=100, per_actor=True)
-        found = await store.open()  # its first events also delete old ones
+        found = await store.open()  # the first events of the store also delete old ones
         history = EventLog("o", store)
         history.resume(found.seq, found.events)
         history.add(
@@ -133,8 +133,8 @@ async def test_no_number_stops_the_store_or_its_rotation(tmp_path: Path) -> None
 
 
 def test_a_device_has_a_bound_and_its_last_state_is_published() -> None:
-    """Beyond its bound events are counted; the latest verdict waits for room, then one event states how many were
-    left out. Other devices are not affected."""
+    """Events beyond the device's limit are counted. The latest verdict waits until there is room, then one event states
+    how many were left out. Other devices are not affected."""
     history, clock = EventLog(), Clock()
     allowance = DeviceLimits(history, clock)
 

@@ -1,4 +1,4 @@
-"""Events outlive the process; a disk that fails stops nothing."""
+"""Events outlive the process, and a failing disk stops nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NOW = time.time()
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Return when it holds; the store works in a thread of its own, so that it is looked at."""
+    """Poll until the condition holds; the store works in its own thread."""
     async with asyncio.timeout(DEADLINE_S):
         while not condition():  # a thread sets it
             await asyncio.sleep(0.01)
@@ -48,7 +48,7 @@ async def opened(path: Path, **options: float | str) -> AsyncIterator[tuple[Even
 
 
 def note(history: EventLog, device: str, kind: str = "verdict.offline", at: float = 0.0) -> Event:
-    """`at`: seconds after now, so that no event is too old to keep."""
+    """Add an event. `at`: seconds from now, so that no event is too old to keep."""
     name = DeviceId(device)
     return history.add(
         at=WallTime(NOW + at),
@@ -61,8 +61,8 @@ def note(history: EventLog, device: str, kind: str = "verdict.offline", at: floa
 
 
 async def test_events_outlive_the_process_and_numbers_go_on(tmp_path: Path) -> None:
-    """After a clean end the events are there with their ids, the next number is the next one, and the
-    origin is the file's, not the one that the next run proposes."""
+    """After a clean end the events still exist with their IDs, the next number follows, and the origin is the file's,
+    not the one that the next run proposes."""
     path = tmp_path / "events.db"
     async with opened(path) as (history, _):
         ids = [note(history, f"d{n}").id for n in range(5)]
@@ -99,8 +99,7 @@ asyncio.run(main())
 
 
 async def test_kill_9_loses_nothing_that_was_stored_and_repeats_no_number(tmp_path: Path) -> None:
-    """A process killed in the middle of writing leaves all that it had stored, and the next run gives
-    none of its numbers again."""
+    """A process killed while writing leaves all that it had stored, and the next run uses none of its numbers again."""
     path = tmp_path / "events.db"
     code = CRASHER.format(tests=str(Path(__file__).parents[2]), path=str(path))
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as one:
@@ -125,8 +124,7 @@ async def test_kill_9_loses_nothing_that_was_stored_and_repeats_no_number(tmp_pa
 
 
 async def test_pages_join_what_is_on_disk_with_what_is_in_memory(tmp_path: Path) -> None:
-    """More events than memory holds come back page by page, each once, in order, with and without a
-    filter."""
+    """More events than memory holds are returned page by page, each once, in order, with and without a filter."""
     count = MAX_EVENTS + 2_500
     async with opened(tmp_path / "events.db") as (history, store):
         for number in range(count):
@@ -146,7 +144,7 @@ async def test_pages_join_what_is_on_disk_with_what_is_in_memory(tmp_path: Path)
 
 @pytest.mark.parametrize("in_memory", [True, False])
 async def test_filters_mean_the_same_on_disk_and_in_memory(tmp_path: Path, in_memory: bool) -> None:
-    """Device, start of kind, verdict and age pick the same events wherever those are."""
+    """Device, start of kind, verdict and age select the same events on disk and in memory."""
     async with opened(tmp_path / "events.db") as (history, store):
         for kind, device, at in (
             ("verdict.offline", "a", 1.0),
@@ -174,7 +172,7 @@ async def test_filters_mean_the_same_on_disk_and_in_memory(tmp_path: Path, in_me
 
 
 async def test_the_file_keeps_no_more_than_it_should(tmp_path: Path) -> None:
-    """By count and by age the oldest go, also after a jump of the numbers, and the newest stay."""
+    """The oldest events are deleted by count and by age, also after a jump of the numbers, and the newest stay."""
     path = tmp_path / "events.db"
     async with opened(path, max_events=1_000, max_age_s=1e12) as (history, store):
         for number in range(5_000):
@@ -193,8 +191,8 @@ async def test_the_file_keeps_no_more_than_it_should(tmp_path: Path) -> None:
 
 
 async def test_s9_no_event_keeps_the_others_from_the_disk(tmp_path: Path) -> None:
-    """Half characters, NUL, data that is no JSON, that has no end, or that is huge: each is written in
-    some form, and so is what comes after it."""
+    """Invalid characters, NUL, and data that is not JSON, is endless or is huge are each written in some form, and so
+    are the events after them."""
     endless: dict[str, object] = {}
     endless["self"] = endless
     path = tmp_path / "events.db"
@@ -224,7 +222,7 @@ async def test_s9_no_event_keeps_the_others_from_the_disk(tmp_path: Path) -> Non
 
 
 async def test_an_incident_is_marked_on_disk(tmp_path: Path) -> None:
-    """Events that are found to belong to an incident say so after a restart too."""
+    """Events that belong to an incident are still marked after a restart."""
     path = tmp_path / "events.db"
     async with opened(path) as (history, _):
         seqs = [note(history, f"d{n}").seq for n in range(3)]
@@ -236,8 +234,8 @@ async def test_an_incident_is_marked_on_disk(tmp_path: Path) -> None:
 
 
 async def test_a_damaged_file_is_set_aside_and_a_new_one_begun(tmp_path: Path) -> None:
-    """Garbage in the file costs what was in it and nothing else: events are stored again, under
-    numbers that were never given, and the damaged file is kept."""
+    """Garbage in the file costs only its content: events are stored again, under numbers that were never used, and the
+    damaged file is kept."""
     path = tmp_path / "events.db"
     async with opened(path) as (history, _):
         note(history, "d")
@@ -254,7 +252,7 @@ async def test_a_damaged_file_is_set_aside_and_a_new_one_begun(tmp_path: Path) -
 
 
 async def test_a_file_that_cannot_be_opened_leaves_memory(tmp_path: Path) -> None:
-    """With a file in the place of the folder nothing fails: events are in memory and it is said why."""
+    """With a file in place of the folder nothing fails: events are in memory, and the reason is reported."""
     (tmp_path / "data").write_text("in the way")
     async with opened(tmp_path / "data" / "events.db") as (history, store):
         seq = note(history, "d").seq
@@ -265,8 +263,8 @@ async def test_a_file_that_cannot_be_opened_leaves_memory(tmp_path: Path) -> Non
 
 
 async def test_a_second_process_does_not_share_the_file(tmp_path: Path) -> None:
-    """Two stores on one file: the second keeps to memory, with other numbers, and takes over when the
-    first has gone."""
+    """If two stores use one file, the second keeps to memory, with other numbers, and takes over when the first has
+    gone."""
     path = tmp_path / "events.db"
     async with opened(path) as (first, _):
         one = note(first, "d")
@@ -281,8 +279,8 @@ async def test_a_second_process_does_not_share_the_file(tmp_path: Path) -> None:
 async def test_a_full_disk_drops_the_oldest_counts_them_and_recovers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While no file may grow, events are taken without a wait and without an error, what finds no room
-    is counted, and the rest is stored once there is room."""
+    """While no file may grow, events are accepted without delay and without an error, those without room are counted,
+    and the rest is stored once there is room."""
     monkeypatch.setattr(event_store, "MAX_WAITING", 3_000)
     path = tmp_path / "events.db"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -290,7 +288,7 @@ async def test_a_full_disk_drops_the_oldest_counts_them_and_recovers(
         note(history, "before")
         await until(lambda: store.waiting == 0)
         size = max(file.stat().st_size for file in tmp_path.iterdir())
-        # Python ignores SIGXFSZ, so that a write beyond this fails as on a full disk.
+        # Python ignores SIGXFSZ, so a write beyond this fails as on a full disk.
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20_000, limits[1]))
         try:
             for _ in range(5_000):
@@ -310,8 +308,7 @@ async def test_a_full_disk_drops_the_oldest_counts_them_and_recovers(
 
 
 async def test_a_disk_that_failed_for_a_while_leaves_no_gap(tmp_path: Path) -> None:
-    """The file is opened anew after a failure, and a clean end after that still makes the next number
-    the next one."""
+    """The file is opened again after a failure, and a clean end after that still makes the next number consecutive."""
     path = tmp_path / "events.db"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     async with opened(path) as (history, store):
@@ -343,8 +340,8 @@ PRAGMA user_version = 1;
 
 
 async def test_a_file_of_the_schema_before_is_taken_over(tmp_path: Path) -> None:
-    """A file of schema 1 keeps its events, its origin and its number, and takes events of other replicas
-    from then on; one of a schema that is not known is left alone, and that is said."""
+    """A file of schema 1 keeps its events, its origin and its number, and accepts events of other replicas from then
+    on. A file of an unknown schema is left alone, and that is reported."""
     path = tmp_path / "events.db"
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.executescript(SCHEMA_1.replace("{at}", str(NOW)))

@@ -1,8 +1,8 @@
-"""The fault matrix on real servers. `make faults` plays all of it."""
+"""The fault matrix on real servers. `make faults` runs all of it."""
 
 
 def collect() -> None:
-    """Import the modules that put their rows into the matrix."""
+    """Import the modules that add their rows to the matrix."""
     from tests.faults import (  # noqa: F401
         rows_answers,
         rows_crash,

@@ -1,4 +1,4 @@
-"""``python -m tests.faults [--rows 1-K5 20…] [--write FILE]``: play the fault matrix."""
+"""``python -m tests.faults [--rows 1-K5 20…] [--write FILE]``: run the fault matrix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.faults.matrix import ROWS, Result, Row, play_all, sites_of
 
 
 def chosen(words: Collection[str]) -> list[Row]:
-    """Rows by name, or by their number for all that begin so."""
+    """Rows by name, or by number for all rows with that number."""
     for word in words:
         if not any(_matches(name, word) for name in ROWS):
             sys.exit(f"there is no row {word!r}; there are: {', '.join(ROWS)}")
@@ -31,11 +31,11 @@ def _matches(name: str, word: str) -> bool:
 
 
 async def run(rows: list[Row], document: Path | None) -> list[Result]:
-    """Play them in a folder of their own, and print and write what came of each."""
+    """Run the rows in their own folder; print and write their results."""
 
     def told(one: Result) -> None:
         print(table.line(one), flush=True)
-        if document is not None:  # a run that is ended leaves what it has
+        if document is not None:  # an interrupted run leaves its results so far
             table.write(document, [one])
 
     with tempfile.TemporaryDirectory(prefix="nomad-watchdog-faults-") as folder:
@@ -43,7 +43,7 @@ async def run(rows: list[Row], document: Path | None) -> list[Result]:
 
 
 async def until_told(rows: list[Row], document: Path | None) -> list[Result]:
-    """As `run`; SIGTERM takes everything down in order, as Ctrl-C does."""
+    """Like `run`; SIGTERM shuts everything down in order, like Ctrl-C."""
     task = asyncio.ensure_future(run(rows, document))
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     return await task

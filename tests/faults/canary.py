@@ -1,4 +1,4 @@
-"""S10 from outside: the tokens are searched for wherever they must not be."""
+"""S10 from outside: search for the tokens wherever they must not appear."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 async def search(world: World, found: audit.Findings) -> None:
-    """It is in no log, no page, no job, no catalogue and no argv, plain or in base64."""
+    """No token is in a log, page, job, catalogue or command line, plain or in base64."""
     texts = {
         f"the log {program.log}": program.log.read_text(errors="replace")
         for program in (world.program, *world.others)

@@ -1,4 +1,4 @@
-"""Devices with an address of their own on 127.0.0.0/8, whose services and names a row takes away and gives back."""
+"""Devices with their own addresses in 127.0.0.0/8, whose services and names a row takes away and gives back."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _NO_SUCH_NAME: Final = 3
 
 
 def own_address() -> str:
-    """One of 127.0.0.0/8 that nobody else has, as far as chance goes."""
+    """A random address in 127.0.0.0/8, so that another device very likely has a different one."""
     return f"127.{random.randint(16, 254)}.{random.randint(1, 254)}.{random.randint(1, 254)}"
 
 
 class Device:
-    """Answers HTTP with 200 on its ports, and pings always: this machine answers those.
+    """Answers HTTP with 200 on its ports. Pings are always answered, because this machine answers them.
 
-    What was posted to it is in `posted`."""
+    `posted` has the bodies that were posted to it."""
 
     def __init__(self, ports: Iterable[int]) -> None:
         self.address = own_address()
@@ -43,7 +43,7 @@ class Device:
             await listener.start()
 
     async def down(self, *ports: int) -> None:
-        """Refuse connections on these ports; none given = on all."""
+        """Refuse connections on these ports; none given = on all ports."""
         for port in ports or self.ports:
             await self._listeners[port].stop()
 
@@ -63,7 +63,7 @@ class Device:
 
 @asynccontextmanager
 async def open_devices(count: int, ports: int = 1) -> AsyncIterator[list[Device]]:
-    """So many devices that answer, each on the same ports."""
+    """This many devices that answer, each on the same ports."""
     numbers = [free_port() for _ in range(ports)]
     devices = [Device(numbers) for _ in range(count)]
     async with AsyncExitStack() as stack:
@@ -81,7 +81,7 @@ class NameServer(asyncio.DatagramProtocol):
         self.names = names
         self.asked = 0
         self.late_s = 0.0
-        """It answers so much later, seconds."""
+        """Delay of each answer, in seconds."""
         self._transport: asyncio.DatagramTransport | None = None
 
     async def up(self) -> None:
@@ -94,7 +94,7 @@ class NameServer(asyncio.DatagramProtocol):
             )
 
     def down(self) -> None:
-        """Close the port: whoever asks is told so at once, and gets no answer."""
+        """Close the port: clients get an immediate error and no answer."""
         if self._transport is not None:
             self._transport.close()
             self._transport = None
@@ -115,8 +115,7 @@ class NameServer(asyncio.DatagramProtocol):
             self._transport.sendto(answer, addr)
 
     def answered(self, query: bytes) -> bytes:
-        """The answer to one question: an address, nothing for other kinds of record, or that there is no
-        such name."""
+        """The answer to one query: an address, nothing for other record types, or that the name does not exist."""
         labels, at = [], 12
         while (length := query[at]) != 0:
             labels.append(query[at + 1 : at + 1 + length].decode("ascii"))
@@ -134,7 +133,7 @@ class NameServer(asyncio.DatagramProtocol):
 
 @asynccontextmanager
 async def open_name_server(names: dict[str, str]) -> AsyncIterator[NameServer]:
-    """A name server that answers, on an address of its own."""
+    """A running name server with its own address."""
     server = NameServer(names)
     await server.up()
     try:

@@ -1,4 +1,4 @@
-"""The rows of the fault matrix, and how one is played: set the stage, do the fault, audit."""
+"""The rows of the fault matrix, and how a row runs: set up, inject the fault, audit."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ Play = Callable[[World], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """Rows that are played on the same site. All sites are up at the same time: most of a row is waiting, for
-    Consul's checks above all."""
+    """Rows that run on the same site. All sites are up at the same time: a row mostly waits, above all for Consul's
+    checks."""
 
     opened: Callable[[Path], AbstractAsyncContextManager[Site]]
     at_once: int = 1
-    """Rows under way on a site at a time. A row that is alone may harm its servers, which run again after it."""
+    """Maximum number of rows that run on a site at once. A row that runs alone may stop its servers; they run again
+    after it."""
     sites: int = 1
-    """Sites that share the rows of the lane."""
+    """Number of sites that share the rows of the lane."""
 
 
 LANES: Final[Mapping[str, Lane]] = {
@@ -37,17 +38,17 @@ LANES: Final[Mapping[str, Lane]] = {
     "alone": Lane(open_site),
     "cluster": Lane(open_cluster, sites=2),
 }
-"""What takes longest comes first. `mass`: keeps a core busy. `cluster`: many hosts."""
+"""The lane that takes longest is first. `mass`: keeps a CPU core busy. `cluster`: many hosts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One fault. `play` sets it up, does it and ends it; the audit that follows is the same for all."""
+    """One fault. `play` sets it up, injects it and ends it; the audit that follows is the same for all rows."""
 
     name: str
     fault: str
     stake: str
-    """Promises that the fault endangers."""
+    """Promises that the fault puts at risk."""
     play: Play
     lane: str
     deadline_s: float
@@ -56,7 +57,7 @@ class Row:
 
 @dataclass(slots=True)
 class Result:
-    """What came of a row."""
+    """Result of a row."""
 
     row: Row
     wrong: list[str] = field(default_factory=list)
@@ -82,7 +83,7 @@ def row(
     deadline_s: float = 240.0,
     **settings: Any,
 ) -> Callable[[Play], Play]:
-    """Put a function into the matrix. `settings` go to the World."""
+    """Add a function to the matrix. `settings` are passed to the World."""
 
     def add(play: Play) -> Play:
         assert name not in ROWS, name
@@ -93,7 +94,7 @@ def row(
 
 
 def sites_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by the site that they are played on. Each site of a lane gets about the same number."""
+    """Rows by site. Each site of a lane gets about the same number."""
     found: dict[str, list[Row]] = defaultdict(list)
     for lane, about in LANES.items():
         for number, one in enumerate(one for one in rows if one.lane == lane):
@@ -106,7 +107,7 @@ async def play_all(
     root: Path,
     told: Callable[[Result], None] = lambda _result: None,
 ) -> list[Result]:
-    """Play the rows of each site (see `sites_of`) on all sites at the same time."""
+    """Run the rows of each site (see `sites_of`) on all sites at the same time."""
     results: dict[str, Result] = {}
 
     async def on_site(name: str, some: Sequence[Row]) -> None:
@@ -122,7 +123,7 @@ async def play_all(
             async with lane.opened(root / name) as site, asyncio.TaskGroup() as group:
                 for one in some:
                     group.create_task(one_row(one, site))
-        except WatchdogError as error:  # rows on other sites are played all the same
+        except WatchdogError as error:  # rows on other sites still run
             for one in some:
                 if one.name not in results:
                     result = results[one.name] = Result(one, [f"site {name} failed: {error}"])
@@ -135,7 +136,7 @@ async def play_all(
 
 
 async def play(one: Row, site: Site, root: Path) -> Result:
-    """Play a row to its end, whatever happens in it."""
+    """Run a row to its end, whatever happens in it."""
     result = Result(one)
     began = time.monotonic()
     limit = asyncio.timeout(one.deadline_s)
@@ -186,7 +187,7 @@ async def _play(world: World, result: Result) -> None:
 
 
 async def _converge(world: World, result: Result) -> None:
-    """L1: within the published time the audit finds nothing, and a while later it still does not."""
+    """L1: within the published time the audit finds nothing, and a while later it still finds nothing."""
     began = time.monotonic()
     while True:
         found = await _examine(world)

@@ -88,7 +88,7 @@ agent_class "default" {{
 
 @dataclass(slots=True)
 class Program:
-    """`nomad-watchdog run` with a configuration file of its own."""
+    """`nomad-watchdog run` with its own configuration file."""
 
     root: Path
     listen: str
@@ -106,7 +106,7 @@ class Program:
 
     async def start(self, failpoint: str = "", *, module: str = "nomad_watchdog", wait: bool = True,
                     **environment: str) -> None:  # fmt: skip
-        """`nomad-watchdog run`, until it is ready or (with a fail point) has died."""
+        """Start `nomad-watchdog run`; returns when it is ready or (with a fail point) has died."""
         env = clean_environment() | environment
         if failpoint:
             env["NOMAD_WATCHDOG_FAILPOINT"] = failpoint
@@ -132,7 +132,7 @@ class Program:
         return self.root / "program.log"
 
     async def command(self, *argv: str) -> None:
-        """A verb of the command line; raises BrokenRowError when it fails."""
+        """Run a command; raises BrokenRowError if it fails."""
         words = [sys.executable, "-m", "nomad_watchdog", "--config", str(self.config), *argv]
         child = await asyncio.create_subprocess_exec(
             *self.host.argv(words),
@@ -150,7 +150,7 @@ class Program:
         return self.process
 
     async def killed(self, timeout_s: float = 60.0) -> None:
-        """Wait until the program has been ended by SIGKILL: else the row proves nothing."""
+        """Wait until the program was killed by SIGKILL; anything else would make the row prove nothing."""
         try:
             code = await self.running.wait(timeout_s)
         except TimeoutError:
@@ -159,12 +159,12 @@ class Program:
             raise BrokenRowError(f"the program ended with {code}:\n{self.running.log_tail()}")
 
     def kill_now(self) -> None:
-        """SIGKILL the program, and return only when it is gone."""
+        """SIGKILL the program, and return only when it has ended."""
         with suppress(ProcessLookupError):
             os.kill(self.running.pid, signal.SIGKILL)
         self.running._popen.wait(10.0)
 
     async def stop(self) -> None:
-        """SIGTERM, and wait."""
+        """Send SIGTERM, and wait."""
         if self.process is not None:
             await self.process.terminate(10.0)

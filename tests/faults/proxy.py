@@ -1,6 +1,6 @@
-"""An HTTP proxy in front of a real server, which does to an exchange what a network or a server may do.
+"""An HTTP proxy in front of a real server, which injects faults of networks and servers.
 
-Without a rule everything is passed on as it is, streams and long waits included.
+Without a rule everything is passed on unchanged, including streams and long waits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HOP = {"connection", "keep-alive", "transfer-encoding", "te", "upgrade", "host"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the real server said."""
+    """The real server's answer."""
 
     status: int
     headers: dict[str, str]
@@ -34,20 +34,20 @@ class Answer:
 
 @dataclass(slots=True)
 class Exchange:
-    """One request on its way."""
+    """One request in progress."""
 
     request: web.Request
     body: bytes
     proxy: Proxy
 
     async def forward(self) -> Answer:
-        """Have the real server do it."""
+        """Pass the request on to the real server."""
         async with self.proxy.send(self.request, self.body) as answer:
             headers = {k: v for k, v in answer.headers.items() if k.lower() not in _HOP}
             return Answer(answer.status, headers, await answer.read())
 
     def abort(self) -> web.StreamResponse:
-        """Break the connection; nothing more is sent."""
+        """Break the connection without sending anything more."""
         if self.request.transport is not None:
             self.request.transport.abort()
         return web.Response()
@@ -58,7 +58,7 @@ Fault = Callable[[Exchange], Awaitable[web.StreamResponse]]
 
 @dataclass(slots=True)
 class Rule:
-    """Which requests a fault happens to, and how often it did."""
+    """Which requests get a fault, and how many did."""
 
     method: str
     path: re.Pattern[str]
@@ -68,7 +68,7 @@ class Rule:
     hit: asyncio.Event = field(default_factory=asyncio.Event)
 
     def off(self) -> None:
-        """No more of it."""
+        """Disable the rule."""
         self.left = 0
 
     def takes(self, request: web.Request) -> bool:
@@ -121,20 +121,20 @@ class Proxy:
         await self._http.close()
 
     def when(self, method: str, path: str, fault: Fault, *, times: int = 1_000_000) -> Rule:
-        """Have `fault` happen to the next `times` requests of this method (* = any) whose path
-        matches; the newest rule is asked first."""
+        """Apply `fault` to the next `times` requests with this method (* = any) and a matching path; the newest rule is
+        tried first."""
         rule = Rule(method, re.compile(path), fault, times)
         self.rules.insert(0, rule)
         return rule
 
     def clear(self) -> None:
-        """Be honest again."""
+        """Remove all rules."""
         for rule in self.rules:
             rule.off()
         self.rules.clear()
 
     def send(self, request: web.Request, body: bytes) -> Any:
-        """The same request to the real server."""
+        """Send the same request to the real server."""
         assert self._http is not None
         left_out = {*_HOP, "accept-encoding"}  # an edit reads the body
         headers = {k: v for k, v in request.headers.items() if k.lower() not in left_out}
@@ -149,7 +149,7 @@ class Proxy:
                 if rule.takes(request):
                     return await rule.fault(Exchange(request, body, self))
             return await self._pass_on(request, body)
-        except aiohttp.ClientError:  # the server itself is gone: so are we
+        except aiohttp.ClientError:  # the server itself is gone, so the proxy fails too
             return Exchange(request, body, self).abort()
 
     async def _pass_on(self, request: web.Request, body: bytes) -> web.StreamResponse:
@@ -160,7 +160,7 @@ class Proxy:
 async def relay_stream(
     request: web.Request, answer: aiohttp.ClientResponse, edit: Callable[[bytes], list[bytes]]
 ) -> web.StreamResponse:
-    """Send what comes as it comes; `edit` may change, drop or repeat a chunk."""
+    """Send the data as it arrives; `edit` may change, drop or repeat a chunk."""
     out = web.StreamResponse(status=answer.status)
     for name, value in answer.headers.items():
         if name.lower() not in _HOP:
@@ -180,7 +180,7 @@ def relayed(answer: Answer) -> web.Response:
 
 
 def lost_answer(then: Callable[[], Any] = lambda: None) -> Fault:
-    """The request is carried out, and its answer never arrives. `then` is called in between."""
+    """The request is processed, and its answer never arrives. `then` is called in between."""
 
     async def fault(exchange: Exchange) -> web.StreamResponse:
         await exchange.forward()
@@ -191,7 +191,7 @@ def lost_answer(then: Callable[[], Any] = lambda: None) -> Fault:
 
 
 def lost_request(then: Callable[[], Any] = lambda: None) -> Fault:
-    """The request arrives whole, `then` is called, and only after that it is carried out unheard."""
+    """The request arrives completely, `then` is called, and only then it is processed, without an answer."""
 
     async def fault(exchange: Exchange) -> web.StreamResponse:
         then()
@@ -202,7 +202,7 @@ def lost_request(then: Callable[[], Any] = lambda: None) -> Fault:
 
 
 def repeated(times: int = 2, *, tell: int = 0) -> Fault:
-    """The request arrives so often, at once; the answer to number `tell` is given."""
+    """The request arrives this many times at once; the answer to number `tell` is returned."""
 
     async def fault(exchange: Exchange) -> web.StreamResponse:
         answers = await asyncio.gather(*(exchange.forward() for _ in range(times)))
@@ -212,7 +212,7 @@ def repeated(times: int = 2, *, tell: int = 0) -> Fault:
 
 
 def late(seconds: float) -> Fault:
-    """Carried out at once, answered after so long."""
+    """Processed immediately, answered after this delay."""
 
     async def fault(exchange: Exchange) -> web.StreamResponse:
         answer = await exchange.forward()
@@ -223,7 +223,7 @@ def late(seconds: float) -> Fault:
 
 
 def cut(share: float = 0.5) -> Fault:
-    """The headers promise the whole body; this share of it comes, then the connection breaks."""
+    """The headers promise the whole body; this share of it is sent, then the connection breaks."""
 
     async def fault(exchange: Exchange) -> web.StreamResponse:
         answer = await exchange.forward()
@@ -237,7 +237,7 @@ def cut(share: float = 0.5) -> Fault:
 
 
 def instead(status: int, body: bytes = b"", **headers: str) -> Fault:
-    """An answer that the real server never gave; the request does not reach it."""
+    """An answer that the real server never sent; the request does not reach it."""
 
     async def fault(exchange: Exchange) -> web.StreamResponse:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -247,7 +247,7 @@ def instead(status: int, body: bytes = b"", **headers: str) -> Fault:
 
 
 def edited(edit: Callable[[Any], Any]) -> Fault:
-    """The real answer with its JSON changed, index and all other headers as they were."""
+    """The real answer with changed JSON, and the same index and other headers."""
 
     async def fault(exchange: Exchange) -> web.StreamResponse:
         answer = await exchange.forward()
@@ -260,7 +260,7 @@ def edited(edit: Callable[[Any], Any]) -> Fault:
 
 
 def silent(released: asyncio.Event) -> Fault:
-    """A stream that opens, and then says nothing, not even its heartbeat, until released."""
+    """A stream that opens and then sends nothing, not even heartbeats, until released."""
 
     async def fault(exchange: Exchange) -> web.StreamResponse:
         out = web.StreamResponse()
@@ -272,7 +272,7 @@ def silent(released: asyncio.Event) -> Fault:
 
 
 def lines(edit: Callable[[int, bytes], list[bytes]]) -> Fault:
-    """A stream of lines of which `edit` (number, line) says what becomes of each."""
+    """A stream in which `edit` (number, line) decides what happens to each line."""
 
     async def fault(exchange: Exchange) -> web.StreamResponse:
         rest, count = b"", 0

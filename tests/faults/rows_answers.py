@@ -1,4 +1,4 @@
-"""Rows 18 to 22: streams with gaps, lists that lie, slow answers, storms of refusals."""
+"""Rows 18 to 22: streams with gaps, incorrect lists, slow answers, storms of refusals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ANY = r"^/v1/"
 
 
 async def stop_by_hand(world: World, count: int) -> None:
-    """Stop agents behind the control plane's back, as Nomad's own command would."""
+    """Stop agents without the control plane, as Nomad's own command would."""
     jobs = [job for job in await world.jobs() if not job["Stop"]][:count]
     for job in jobs:
         path = f"/v1/job/{job['ID'].replace('/', '%2F')}"
@@ -96,7 +96,7 @@ def _empty(_: Any) -> list[Any]:
 
 
 async def _lie(world: World, *rules: proxy.Rule, seconds: float = 12.0) -> None:
-    """Let the rules lie for a while; nobody may be stopped or started for it."""
+    """Keep the rules active for a while; no agent may be stopped or started because of them."""
     before = world.pids()
     jobs = {job["ID"] for job in await world.jobs()}
     await asyncio.sleep(seconds)
@@ -149,7 +149,7 @@ async def cut_lists(world: World) -> None:
     await watched(world, 8)
     await _lie(
         world,
-        world.nomad.when("GET", JOBS, proxy.cut(), times=3),  # then allocations are asked for too
+        world.nomad.when("GET", JOBS, proxy.cut(), times=3),  # then allocations are requested too
         world.nomad.when("GET", ALLOCATIONS, proxy.cut()),
         world.consul.when("GET", r"^/v1/kv/", proxy.cut()),
         seconds=40.0,
@@ -210,8 +210,8 @@ async def never(world: World) -> None:
 
 
 def _storm(name: str, status: int, words: str, most: float, **headers: str) -> None:
-    """`most`: calls a second for each of the seven devices that want something, by what their back-off
-    (0.5 to 5 s here), the pause of `core/circuit_breaker.py` and the server's Retry-After leave."""
+    """`most`: maximum calls per second for each of the seven devices that need an action. It follows from their
+    back-off (0.5 to 5 s here), the pause of `core/circuit_breaker.py` and the server's Retry-After."""
 
     @row(
         f"22-{name}",

@@ -1,4 +1,4 @@
-"""Rows 1 to 5: our own process dies or freezes at each step, answers get lost, requests come twice."""
+"""Rows 1 to 5: the control plane's process dies or freezes at each step, answers get lost, requests arrive twice."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STEPS = {
 
 
 async def watched(world: World, count: int) -> list[str]:
-    """A running program with so many watched devices."""
+    """A running program with this many watched devices."""
     await world.program.start()
     names = world.names(count)
     await world.wishes(*names)
@@ -40,11 +40,11 @@ async def watched(world: World, count: int) -> list[str]:
 
 
 async def die_at(world: World, point: str) -> None:
-    """Come up, die at the point in the middle of arrivals, departures and a roll-out, come up again."""
+    """Start, die at the point during arrivals, departures and a roll-out, and start again."""
     old = await watched(world, 4)
     survivors = world.pids()
     await world.program.running.terminate()
-    if point == "K10":  # the one step that only a replacement or a departure takes
+    if point == "K10":  # the only step taken just by a replacement or a departure
         world.version = "2"
         world.configure()
     await world.program.start(f"{point}:kill")
@@ -146,8 +146,8 @@ async def lost_commits(world: World) -> None:
 
 
 async def _allow_raced_starts(world: World) -> None:
-    """A Nomad that does not check tokens of concurrent requests starts each of them; those beside the oldest run
-    until their stop arrives (docs/limits.md)."""
+    """A Nomad that does not check tokens of concurrent requests starts each of them; all but the oldest run until their
+    stop arrives (docs/limits.md)."""
     if not await audit.protected(world.session, world.where):
         world.overlap_s = 15.0
 
@@ -214,8 +214,8 @@ async def frozen(world: World) -> None:
 
 
 def _freeze(world: World, names: list[str]) -> None:
-    """Have the agents of these devices ended by their scheduler only: one that runs ends by itself as soon as a report
-    is refused, and if that is before its stop there is none."""
+    """Make sure that only the scheduler ends the agents of these devices. A running agent would end by itself as soon
+    as a report is refused, and if that is before its stop, there would be no stop."""
     slugs = {str(slug_of(DeviceId(name))) for name in names}
     for one in world.agents():
         if one.slug in slugs:

@@ -1,4 +1,4 @@
-"""Rows 8 to 15 on many hosts: partitions, a leader's death, a quorum's loss, a node behind a dead cable."""
+"""Rows 8 to 15 on many hosts: partitions, the death of a leader, a lost quorum, a node behind a dead cable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.faults.world import World
 
 
 async def cut_off(world: World, one: str, other: str, port: int = 4646) -> None:
-    """Between these two hosts no connection can be made: a partition that is none proves nothing."""
+    """Check that no connection is possible between these two hosts: without a real partition the row proves nothing."""
     loop = asyncio.get_running_loop()
     with world.cluster.net.hosts[one].open_socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         try:
@@ -26,7 +26,7 @@ async def cut_off(world: World, one: str, other: str, port: int = 4646) -> None:
 
 
 async def through(world: World, seconds: float, *, gone: str = "") -> None:
-    """Wishes while the fault lasts: three devices come, one leaves; agents run on."""
+    """Requests during the fault: three devices are added, one leaves; the agents keep running."""
     before = world.pids()
     async with asyncio.TaskGroup() as group:
         group.create_task(world.wishes(*world.names(3, "new"), timeout_s=180.0))

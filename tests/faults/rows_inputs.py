@@ -1,4 +1,4 @@
-"""Rows 23 to 36: clocks, full disks, no descriptors, poison, hostile ids, floods, crash loops, secrets."""
+"""Rows 23 to 36: clocks, full disks, no descriptors, poison records, hostile IDs, floods, crash loops, secrets."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ async def _put(world: World, slug: str, body: bytes) -> None:
 
 
 async def _key(world: World, slug: str) -> str:
-    """Where the record of a slug is, or would be next to another's."""
+    """Key of the record of a slug, or the key that it would have next to others."""
     rows = await audit.get(
         world.session, f"{world.where.consul}/v1/kv/{world.where.kv_prefix}/devices/?keys"
     )
@@ -285,7 +285,7 @@ async def oversize(world: World) -> None:
     async with world.session.put(url, data=b"\x1f\x8b" + bytes(1000), headers=headers) as answer:
         if answer.status != 415:
             world.broken.append(f"S9: a compressed body is answered with {answer.status}")
-    # as large as is allowed: stored and dispatched, or refused; never half of it
+    # as large as allowed: stored and dispatched, or refused; never half of it
     most = {f"label-{n:03}": "y" * 100 for n in range(100)}
     name = f"{world.name} large"
     body = {"address": "127.0.0.1", "labels": most}

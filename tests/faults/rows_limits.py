@@ -1,4 +1,4 @@
-"""Rows that take what servers have a limit of (connections, disk), and roll-outs of versions that don't work."""
+"""Rows that use up what servers limit (connections, disk), and roll-outs of versions that don't work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.faults.world import World
 
 
 def _hold(url: str, most: int = 400) -> list[socket.socket]:
-    """Open connections until the server refuses one, as a client beside us that leaks them would."""
+    """Open connections until the server refuses one, like a client on this host that leaks them."""
     place = urlsplit(url)
     held: list[socket.socket] = []
     for _ in range(most):
@@ -40,7 +40,7 @@ def _hold(url: str, most: int = 400) -> list[socket.socket]:
 
 
 async def _crowded(world: World, url: str) -> None:
-    """For 15 s, while devices come and go, whoever connects from this host is answered with 429."""
+    """For 15 s, while devices are added and leave, every new connection from this host is answered with 429."""
     names = sorted(world.wanted)
     before = world.pids()
     held = await asyncio.to_thread(_hold, url)
@@ -50,7 +50,7 @@ async def _crowded(world: World, url: str) -> None:
             group.create_task(world.wishes(*world.names(4, "new")))
             group.create_task(world.wish(names[0], present=False))
             for _ in range(15):
-                # what is freed meanwhile (a connection of ours that was closed) is taken again
+                # take connections again that were freed meanwhile (such as a closed one of the control plane)
                 with suppress(OSError, BrokenRowError):
                     held += await asyncio.to_thread(_hold, url)
                     refused += 1
@@ -104,7 +104,7 @@ async def fleet_in_storm(world: World) -> None:
         await asyncio.sleep(20.0)
         rate = (world.nomad.requests - asked) / (time.monotonic() - began)
         world.notes.append(f"{rate:.1f} calls a second were made into the storm for 300 devices")
-        # Seven devices may make 1.5 each (`22-500`); what is more would grow with the fleet.
+        # Seven devices may make 1.5 each (`22-500`); more would mean that calls grow with the fleet.
         if rate > 10.5:
             world.broken.append(f"S9: {rate:.0f} calls a second into the storm for 300 devices")
         world.nomad.clear()
@@ -122,7 +122,7 @@ async def fleet_in_storm(world: World) -> None:
 
 @asynccontextmanager
 async def _full(folder: Path) -> AsyncIterator[Callable[[], None]]:
-    """No byte is free in this file system. What is given takes what a server has freed meanwhile, too."""
+    """Fill this file system. The yielded function also takes what a server has freed meanwhile."""
     ballast = folder / "ballast"
 
     def fill() -> None:
@@ -146,7 +146,7 @@ async def _with_full_disk(world: World, folder: Path, mend: Callable[[], Awaitab
         async with _full(folder) as fill:
             group.create_task(world.wishes(*world.names(3, "new")))
             group.create_task(world.wish(names[0], present=False))
-            # logs and stores of the server grow by it, so that it notices
+            # the server's logs and stores grow through this, so that it notices
             for _ in range(15):
                 await asyncio.sleep(1.0)
                 await asyncio.to_thread(fill)
@@ -171,7 +171,7 @@ async def consul_disk(world: World) -> None:
             await world.program.command("init")
 
             async def mend() -> None:
-                """As a supervisor would: a server that the full disk has ended is started again."""
+                """Restart a server that the full disk has ended, as a supervisor would."""
                 await consul.start()
 
             await _with_full_disk(world, folder, mend)
@@ -187,7 +187,7 @@ async def nomad_disk(world: World) -> None:
             _move(world, nomad, world.site.consul)
 
             async def mend() -> None:
-                """As a supervisor would: a server that the full disk has ended is started again."""
+                """Restart a server that the full disk has ended, as a supervisor would."""
                 await nomad.restart()
                 await nomad.wait_ready()
 
@@ -207,11 +207,11 @@ def _move(world: World, nomad: NomadServer, consul: str) -> None:
 
 FLEET = 12
 WINDOW = 5
-"""`rollout.at_once`, which is more than a tenth of the fleet."""
+"""`rollout.at_once`; more than a tenth of the fleet."""
 
 
 async def _roll_out_bad(world: World, program: Path) -> None:
-    """A version of which no agent gets ready stops at its window, and the next one mends it."""
+    """A version whose agents never get ready stops at its window, and the next version fixes it."""
     await watched(world, FLEET)
     before = world.pids()
     good_python = world.python

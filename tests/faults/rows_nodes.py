@@ -1,4 +1,4 @@
-"""Rows 45: a node is lost for good or drained, and its agents go to another one."""
+"""Rows 45: a node is lost for good or drained, and its agents move to another one."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from tests.faults.site import JOBS, BrokenRowError, until
 from tests.faults.world import UP_S, World
 
 MIGRATES = "sticky = true\n      migrate = true"
-"""As the template was until the disks of agents were not migrated any more. Agents that were started with it are
-still there after an upgrade."""
+"""The setting of older templates, which migrated the disks of agents. Agents that were started with it still exist
+after an upgrade."""
 
 
 async def nodes(world: World) -> dict[str, Any]:
-    """The Nomad clients that are up or not, by the end of their names."""
+    """The Nomad clients, up or not, by the last two characters of their names."""
     found = await world.servers.nomad.request("GET", "/v1/nodes")
     return {node["Name"][-2:]: node for node in found}
 
 
 async def eligible(world: World, name: str, *, is_eligible: bool) -> None:
-    """Whether anything is placed on a Nomad client from now on."""
+    """Set whether Nomad may place anything on a client."""
     node = (await nodes(world))[name]["ID"]
     body = {"Eligibility": "eligible" if is_eligible else "ineligible"}
     await world.servers.nomad.request("POST", f"/v1/node/{node}/eligibility", body)
 
 
 async def on_the_second(world: World, count: int) -> list[str]:
-    """A running program with so many watched devices, all of whose agents are on the second Nomad client."""
+    """A running program with this many watched devices, whose agents are all on the second Nomad client."""
     await eligible(world, "-0", is_eligible=False)
     try:
         names = await watched(world, count)
@@ -67,7 +67,7 @@ async def node_purged(world: World) -> None:
     before = world.pids()
     old = (await nodes(world))["-1"]["ID"]
     await nomad.kill(1)
-    # What it knows of its allocations and of itself; the agents go on with the files that they have.
+    # Delete what it knows of its allocations and of itself; the agents continue with the files that they have.
     await asyncio.to_thread(shutil.rmtree, nomad.data_dir / "data-1" / "client")
     await until(lambda: lost(world), 60.0, "the node is lost")
     await nomad.request("POST", f"/v1/node/{old}/purge")
@@ -76,7 +76,7 @@ async def node_purged(world: World) -> None:
     world.undisturbed(before, "L3")
     await events(world, "agent.unlisted", names)
     await metric(world, "nomad_watchdog_unlisted_agents", len(names))
-    # S3: Nomad has given the node up. The old agent ends when its next report is refused (HTTP 410).
+    # S3: Nomad has given up the node. The old agent ends when its next report is refused (HTTP 410).
     world.overlap_s = 15.0
     world.notes.append("an agent of a purged node may overlap its successor until its next report")
     await nomad.restart(1)
@@ -86,7 +86,7 @@ async def node_purged(world: World) -> None:
 
 
 async def _are_pending(world: World, count: int) -> None:
-    """The fault has happened: Nomad has placed the agents anew, and no client starts them."""
+    """Check that the fault has happened: Nomad has placed the agents again, and no client starts them."""
     found = [
         one
         for job in await world.jobs()
@@ -100,8 +100,8 @@ async def _are_pending(world: World, count: int) -> None:
 
 
 async def _said_why(world: World, names: list[str]) -> None:
-    """Whatever was given up for the next epoch was so for this reason. The first one that is stopped makes the
-    client see its allocations, so that others may start at their own epoch before it is their turn."""
+    """Each agent that was replaced at the next epoch was replaced for this reason. The first one that is stopped makes
+    the client see its allocations, so that others may start at their own epoch before it is their turn."""
     _, page = await world.call("GET", "/v1/events?limit=1000")
     said = {e["device"]: e["text"] for e in page["items"] if e["kind"] == "plan.replace"}
     world.notes.append(f"{len(said)} of {len(names)} agents were given up")
@@ -124,7 +124,7 @@ async def drained(world: World) -> None:
     path = f"/v1/node/{(await nodes(world))['-1']['ID']}/drain"
     await nomad.request("POST", path, {"DrainSpec": {"Deadline": -1}})
     try:
-        # of `kill_timeout`, 5 s: the witness sees every successor that does not wait
+        # less than `kill_timeout`, 5 s: the witness sees every successor that does not wait
         await asyncio.sleep(3.5)
         for pid in before & world.pids():
             os.kill(pid, signal.SIGCONT)

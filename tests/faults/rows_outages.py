@@ -1,4 +1,4 @@
-"""Row 41 in full: an outage that outlives its agent, whatever takes the agent away, and whoever holds the shard."""
+"""Row 41 in full: an outage that outlives its agent, whatever ends the agent, and whichever replica holds the shard."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def _instances(world: World, names: Collection[str]) -> dict[str, str]:
 async def _replaced(
     world: World, names: Collection[str], before: dict[str, str], what: str
 ) -> None:
-    """Each has another agent after this, which finds out for itself that its device is dead. Whether it has another
-    epoch is Nomad's matter: it moves the agents of a drained node itself if another node has room."""
+    """Wait until each device has a new agent that has confirmed the outage itself. Whether it has a new epoch depends
+    on Nomad, which moves the agents of a drained node itself if another node has room."""
     if before.keys() != _slugs(names):
         raise BrokenRowError(f"only {before} of {names} had agents")
     shown: dict[str, Any] = {}
@@ -111,7 +111,7 @@ async def _stopped(world: World, names: Collection[str]) -> None:
 
 
 async def _drained(world: World, names: Collection[str]) -> None:
-    """The first node is drained at once, and the second takes its agents."""
+    """Drain the first node immediately; the second takes its agents."""
     before = _instances(world, names)
     await eligible(world, "-1", is_eligible=True)
     path = f"/v1/node/{(await nodes(world))['-0']['ID']}/drain"
@@ -129,7 +129,8 @@ async def _drained(world: World, names: Collection[str]) -> None:
 
 
 async def _held_by_another(world: World, other: Program) -> None:
-    """The holder is killed and comes back; then its successor ends in order, and it holds the shard again."""
+    """The holder is killed and restarted; then its successor is stopped in order, and the first holds the shard
+    again."""
     first = world.program
     for ends, takes in ((first, other), (other, first)):
         if ends is first:
@@ -147,7 +148,7 @@ async def _held_by_another(world: World, other: Program) -> None:
 
 
 async def _lost(world: World, names: Collection[str]) -> None:
-    """The host of their agents is gone at once, and never comes back for them."""
+    """The host of their agents is lost immediately, and never takes them back."""
     before, nomad = _instances(world, names), world.servers.nomad
     await known_to_run(world)
     if len(audit.processes(world.where.root / "data-1")) != len(world.wanted):
@@ -158,7 +159,7 @@ async def _lost(world: World, names: Collection[str]) -> None:
     try:
         await until(lambda: lost(world), 60.0, "the node is lost")
         await _replaced(world, names, before, "the loss of their node")
-        await asyncio.sleep(1.0)  # two more looks at the outage
+        await asyncio.sleep(1.0)  # two more reads of the outage
     finally:
         await nomad.restart(1)
     await nomad.wait_ready()
@@ -166,8 +167,8 @@ async def _lost(world: World, names: Collection[str]) -> None:
 
 
 async def _forget_the_dead(world: World) -> None:
-    """What killed agents leave in the Consul of their host is critical, and removed after 5 minutes; the audit does not
-    wait for that."""
+    """Killed agents leave critical services in the Consul of their host, which are removed after 5 minutes; deregister
+    them, because the audit does not wait for that."""
     consul = world.servers.agents[1].http_addr
     left = await audit.get(world.session, f"{consul}/v1/agent/services")
     for service in left.values():
@@ -178,7 +179,7 @@ async def _forget_the_dead(world: World) -> None:
 
 
 async def _published_once(world: World, names: Collection[str]) -> None:
-    """An outage that lasts is one event, whatever happened to agents and replicas."""
+    """An ongoing outage is one event, whatever happened to agents and replicas."""
     _, page = await world.call("GET", "/v1/events?limit=1000")
     kinds = {
         name: Counter(

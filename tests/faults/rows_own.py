@@ -1,4 +1,4 @@
-"""Rows that need a Nomad of their own: ten thousand devices, a token that is revoked."""
+"""Rows that need their own Nomad: ten thousand devices, a revoked token."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.faults.world import World
 
 MANY = 10_000
 CLIENTS = 24
-"""Nomad's own cost of placing one more goes with all that its node has: with 8 nodes, the last of 10,000 take
-Nomad 1.6.3 140 ms each, with 24 nodes 40 ms (`nomad.worker.invoke_scheduler.batch`)."""
+"""Nomad's cost of placing one more job grows with what its node runs: with 8 nodes, the last of 10,000 take Nomad 1.6.3
+140 ms each, with 24 nodes 40 ms (`nomad.worker.invoke_scheduler.batch`)."""
 MOCK = Path(__file__).parents[1] / "schedulers" / "mock.nomad.hcl"
 
 
@@ -49,7 +49,7 @@ async def live(world: World) -> Counter[str]:
 
 
 async def all_at_once(world: World, names: list[str], *, present: bool) -> float:
-    """Say one wish for all of them; the seconds until Nomad has it so."""
+    """Send one request for all of them; returns the seconds until Nomad matches it."""
     began = time.monotonic()
     for first in range(0, MANY, 1000):
         part = names[first : first + 1000]
@@ -57,7 +57,7 @@ async def all_at_once(world: World, names: list[str], *, present: bool) -> float
         body = {"devices": wishes} if present else {"delete": part}
 
         async def acknowledged(body: object = body) -> bool:
-            with suppress(aiohttp.ClientError, TimeoutError):  # said again, as by any gateway
+            with suppress(aiohttp.ClientError, TimeoutError):  # sent again, as by any gateway
                 status, said = await world.call("POST", "/v1/devices:bulk", body)
                 if status >= 300:
                     raise BrokenRowError(
@@ -72,10 +72,10 @@ async def all_at_once(world: World, names: list[str], *, present: bool) -> float
 
     async def done() -> bool:
         nonlocal cost_s
-        await asyncio.sleep(max(2.0, 20.0 * cost_s))  # a look at ten thousand is dear to the server
+        await asyncio.sleep(max(2.0, 20.0 * cost_s))  # listing ten thousand jobs is expensive
         asked = time.monotonic()
         found = -1
-        with suppress(aiohttp.ClientError, TimeoutError):  # no answer in time: the next look tells
+        with suppress(aiohttp.ClientError, TimeoutError):  # no answer in time: poll again
             found = len(await live(world))
         cost_s = time.monotonic() - asked
         return found == wanted
@@ -94,7 +94,7 @@ async def all_at_once(world: World, names: list[str], *, present: bool) -> float
     template=MOCK,
 )
 async def mass(world: World) -> None:
-    memory = Path("/dev/shm")  # the disk is not what is tried, and a client writes much
+    memory = Path("/dev/shm")  # the disk is not under test, and a client writes a lot
     roomy = memory.is_dir() and shutil.disk_usage(memory).free > 4 << 30
     with tempfile.TemporaryDirectory(dir=memory if roomy else None) as folder:
         Path(folder).chmod(0o755)

@@ -1,4 +1,4 @@
-"""Rows 5, 6, 7, 9, 46: two replicas, of which the one that holds the lease freezes, is robbed, killed or cut off."""
+"""Rows 5, 6, 7, 9, 46: two replicas, of which the lease holder freezes, loses its lease, is killed or is cut off."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.faults.site import BrokenRowError, until
 from tests.faults.world import World
 
 TTL_S = 2.0
-"""`lease_ttl` of row 46."""
+"""`lease_ttl` in row 46."""
 SLACK = 10.0
-"""How many times longer than promised a repair may take here: the machine plays other rows at the same time, and what
-a start takes varies as much."""
+"""Factor by which a repair may exceed the promised time here: the machine runs other rows at the same time, and the
+duration of a start varies as much."""
 
 
 async def holder(world: World, asked: Program) -> str:
-    """The API of the replica that holds the only shard, as one of them sees it."""
+    """The API of the replica that holds the only shard, as reported by `asked`."""
     with suppress(aiohttp.ClientError, TimeoutError):
         status, said = await world.call("GET", "/v1/leases", to=asked)
         if status == 200 and said["shards"]:
@@ -38,11 +38,11 @@ async def holder(world: World, asked: Program) -> str:
 
 
 async def pair(world: World, count: int) -> tuple[list[str], Program]:
-    """Watched devices, the first replica that holds the lease, and a second that waits."""
+    """Watched devices and a second, waiting replica; the first one holds the lease."""
     names = await watched(world, count)
     other = await world.replicate()
 
-    async def first_holds() -> bool:  # the second one has just begun to read of it
+    async def first_holds() -> bool:  # the second one has just started to read it
         return await holder(world, other) == world.program.api
 
     await until(first_holds, 15.0, "the second replica sees the lease of the first")
@@ -69,7 +69,7 @@ async def frozen_holder(world: World) -> None:
     names, other = await pair(world, 4)
     before = world.pids()
     began = time.monotonic()
-    # caught with work in hand: what it had decided must be dead when it wakes
+    # frozen with work in progress: its decisions must be invalid when it continues
     work = asyncio.ensure_future(world.wishes(*world.names(6, "late")))
     await asyncio.sleep(0.05)
     world.program.running.send(signal.SIGSTOP)
@@ -181,7 +181,7 @@ async def _fetched_from_the_dead(world: World) -> None:
         await _are_ready(world, list(world.wanted), node="data-1")
         took_s = time.monotonic() - killed
         await _is_in_bounds(world, start_s, took_s)
-        # S2: whatever runs now was fetched from the replica that is left.
+        # S2: everything that runs now was fetched from the remaining replica.
         for job in await world.jobs():
             if not job["Stop"] and not job["Meta"]["agent_source"].startswith(other.api):
                 world.broken.append(
@@ -204,7 +204,7 @@ async def _is_in_bounds(world: World, start_s: float, took_s: float) -> None:
 
 
 async def _are_ready(world: World, names: list[str], *, node: str = "") -> None:
-    """The accepted agent of each has probed its device; with `node`, all run below this folder of Nomad."""
+    """The accepted agent of each device has probed it; with `node`, all run below this folder of Nomad."""
 
     async def ready() -> bool:
         if node and len(audit.processes(world.where.root / node)) != len(names):

@@ -11,7 +11,7 @@ from tests.faults.world import World
 
 
 async def node_status(world: World, name: str) -> str:
-    """Of a Nomad client, as the server says."""
+    """Status of a Nomad client, as reported by the server."""
     for node in await world.servers.nomad.request("GET", "/v1/nodes"):
         if node["Name"].endswith(name):
             return str(node["Status"])
@@ -90,14 +90,14 @@ async def records_gone(world: World) -> None:
     url = f"{world.where.consul}/v1/kv/{world.where.kv_prefix}/devices/"
     async with world.session.get(f"{url}?recurse") as answer:
         rows = [kept for kept in await answer.json() if not kept["Key"].endswith("/meta")]
-    # at once: a few at a time are no mass change, and may be stopped
+    # all at once: a few at a time are not a mass change, and may be stopped
     gone = [{"KV": {"Verb": "delete", "Key": kept["Key"]}} for kept in rows]
     async with world.session.put(f"{world.where.consul}/v1/txn", json=gone) as answer:
         answer.raise_for_status()
     await until(lambda: held(world), 30.0, "the breaker holds the stops")
     await asyncio.sleep(8.0)
     world.undisturbed(before)
-    world.epochs_may_fall = True  # the store begins again at 0; the agents' epochs are higher
+    world.epochs_may_fall = True  # the store starts again at 0; the agents' epochs are higher
     await world.wishes(*names)
     await world.settle()
 
@@ -172,8 +172,8 @@ async def client_frozen(world: World) -> None:
 
 
 async def known_to_run(world: World) -> None:
-    """Wait until Nomad's servers know of each agent that it runs, some tenths of a second after it does: one
-    that still is pending when its node goes is replaced at once, whatever `disconnect` says (1.11.3)."""
+    """Wait until Nomad's servers know that each agent runs, which is some tenths of a second after its start. An agent
+    that is still pending when its node goes is replaced immediately, whatever `disconnect` says (1.11.3)."""
 
     async def known() -> bool:
         jobs = {job["ID"] for job in await world.jobs() if job["Status"] != "dead"}
@@ -218,7 +218,7 @@ async def client_killed(world: World) -> None:
 )
 async def purged(world: World) -> None:
     await watched(world, 4)
-    # Nomad forgets a purged job at once, its process only after kill_timeout: nobody can see it (S3)
+    # Nomad forgets a purged job immediately, but its process ends only after kill_timeout: it is invisible (S3)
     world.overlap_s = 10.0
     world.notes.append("a purged job's process may overlap its successor for its kill_timeout")
     nomad = world.servers.nomad

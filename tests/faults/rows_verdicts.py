@@ -1,5 +1,5 @@
-"""Rows 37 to 41: what is said of devices whose agents are deaf, refused or unable to ask, and of outages
-that outlive agents and control planes."""
+"""Rows 37 to 41: verdicts of devices whose agents can't report, are refused or can't probe, and outages that outlive
+agents and control planes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from tests.faults.site import BrokenRowError, until
 from tests.faults.world import World
 
 INCIDENT = 3
-"""`incident.min`: so many devices of a host make one."""
+"""`incident.min`: number of devices of a host that make an incident."""
 STALE_S = 10.0
-"""`agents.report_stale` of these worlds."""
+"""`agents.report_stale` in these worlds."""
 TOLD_S = 30.0
-"""Within this time a verdict has to be what it should be, on a loaded machine too."""
+"""A verdict must be correct within this time, even on a loaded machine."""
 MOVED_S = 1.5
-"""By how much a beginning may seem to move: ages are rounded, and clocks of two processes are compared."""
+"""Tolerance for the start of an outage: ages are rounded, and clocks of two processes are compared."""
 CONFIRMED = """\
 probe "tcp" {{
     port     = {0}
@@ -65,14 +65,14 @@ probe "http" {{
     }}
   }}
 """
-"""As in README; who is told is the row itself."""
+"""As in README; the webhook's receiver is the row itself."""
 
 
 # -- what is told ---------------------------------------------------------------------------------
 
 
 async def told(world: World) -> dict[str, Any]:
-    """Every device as the API lists it, by id."""
+    """Every device as listed by the API, by ID."""
     status, page = await world.call("GET", "/v1/devices?limit=1000")
     if status != 200:
         raise BrokenRowError(f"the list of devices is answered with {status}: {page}")
@@ -82,7 +82,7 @@ async def told(world: World) -> dict[str, Any]:
 async def all_are(
     world: World, names: Collection[str], verdict: str, *words: str, timeout_s: float = TOLD_S
 ) -> float:
-    """Wait until each of them has this verdict, and all the words in its reason; the seconds that it took."""
+    """Wait until each device has this verdict, and all the words in its reason. Returns the seconds that it took."""
     began = time.monotonic()
     shown: list[tuple[str, str]] = []
 
@@ -104,7 +104,7 @@ async def all_are(
 
 
 async def events(world: World, kind: str, names: Collection[str]) -> None:
-    """Each of these devices has an event of this kind."""
+    """Wait until each of these devices has an event of this kind."""
 
     async def there() -> bool:
         _, page = await world.call("GET", "/v1/events?limit=1000")
@@ -114,7 +114,7 @@ async def events(world: World, kind: str, names: Collection[str]) -> None:
 
 
 async def metric(world: World, series: str, value: float) -> None:
-    """This series has, or gets, this value."""
+    """Wait until this series has this value."""
 
     async def so() -> bool:
         _, text = await world.call("GET", "/metrics")
@@ -125,7 +125,7 @@ async def metric(world: World, series: str, value: float) -> None:
 
 
 async def own_devices(world: World, devices: Sequence[Device]) -> list[str]:
-    """Register each with its own address, and wait until they are watched."""
+    """Register each device with its own address, and wait until they are watched."""
     names = world.names(len(devices))
     world.addresses.update(zip(names, (one.address for one in devices), strict=True))
     return await watched(world, len(devices))
@@ -151,7 +151,7 @@ def _mute(over: asyncio.Event) -> Fault:
 
 @asynccontextmanager
 async def _advertised(world: World) -> AsyncIterator[Proxy]:
-    """What agents are told to report to, in front of the API."""
+    """A proxy in front of the API, as the address that agents report to."""
     async with Proxy(world.program.api) as served_api:
         world.api["advertise"] = served_api.url
         world.configure()
@@ -167,7 +167,7 @@ async def _deaf(world: World, served_api: Proxy, fault: Fault) -> None:
     took_s = await all_are(world, names, "unwatched", "no report has reached this control plane")
     if not rule.hits:
         raise BrokenRowError("no agent has tried to report")
-    if took_s < STALE_S - 4.0:  # the last report may be a beat old
+    if took_s < STALE_S - 4.0:  # the last report may be one interval old
         world.broken.append(f"L3: agents are called unheard after {took_s:.0f} s")
     world.notes.append(f"all were unwatched {took_s:.0f} s after the port was lost to agents")
     await events(world, "agent.unheard", names)
@@ -219,7 +219,7 @@ async def replaced_key(world: World) -> None:
         await devices[0].down()
         await events(world, "agent.unheard", names)
         await metric(world, 'nomad_watchdog_unheard_agents{reason="refused"}', len(names))
-        await asyncio.sleep(6.0)  # its agent has found it dead, and nobody hears that
+        await asyncio.sleep(6.0)  # its agent has found it dead, and no report of that arrives
         await all_are(world, names, "unwatched", *refused, timeout_s=0.0)
         world.undisturbed(before, "L3")
         world.may_be_offline.add(names[0])
@@ -236,7 +236,7 @@ async def replaced_key(world: World) -> None:
 
 
 def _with_resolver(world: World, server: str) -> Path:
-    """A program for agents: Python with a mount namespace of its own, whose resolver asks this server."""
+    """A program for agents: Python in its own mount namespace, whose resolver queries this server."""
     settings = world.root / "resolv.conf"
     settings.write_text(f"nameserver {server}\noptions timeout:5 attempts:1\n")
     path = world.root / "agent"
@@ -251,7 +251,7 @@ def _with_resolver(world: World, server: str) -> Path:
 
 @asynccontextmanager
 async def _named(world: World, count: int) -> AsyncIterator[NameServer]:
-    """So many devices that are registered by names, and the server that the resolver of their agents asks."""
+    """This many devices that are registered by name, and the name server of their agents."""
     async with open_devices(count, ports=2) as devices:
         zone = {f"dev-{n}.watchdog.test": one.address for n, one in enumerate(devices)}
         async with open_name_server(zone) as server:
@@ -298,7 +298,7 @@ async def slow_resolver(world: World) -> None:
 
 
 async def _host_incidents(world: World, names: Collection[str]) -> None:
-    """One of each host with as many such devices as an incident needs, and none of another kind."""
+    """One incident per host with enough such devices, and none of another kind."""
     items = await told(world)
     agents = Counter(items[name]["node"] for name in names)
     hosts = {node for node, count in agents.items() if count >= INCIDENT}
@@ -351,7 +351,7 @@ def _alerted(people: Device) -> set[str]:
 
 
 def _ended(people: Device) -> bool:
-    """Whether every alert has been ended."""
+    """Whether every alert has been resolved."""
     over = {one["episode"] for one in people.posted if one["status"] == "resolved"}
     return {one["episode"] for one in people.posted} == over
 
@@ -360,17 +360,17 @@ def _ended(people: Device) -> bool:
 
 
 class Outage:
-    """Looks twice a second whether these devices stay offline since the same moment."""
+    """Checks twice per second that these devices stay offline since the same moment."""
 
     def __init__(self, world: World, names: Collection[str]) -> None:
         self.world, self.names = world, names
         self.began: dict[str, tuple[float, float]] = {}
-        """The beginning of each outage is between these moments, by all looks so far."""
+        """Each outage began between these two times, according to all reads so far."""
         self.looks = 0
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
-        """Look to the end of the block."""
+        """Check until the end of the block."""
         watching = asyncio.ensure_future(self._watch())
         try:
             yield
@@ -434,7 +434,7 @@ async def outage_in_roll_out(world: World) -> None:
 
 
 async def _roll_out_and_die(world: World, count: int) -> None:
-    """The class changes; the control plane dies when some agents are replaced, and comes back."""
+    """The class changes; the control plane dies when some agents are replaced, and is restarted."""
     before = world.pids()
     world.version = "2"
     world.configure()
@@ -454,7 +454,7 @@ async def _roll_out_and_die(world: World, count: int) -> None:
 
 
 async def _confirmed_anew(world: World, names: Collection[str]) -> None:
-    """The agents that run now find out for themselves that these devices are dead."""
+    """The agents that run now have confirmed themselves that these devices are dead."""
     shown: dict[str, Any] = {}
 
     async def confirmed() -> bool:

@@ -1,4 +1,4 @@
-"""Row 29: webhooks that somebody forged, kept, or signed with the wrong secret or clock."""
+"""Row 29: webhooks that are forged, replayed, or signed with a wrong secret or clock."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.faults.world import World, webhook_secret
 
 
 class Gateway:
-    """Signs events as a gateway does, rightly or not."""
+    """Signs events like a gateway, correctly or not."""
 
     def __init__(self, world: World, secret: str) -> None:
         self.world = world
@@ -75,14 +75,14 @@ async def webhooks(world: World) -> None:
     )
     bare = {k: v for k, v in headers.items() if k != "webhook-signature"}
     await own.expect(401, "an unsigned event", body, bare)
-    # a replay has no effect, and another body under its id is refused
+    # a replay has no effect, and another body under the same ID is refused
     said = await own.expect(200, "a replay", *connected)
     if "duplicate" not in said:
         world.broken.append(f"S5: a replay is not said to be one: {said}")
     twin = own.made("disconnected", one, id_=connected[1]["webhook-id"])
     await own.expect(409, "another event under a used id", *twin)
-    # what was connected leaves; a replay of its connection brings it back neither now nor after a crash
-    await asyncio.sleep(1.1)  # the guard of a restarted service counts in the sender's seconds
+    # a connected device leaves; a replay of its connection brings it back neither now nor after a crash
+    await asyncio.sleep(1.1)  # a restarted service compares in whole seconds of the sender
     await own.expect(200, "a signed departure", *own.made("disconnected", two))
     world.wanted[two] = False
     early = own.made("connected", two, id_="kept by somebody", ago_s=60)
@@ -91,7 +91,7 @@ async def webhooks(world: World) -> None:
     world.program.kill_now()
     await world.program.start()
     await own.expect(409, "an older event, after a kill -9", *early)
-    # the secret is changed: both are good for a while, then only the new one
+    # the secret is rotated: both are valid for a while, then only the new one
     fresh = webhook_secret()
     world.webhook_secrets.insert(0, fresh)
     world.configure()

@@ -1,4 +1,4 @@
-"""Where rows are played: real servers on this machine, or on hosts of their own."""
+"""Where rows run: real servers on this machine, or on hosts of their own."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ JOBS: Final = Path(__file__).resolve().parents[2] / "jobs"
 
 
 class BrokenRowError(AssertionError):
-    """The row itself did not go as written: its fault did not happen, or a promise broke on the way."""
+    """The row itself failed: its fault did not happen, or a promise was broken."""
 
 
 @dataclass(slots=True)
 class Servers:
-    """One Consul server with an agent a Nomad client, and one Nomad with two clients."""
+    """One Consul server with one agent per Nomad client, and one Nomad with two clients."""
 
     consul: ConsulServer
     nomad: NomadServer
@@ -40,17 +40,17 @@ class Servers:
 
 @dataclass(slots=True)
 class Direct:
-    """Stands where a proxy would, and is none: the control plane speaks to the server itself."""
+    """In place of a proxy: the control plane connects to the server itself."""
 
     url: str
 
     def clear(self) -> None:
-        """There is nothing to clear."""
+        """Does nothing."""
 
 
 @dataclass(slots=True)
 class Site:
-    """Where an installation finds everything."""
+    """The servers and hosts of an installation."""
 
     root: Path
     """Agents have their folders below it."""
@@ -60,7 +60,7 @@ class Site:
     cluster: Cluster | None = None
 
     async def mend(self) -> None:
-        """Whatever a row did: every server runs again, and everything passes between hosts."""
+        """Undo whatever a row did: every server runs again, and all hosts reach each other."""
         if self.cluster is not None:
             await self.cluster.mend()
         if self.servers is not None:
@@ -73,28 +73,28 @@ class Site:
             await self.servers.nomad.wait_ready()
 
     def session(self, timeout_s: float) -> aiohttp.ClientSession:
-        """From where we look; where the servers ask for tokens, it has those that may do everything."""
+        """A session on the operator's host; if the servers require tokens, it has those that may do everything."""
         if self.cluster is not None:
             return self.cluster.session(timeout_s)
         return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout_s))
 
     def secret_file(self, name: str) -> Path | None:
-        """Of the secrets that the cluster's scripts have made; None = nothing is asked for here."""
+        """A secret created by the cluster's scripts; None = no secret is needed here."""
         return None if self.cluster is None else self.cluster.secrets / name
 
     @property
     def control(self) -> Host:
-        """Where the control plane runs."""
+        """Host of the control plane."""
         return self.cluster.net.hosts["p1"] if self.cluster else LOCAL
 
     @property
     def standby(self) -> Host:
-        """Where a second one does."""
+        """Host of a second control plane."""
         return self.cluster.net.hosts["p2"] if self.cluster else LOCAL
 
     @property
     def ops(self) -> Host:
-        """Where we look from, and where the device is."""
+        """Host of the tests, and of the device."""
         return self.cluster.ops if self.cluster else LOCAL
 
 
@@ -107,8 +107,8 @@ async def open_site(root: Path) -> AsyncIterator[Site]:
 
 @asynccontextmanager
 async def open_cluster(root: Path) -> AsyncIterator[Site]:
-    """Three servers of each and three clients on hosts of their own, as `jobs/cluster` sets them up: TLS is
-    on and ACLs deny. Replicas of the control plane on two more, with what the shipped policies allow."""
+    """Three servers of each and three clients on their own hosts, as set up by `jobs/cluster`: TLS is on and ACLs deny
+    by default. Replicas of the control plane on two more, with the rights of the shipped policies."""
     async with Cluster(root, JOBS, guests=("p1", "p2")) as cluster:
         consul, nomad = cluster.consul["s1"].http_addr, cluster.nomad["s1"].http_addr
         yield Site(cluster.data_dir, consul, nomad, cluster=cluster)
@@ -116,7 +116,7 @@ async def open_cluster(root: Path) -> AsyncIterator[Site]:
 
 @asynccontextmanager
 async def open_servers(root: Path) -> AsyncIterator[Servers]:
-    """On 127.0.0.1; gone at the end."""
+    """Servers on 127.0.0.1; removed at the end."""
     async with (
         ConsulServer(root / "consul") as consul,
         ConsulServer(root / "consul-1", node="node-1", join=consul) as beside,
@@ -126,7 +126,7 @@ async def open_servers(root: Path) -> AsyncIterator[Servers]:
 
 
 async def until(test: Callable[[], Any], timeout_s: float, what: str) -> Any:
-    """Await a condition; raises BrokenRowError when it does not come."""
+    """Wait for a condition; raises BrokenRowError on timeout."""
     deadline = time.monotonic() + timeout_s
     while True:
         found = test()
@@ -141,7 +141,7 @@ async def until(test: Callable[[], Any], timeout_s: float, what: str) -> Any:
 
 @contextmanager
 def limited_folder(path: Path, size: str) -> Iterator[Path]:
-    """A tmpfs of that size, unmounted at the end. Needs root."""
+    """A tmpfs of this size, unmounted at the end. Needs root."""
     path.mkdir(parents=True, exist_ok=True)
     argv = ["mount", "-t", "tmpfs", "-o", f"size={size}", "nomad-watchdog-faults", str(path)]
     subprocess.run(argv, check=True, timeout=10)

@@ -1,6 +1,6 @@
-"""`python -m tests.faults.skewed …`: the program with clocks that a file moves while it runs.
+"""`python -m tests.faults.skewed …`: the program with clocks that a file changes while it runs.
 
-The file of FAULTS_CLOCKS holds two numbers, seconds added to the wall clock and to the monotonic one.
+The file in FAULTS_CLOCKS holds two numbers, seconds added to the wall clock and to the monotonic clock.
 """
 
 from __future__ import annotations

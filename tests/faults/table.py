@@ -1,4 +1,4 @@
-"""The matrix as people read it: a line on the terminal, a table in docs/fault-matrix.md."""
+"""The matrix for readers: a line on the terminal, a table in docs/fault-matrix.md."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def line(result: Result) -> str:
 
 
 def write(file: Path, results: Sequence[Result]) -> None:
-    """The document. Rows that were not played now keep what an earlier run wrote of them."""
+    """Write the document. Rows that did not run now keep the results of an earlier run."""
     rows, notes = _kept(file)
     for one in results:
         name = one.row.name

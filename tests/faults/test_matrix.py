@@ -1,4 +1,4 @@
-"""All rows of the fault matrix, as `make faults` plays them. The rows of one site are one worker's."""
+"""All rows of the fault matrix, as run by `make faults`. One worker runs all rows of a site."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.faults.world import World
 collect()
 SITES = sites_of([ROWS[name] for name in ordered()])
 LASTS_S = {"shared": 620.0, "alone": 490.0, "cluster": 400.0, "mass": 600.0}
-"""About how long the rows of one site take together, by their lane."""
+"""Approximate total duration of the rows of one site, in seconds, by lane."""
 pytestmark = [
     pytest.mark.servers,
     pytest.mark.long,
@@ -31,7 +31,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def played() -> dict[str, Result]:
-    """What came of the rows that were played already."""
+    """Results of the rows that have run already."""
     return {}
 
 
@@ -57,7 +57,7 @@ async def test_the_promises_hold_through_the_fault(
     site: str, name: str, played: dict[str, Result], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """After the fault of this row the audit finds nothing within the published time, nor later."""
-    if name not in played:  # the first of a site has all that are to be tested played there
+    if name not in played:  # the first test of a site runs all selected rows of that site
         items = [getattr(item, "callspec", None) for item in request.session.items]
         asked = {one.params["name"] for one in items if one is not None and "name" in one.params}
         rows = [one for one in SITES[site] if one.name in asked]
@@ -70,9 +70,9 @@ async def test_the_promises_hold_through_the_fault(
 
 @pytest.mark.xdist_group("faults-alone-1")
 async def test_the_audit_bites(tmp_path: Path) -> None:
-    """A second agent started by hand beside the first, and a wish that the registry does not have, are
-    found, each under the promise that it breaks: by the witness while both are there, which are frozen and
-    can't be stopped until it has seen them; by the audit at the end, if Nomad protects against two jobs of one start."""
+    """A second agent started manually beside the first, and a desired device that the registry lacks, are found, each
+    under the promise that it breaks: by the witness while both agents exist, which are frozen and can't be stopped
+    until it has seen them; by the audit at the end, if Nomad protects against two jobs of one start."""
     expected = {"S3", "S4", "S11", "L1"}
 
     async def spoil(world: World) -> None:

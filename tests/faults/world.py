@@ -1,7 +1,7 @@
-"""What a row of the matrix plays in: one installation on real servers, a gateway and a witness.
+"""What a row of the matrix runs in: one installation on real servers, a gateway and a witness.
 
-Servers are shared by rows that leave them as they were; an installation has its own job prefix, KV
-prefix, service name and API token, so that rows know nothing of each other.
+Servers are shared by rows that leave them as they were. An installation has its own job prefix, KV
+prefix, service name and API token, so that rows do not affect each other.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from tests.faults.proxy import Proxy
 from tests.faults.site import BrokenRowError, Direct, Servers, Site, until
 
 CONVERGED_S = 60.0
-"""L1, as docs/fault-matrix.md publishes it for this configuration: after the fault has ended and the
-last wish was acknowledged."""
+"""L1, as docs/fault-matrix.md publishes it for this configuration: after the fault has ended and the last request was
+acknowledged."""
 UP_S = 90.0
 
 
 @dataclass(slots=True)
 class World:
-    """One installation: the program, a gateway that says each wish until it hears a 2xx, and what
-    must be true in the end."""
+    """One installation: the program, a gateway that repeats each request until it gets a 2xx, and the final
+    conditions."""
 
     name: str
     root: Path
@@ -64,14 +64,14 @@ class World:
     """How agents are started on Nomad."""
     version: str = "1"
     python: str = sys.executable
-    """What runs the agents of the class `default`."""
+    """Program that runs the agents of the class `default`."""
     template: Path | None = None
-    """Of a job that starts no agent; then nothing is registered in Consul either."""
+    """Template of a job that starts no agent; then nothing is registered in Consul either."""
     nomad_token: Path | None = None
     bad_python: str = ""
-    """With it there is a second class, `bad`, whose agents are this program."""
+    """If set, there is a second class, `bad`, whose agents are this program."""
     probes: str = ""
-    """What the classes probe, and how they confirm and escalate it; "" = a TCP probe, and no confirmation."""
+    """Probes, confirmation and escalation of the classes; "" = a TCP probe without confirmation."""
     api: dict[str, str] = field(default_factory=dict)
     """Further settings of the block `api`."""
     agent_settings: str = ""
@@ -81,43 +81,43 @@ class World:
     more: str = ""
     """Further blocks of the configuration."""
     addresses: dict[str, str] = field(default_factory=dict)
-    """Of devices that have one of their own."""
+    """Addresses of devices that have their own."""
     may_be_offline: set[str] = field(default_factory=set)
-    """Devices that are dead: that they are called offline is no breach of S6."""
+    """Dead devices, for which the verdict offline does not violate S6."""
     others: list[Program] = field(default_factory=list)
     """Further control planes of the same installation."""
     speaks_to: Program | None = None
-    """Whom the gateway asks; None = the first, and in a wish whoever answers."""
+    """The program that the gateway calls; None = the first, and for a request whichever answers."""
     wanted: dict[str, bool] = field(default_factory=dict)
-    """Device → whether it is to be watched, as acknowledged."""
+    """Device → whether it should be watched, as acknowledged."""
     unsure: set[str] = field(default_factory=set)
-    """Devices with a wish under way: it may be stored or not."""
+    """Devices with a request in progress, which may be stored or not."""
     overlap_s: float = 0.0
-    """S3: so long two processes of one device may be seen where the row says why."""
+    """S3: time during which two processes of one device are allowed, for the reason stated in the row."""
     broken: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _epochs: dict[str, int] = field(default_factory=dict)
     _doubled_since: dict[str, float] = field(default_factory=dict)
     epochs_may_fall: bool = False
     finish: Callable[[], Awaitable[None]] = field(init=False)
-    """The audit. It follows every row by itself; one whose servers go before that calls it."""
+    """The audit. It follows every row automatically; a row whose servers end before that calls it itself."""
 
     @property
     def servers(self) -> Servers:
-        """Of a row that is played on this machine itself."""
+        """The servers of a row that runs on this machine."""
         assert self.site.servers is not None
         return self.site.servers
 
     @property
     def cluster(self) -> Cluster:
-        """Of a row that is played on many hosts."""
+        """The cluster of a row that runs on many hosts."""
         assert self.site.cluster is not None
         return self.site.cluster
 
     # -- the program ----------------------------------------------------------------------------
 
     def configure(self) -> None:
-        """Write the configuration files as things are now."""
+        """Write the configuration files for the current settings."""
         self.token_file.write_text(self.token)
         self.secrets_file.write_text("".join(f"{one}\n" for one in self.webhook_secrets))
         for program in (self.program, *self.others):
@@ -181,12 +181,12 @@ class World:
 
     @property
     def standby_consul(self) -> str:
-        """The Consul agent that a second control plane asks."""
+        """The Consul agent of a second control plane."""
         cluster = self.site.cluster
         return self.consul.url if cluster is None else cluster.consul["c3"].http_addr
 
     async def replicate(self) -> Program:
-        """A second control plane of the same installation, once it is ready."""
+        """Start a second control plane of the same installation; returns when it is ready."""
         other = Program(
             self.root / "standby",
             f"{self.site.standby.address}:{free_port()}",
@@ -199,7 +199,7 @@ class World:
         await other.start()
         return other
 
-    # -- speaking to it -------------------------------------------------------------------------
+    # -- requests to it -------------------------------------------------------------------------
 
     async def call(
         self, method: str, path: str, body: object = None, *, to: Program | None = None
@@ -210,7 +210,7 @@ class World:
         data = None
         if body is not None:
             headers["Content-Type"] = "application/json"
-            data = io.BytesIO(json.dumps(body).encode())  # as a large body is sent
+            data = io.BytesIO(json.dumps(body).encode())  # sent like a large body
         async with self.session.request(method, base + path, data=data, headers=headers) as answer:
             text = await answer.text()
             with suppress(ValueError):
@@ -219,7 +219,7 @@ class World:
 
     async def wish(self, name: str, present: bool = True, *, kind: str = "default",
                    timeout_s: float = 120.0) -> None:  # fmt: skip
-        """As any gateway: say it until the answer is a 2xx."""
+        """Like any gateway: repeat the request until the answer is a 2xx."""
         self.unsure.add(name)
         path = f"/v1/devices/{quote(name, safe='')}"
         deadline = time.monotonic() + timeout_s
@@ -244,7 +244,7 @@ class World:
         raise BrokenRowError(f"{name} was not acknowledged within {timeout_s:.0f} s: {said}")
 
     async def wishes(self, *names: str, present: bool = True, **how: Any) -> None:
-        """Many at once."""
+        """Many requests at once."""
         async with asyncio.TaskGroup() as group:
             for name in names:
                 group.create_task(self.wish(name, present, **how))
@@ -253,7 +253,7 @@ class World:
         return [f"{self.name} {what} {n:02}" for n in range(count)]
 
     async def settle(self, timeout_s: float = UP_S) -> float:
-        """Wait until every device is as it was wished, in words and in processes; the seconds that it
+        """Wait until every device is as requested, in its verdict and in its processes. Returns the seconds that it
         took."""
         began = time.monotonic()
         running = {str(slug_of(DeviceId(name))) for name, wanted in self.wanted.items() if wanted}
@@ -284,8 +284,7 @@ class World:
         return time.monotonic() - began
 
     async def settle_from_outside(self, timeout_s: float = UP_S) -> float:
-        """As `settle`, by the process table: one live agent a wanted device, whatever the program
-        believes."""
+        """Like `settle`, but by the process table: one live agent per wanted device, whatever the program reports."""
         began = time.monotonic()
         wanted = {str(slug_of(DeviceId(name))) for name, present in self.wanted.items() if present}
         gone = {job["Meta"]["slug"] for job in await self.jobs() if job["Stop"]}
@@ -300,7 +299,7 @@ class World:
     async def status(self) -> Any:
         return (await self.call("GET", "/v1/status"))[1]
 
-    # -- looking at it from outside -------------------------------------------------------------
+    # -- observing it from outside --------------------------------------------------------------
 
     def agents(self) -> list[audit.AgentProcess]:
         prefix = self.where.job_prefix
@@ -313,7 +312,7 @@ class World:
         return await audit.agents_jobs(self.session, self.where)
 
     async def acknowledged_is_stored(self) -> None:
-        """S4, at once: whatever was acknowledged is in the registry, whoever has died since."""
+        """S4, immediately: whatever was acknowledged is in the registry, even if a process has died since."""
         stored = await audit.records(self.session, self.where)
         for name, present in self.wanted.items():
             if name in self.unsure:
@@ -323,13 +322,13 @@ class World:
                 self.broken.append(f"S4: {name} was acknowledged and is not stored")
 
     def undisturbed(self, pids: set[int], promise: str = "S7", *, leaving: int = 0) -> None:
-        """None of these agents was stopped or restarted, but for those whose devices leave."""
+        """None of these agents was stopped or restarted, except those whose devices leave."""
         gone = pids - self.pids()
         if len(gone) > leaving:
             self.broken.append(f"{promise}: {len(gone)} of {len(pids)} agents did not run through")
 
     async def witness(self) -> None:
-        """Look twice a second for what must never be seen."""
+        """Check twice per second for states that must never occur."""
         while True:
             self._look_at_processes()
             with suppress(aiohttp.ClientError, TimeoutError, OSError):
@@ -393,7 +392,7 @@ class World:
 
 
 def webhook_secret() -> str:
-    """A new one, as a line of the secrets' file."""
+    """A new secret, as a line of the secrets file."""
     return f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
 
 
@@ -401,8 +400,8 @@ def webhook_secret() -> str:
 async def open_world(
     name: str, root: Path, site: Site, settings: Mapping[str, Any], *, alone: bool
 ) -> AsyncIterator[World]:
-    """An installation with nothing running yet; at the end its program and agents are gone, and, if
-    nobody else uses them, all servers run."""
+    """An installation with nothing running yet. At the end its program and agents are removed, and, if no other row
+    uses the servers, all of them run."""
     root.mkdir(parents=True)
     tag = f"f{secrets.token_hex(3)}"
     device = await asyncio.start_server(lambda _r, w: w.close(), sock=site.ops.listener())
@@ -418,7 +417,7 @@ async def open_world(
         else:
             consul = Direct(site.cluster.consul["c1"].http_addr)
             nomad = Direct(site.cluster.nomad["c2"].http_addr)
-            # inside of what the shipped policies allow
+            # within what the shipped policies allow
             shipped = audit.Where(site.root, site.consul, site.nomad, tag)
             where = replace(shipped, kv_prefix=f"{shipped.kv_prefix}/{tag}")
         world = World(
@@ -444,7 +443,7 @@ async def open_world(
                 proxy.clear()
             async with (
                 AsyncExitStack() as ending
-            ):  # goes through all of it, also when told to hurry
+            ):  # completes all of its steps, even when the task is cancelled
                 ending.push_async_callback(_clean, world)
                 if alone:
                     ending.push_async_callback(site.mend)
@@ -454,7 +453,7 @@ async def open_world(
 
 async def _clean(world: World) -> None:
     """Stop the jobs of this installation, and wait until their processes have ended."""
-    if world.where.nomad != world.site.nomad:  # its own Nomad took everything with it
+    if world.where.nomad != world.site.nomad:  # its own Nomad ended everything
         return
     jobs = [*await world.jobs(), {"ID": world.where.job_prefix, "Stop": False}]
     limit = asyncio.Semaphore(8)

@@ -1,1 +1,1 @@
-"""Whatever comes in from outside is a value or the parser's own error."""
+"""Any external input is a value or the parser's own error."""

@@ -1,4 +1,4 @@
-"""Numbers of 5,000 digits where people and devices can put them (H6), on the real programs."""
+"""Numbers of 5,000 digits wherever users and devices can enter them (H6), on the real programs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def test_h6_the_configuration(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each setting is refused with exit 64 and a line that names it, as any wrong value, without a traceback."""
+    """Each setting is rejected with exit code 64 and a line that names it, like any wrong value, without a
+    traceback."""
     file = tmp_path / "nomad-watchdog.hcl"
     for setting, text in FILES.items():
         file.write_text(text)
@@ -89,7 +90,7 @@ def test_h6_the_configuration(
 async def test_h6_a_running_control_plane(
     tmp_path: Path, directory: Path, attack: Attack, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The inventory is refused and changes nothing, each request gets 400, and the control plane goes on."""
+    """The inventory is rejected and changes nothing, each request gets 400, and the control plane continues."""
     root = tmp_path / "plane"
     root.mkdir()
     good = 'device "a" {\n  address = "127.0.0.1"\n}\n'
@@ -133,7 +134,7 @@ async def test_h6_a_running_control_plane(
 @pytest.mark.attack("H6", "numbers of 5,000 digits in the HTTP responses of a device")
 @pytest.mark.parametrize("what", ANSWERS)
 async def test_h6_a_device(tmp_path: Path, attack: Attack, what: str) -> None:
-    """The agent counts a missed probe with a reason in words, and goes on."""
+    """The agent counts a missed probe with a readable reason, and continues."""
     async with a_world(tmp_path) as world:
         world.device.speak = says(ANSWERS[what].encode())
         agent = await world.started(probes=[probe(world.device.port, expect_body="hello")])

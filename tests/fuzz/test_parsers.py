@@ -1,4 +1,4 @@
-"""Every parser of both programs, given hostile numbers, strings and nesting: a value or its own error, and soon.
+"""Every parser of both programs, given hostile numbers, strings and nesting: a value or its own error, and quickly.
 
 `make test` gives each parser a few dozen inputs, `make test-all` some thousands.
 """
@@ -207,7 +207,7 @@ DEVICES = 'device "a" {\n  address = "127.0.0.1"\n  ttl = "5s"\n  labels = { a =
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where a document has a value that can be replaced; the whole of it too."""
+    """Paths of all values in a document that can be replaced, including the whole document."""
     found = [path]
     items = (
         value.items()
@@ -222,7 +222,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def mangled(value: Any, path: tuple[Any, ...], token: str, at: tuple[Any, ...] = ()) -> str:
-    """The JSON of a document with this token at one place."""
+    """The JSON of a document with this token in one place."""
     if at == path:
         return token
     if isinstance(value, dict):
@@ -234,7 +234,7 @@ def mangled(value: Any, path: tuple[Any, ...], token: str, at: tuple[Any, ...] =
 
 
 def with_token(document: Any) -> st.SearchStrategy[str]:
-    """The JSON of a document, one place of which holds a hostile token."""
+    """The JSON of a document with a hostile token in one place."""
     return st.builds(
         lambda path, token: mangled(document, path, token),
         st.sampled_from(places(document)),
@@ -243,7 +243,7 @@ def with_token(document: Any) -> st.SearchStrategy[str]:
 
 
 def with_number(template: str) -> st.SearchStrategy[str]:
-    """A text in which one "5" is a hostile token."""
+    """A text in which one "5" is replaced by a hostile token."""
     parts = template.split("5")
     return st.builds(
         lambda at, token: "5".join(parts[: at + 1]) + token + "5".join(parts[at + 1 :]),
@@ -274,7 +274,7 @@ def response(data: str) -> Any:
 
 
 def request(data: str) -> bytes:
-    """What the agent's own server says to these bytes."""
+    """The answer of the agent's own server to these bytes."""
     server = agent_http.Server.__new__(agent_http.Server)
     server.names, server.answer = ("localhost",), lambda *_: None
     return server._reply(data.encode("utf-8", "replace").split(b"\r\n\r\n", 1)[0].split(b"\r\n"))
@@ -316,7 +316,7 @@ def body_of(model: Any) -> Callable[[str], Any]:
 
 
 LAX = (ValueError, KeyError, TypeError, AttributeError)
-"""Of parsers whose caller catches these."""
+"""For parsers whose caller catches these."""
 HEADS = [
     "HTTP/1.1 5 OK\r\nContent-Length: 5\r\n\r\nhello",
     "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
@@ -404,14 +404,14 @@ SOUND: dict[str, str] = {
 
 @pytest.mark.parametrize("name", SOUND)
 def test_the_documents_that_are_mangled_are_themselves_taken(name: str, tmp_path: Path) -> None:
-    """Each document is right as it stands, so that what is put into it gets as far as it can."""
+    """Each document is valid itself, so that a token in it gets as far as possible."""
     (parser,) = (one for one in PARSERS if one.name == name)
     parser.make(tmp_path)(SOUND[name])
 
 
 @pytest.mark.parametrize("name", [name for name, text in SOUND.items() if text[:1] in "[{"])
 def test_every_value_may_be_of_any_type(name: str, tmp_path: Path) -> None:
-    """Each place of each document may hold a value of every type, and numbers of every size."""
+    """Each place of each document may hold a value of every type, and a number that is too large."""
     (parser,) = (one for one in PARSERS if one.name == name)
     parse, document = parser.make(tmp_path), json.loads(SOUND[name])
     for path in places(document):
@@ -439,8 +439,8 @@ def fuzz(parser: Parser, folder: Path, examples: int) -> None:
 
 @pytest.mark.parametrize("parser", PARSERS, ids=lambda one: one.name)
 def test_each_hostile_token_alone(parser: Parser, tmp_path: Path) -> None:
-    """Each of them, and not what chance picks: nesting that Python's own parser answers with RecursionError was
-    found by the long run only."""
+    """Each token, not a random selection: nesting that Python's own parser answers with RecursionError was found only
+    by the long run."""
     parse = parser.make(tmp_path)
     for token in [*TOKENS, '{"a":' * 5000]:
         with contextlib.suppress(*parser.errors):
@@ -449,7 +449,7 @@ def test_each_hostile_token_alone(parser: Parser, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("parser", PARSERS, ids=lambda one: one.name)
 def test_h6_what_comes_from_outside_is_a_value_or_an_error(parser: Parser, tmp_path: Path) -> None:
-    """No number, text or nesting makes a parser raise what its caller does not expect."""
+    """No number, text or nesting makes a parser raise an exception that its caller does not expect."""
     fuzz(parser, tmp_path, 25)
 
 
@@ -457,5 +457,5 @@ def test_h6_what_comes_from_outside_is_a_value_or_an_error(parser: Parser, tmp_p
 @pytest.mark.lasts(15.0)
 @pytest.mark.parametrize("parser", PARSERS, ids=lambda one: one.name)
 def test_h6_the_same_for_longer(parser: Parser, tmp_path: Path) -> None:
-    """As above, with two thousand inputs for each parser; FUZZ_EXAMPLES sets another number."""
+    """Like the test above, with two thousand inputs per parser; FUZZ_EXAMPLES sets another number."""
     fuzz(parser, tmp_path, int(os.environ.get("FUZZ_EXAMPLES", "2000")))

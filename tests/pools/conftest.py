@@ -1,4 +1,4 @@
-"""Servers of this folder's own."""
+"""Servers for the tests of pools."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A worker on a NATS work queue: takes one message, works for a while, acknowledges, takes the next.
 
 Run as `python nats_worker.py URL SECONDS FOLDER`; each message that is done leaves a line in FOLDER. On
-SIGTERM it ends the one at hand and stops."""
+SIGTERM it finishes the current message and stops."""
 
 from __future__ import annotations
 

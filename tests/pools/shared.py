@@ -1,4 +1,4 @@
-"""What holds of a driver of pools whatever the scheduler is."""
+"""Tests that apply to the pool drivers of all schedulers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nomad_watchdog.pools import Driver
 async def a_pool_of_another_is_left_alone(
     driver: Driver, other: Driver, pool: PoolSettings
 ) -> None:
-    """`other`: of another installation; closed at the end."""
+    """`other`: the driver of another installation; closed at the end."""
     await other.ensure("p", pool)
     try:
         assert "p" not in await driver.list_pools()

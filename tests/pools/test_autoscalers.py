@@ -1,5 +1,5 @@
-"""Pools whose count is another's to keep, and those others for real: Kubernetes' own autoscaler, with a real
-metrics-server, and Nomad Autoscaler with a real Prometheus."""
+"""Pools scaled by real external autoscalers: Kubernetes' own autoscaler with a real metrics-server, and Nomad
+Autoscaler with a real Prometheus."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ IMAGES = {
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[KubernetesCluster]:
-    """A control plane of this module's own, as APIs are added to it, with a node that runs workers."""
+    """A separate control plane for this module, because APIs are added to it, with a node that runs workers."""
     folder = tmp_path_factory.mktemp("autoscalers")
     async with (
         KubernetesCluster(folder / "kube") as made,
@@ -86,8 +86,8 @@ def pod(queue: NatsServer, folder: Path) -> str:
 
 
 async def followed(plane: ControlPlane, queue: NatsServer, folder: Path) -> None:
-    """Whoever scales it: the pool follows the queue up and down, inside its bounds, no message is lost by it,
-    and we take no part."""
+    """Whatever scales it: the pool follows the queue up and down within its bounds, no message is lost, and this
+    program does not scale it."""
 
     def settled(found: dict[str, Any]) -> bool:
         return counts(found) == (LEAST, LEAST) and not found["problem"]
@@ -97,7 +97,7 @@ async def followed(plane: ControlPlane, queue: NatsServer, folder: Path) -> None
         assert LEAST <= found["count"] <= MOST, found
         return found
 
-    # a Prometheus that has just been started knows no series yet
+    # a Prometheus that has just started has no series yet
     await plane.until("/v1/pools", lambda a: settled(a["items"][0]), 60.0)
     await publish(queue, range(MESSAGES))
     await plane.until("/v1/pools", lambda a: counts(row(a)) == (MOST, MOST), 90.0)
@@ -117,7 +117,7 @@ async def page(
     port: int,
     context: ssl.SSLContext | None = None,
 ) -> AsyncIterator[None]:
-    """All paths of a port of this machine."""
+    """Serve all paths on a port of this machine."""
     app = web.Application()
     app.router.add_get("/{path:.*}", answer)
     runner = web.AppRunner(app)
@@ -131,8 +131,8 @@ async def page(
 
 @asynccontextmanager
 async def adapter(cluster: KubernetesCluster, queue: NatsServer) -> AsyncIterator[list[str]]:
-    """What stands for a metrics adapter: the external metric NAME is the queue's depth. Who has asked for it,
-    by the API server's word, is what it gives."""
+    """A metrics adapter: the external metric NAME is the queue's depth. Yields the users that requested it, as named by
+    the API server."""
     asked: list[str] = []
 
     async def answer(request: web.Request) -> web.Response:
@@ -166,7 +166,7 @@ async def adapter(cluster: KubernetesCluster, queue: NatsServer) -> AsyncIterato
 async def test_workers_on_kubernetes_follow_a_real_queue(
     queue: NatsServer, cluster: KubernetesCluster, tmp_path: Path
 ) -> None:
-    """With the built-in scaler, as on the other schedulers (test_queue.py)."""
+    """With the built-in scaler, like on the other schedulers (test_queue.py)."""
     await cluster.add_namespace("builtin")
     folder = tmp_path / "done"
     text = config("kubernetes", pod(queue, folder), metric(queue), block(cluster, "builtin"))
@@ -177,7 +177,7 @@ async def test_workers_on_kubernetes_follow_a_real_queue(
 async def test_kubernetes_own_autoscaler_follows_the_queue(
     queue: NatsServer, cluster: KubernetesCluster, tmp_path: Path
 ) -> None:
-    """Our HorizontalPodAutoscaler is enough for its controller, by an external metric."""
+    """The HorizontalPodAutoscaler of this program is enough for its controller, with an external metric."""
     await cluster.add_namespace("hpa")
     folder = tmp_path / "done"
     named = metric(queue, f'name = "{NAME}"')
@@ -191,8 +191,8 @@ async def test_kubernetes_own_autoscaler_follows_the_queue(
 async def test_by_cpu_a_metrics_server_says_who_is_busy(
     cluster: KubernetesCluster, tmp_path: Path
 ) -> None:
-    """Workers that burn what they get become as many as may be, by Kubernetes' own autoscaler; the built-in
-    scaler reads the same source, and finds those idle that sleep."""
+    """Kubernetes' own autoscaler scales workers that use all their CPU up to the maximum. The built-in scaler reads the
+    same source, and finds sleeping workers idle."""
     await cluster.add_namespace("cpu")
     client = cluster.client()
     driver = KubernetesPools(client, namespace="cpu", installation="i-1")
@@ -223,7 +223,7 @@ async def test_by_cpu_a_metrics_server_says_who_is_busy(
 async def test_nomad_autoscaler_follows_the_queue(
     queue: NatsServer, nomad: NomadServer, tmp_path: Path
 ) -> None:
-    """Our `scaling` block is enough for it, by a query of Prometheus."""
+    """The `scaling` block of this program is enough for it, with a Prometheus query."""
 
     async def exported(_: web.Request) -> web.Response:
         return web.Response(text=f"jobs_waiting {await waiting(queue)}\n")

@@ -1,4 +1,4 @@
-"""The keeper does what the decider says, once, on one replica, and tells it."""
+"""The pool controller does what the scaling decision says, once, on one replica, and publishes it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from nomad_watchdog.replicas.leases import FIRST, SoleOwner, Term
 
 
 class Memory:
-    """A driver whose workers are a number: what the drivers' own tests prove on real processes is not
-    asked again here. `broken`: what it raises."""
+    """A driver whose workers are a number: the drivers' own tests cover real processes. `broken`: the error that it
+    raises."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -72,7 +72,7 @@ class Memory:
 
 
 class Held(SoleOwner):
-    """Leases of which shard 0 can be taken away."""
+    """Leases from which shard 0 can be taken away."""
 
     mine = True
 
@@ -118,7 +118,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 
 async def test_a_metric_above_its_target_adds_workers_and_says_why(world: World) -> None:
-    """Twice the target doubles the pool; event, metric and the shown row say so."""
+    """Twice the target doubles the pool; event, metric and the displayed row say so."""
     keeper = world.keeper(p=pool(min=2))
     world.driver.cpu = 100.0
     await keeper.reconcile("p")
@@ -133,7 +133,7 @@ async def test_a_metric_above_its_target_adds_workers_and_says_why(world: World)
 
 
 async def test_the_same_look_again_does_nothing(world: World) -> None:
-    """On target nothing is scaled and nothing is told (S5)."""
+    """At the target nothing is scaled and no event is published (S5)."""
     keeper = world.keeper(p=pool(min=2))
     for _ in range(3):
         await keeper.reconcile("p")
@@ -142,7 +142,7 @@ async def test_the_same_look_again_does_nothing(world: World) -> None:
 
 
 async def test_a_dry_run_tells_once_and_does_nothing(world: World) -> None:
-    """One event for one thing that would be done, however often it is looked at."""
+    """One event per action that would be taken, however often the pool is checked."""
     keeper = world.keeper(p=pool(min=2, dry_run=True))
     world.driver.cpu = 100.0
     for _ in range(5):
@@ -153,7 +153,7 @@ async def test_a_dry_run_tells_once_and_does_nothing(world: World) -> None:
 
 
 async def test_a_metric_that_is_lost_is_told_once_and_when_it_is_back(world: World) -> None:
-    """No change while it is away; one event at its loss, one at its return."""
+    """No change while it is missing; one event when it is lost, one when it returns."""
     keeper = world.keeper(p=pool(min=2))
     world.driver.cpu = None
     for _ in range(3):
@@ -166,7 +166,7 @@ async def test_a_metric_that_is_lost_is_told_once_and_when_it_is_back(world: Wor
 
 
 async def test_a_scheduler_that_fails_is_a_problem_of_the_pool_alone(world: World) -> None:
-    """Its error is shown at the pool, the other pool is kept, and nothing is raised (S9)."""
+    """Its error is displayed for the pool, the other pool is scaled, and nothing is raised (S9)."""
     world.driver.counts["q"] = 2
     keeper = world.keeper(p=pool(min=2), q=pool(min=2))
     world.driver.broken = "no answer"
@@ -182,7 +182,7 @@ async def test_a_scheduler_that_fails_is_a_problem_of_the_pool_alone(world: Worl
 async def test_a_pool_that_is_being_replaced_is_scaled_later_and_is_no_trouble(
     world: World,
 ) -> None:
-    """A refusal because of a deployment is no event; the next look tries again, with no cool-down begun."""
+    """A refusal because of a deployment is no event; the next pass tries again, without starting a cool-down."""
     keeper = world.keeper(p=pool(min=2))
     world.driver.cpu = 100.0
     world.driver.busy = True
@@ -195,7 +195,7 @@ async def test_a_pool_that_is_being_replaced_is_scaled_later_and_is_no_trouble(
 
 
 async def test_an_external_pool_is_made_and_left_alone(world: World) -> None:
-    """Its job is ensured, its metric may be read, and its count is never touched, by hand neither."""
+    """Its job is created, its metric may be read, and its count is never changed, not even manually."""
     keeper = world.keeper(p=pool(min=2, scaler="external"))
     world.driver.cpu = 500.0
     await keeper.reconcile("p")
@@ -206,7 +206,7 @@ async def test_an_external_pool_is_made_and_left_alone(world: World) -> None:
 
 
 async def test_only_the_holder_of_shard_0_acts(world: World) -> None:
-    """Without that lease some looks are nothing done; with it, they are."""
+    """Without that lease no pass has an effect; with it, passes have."""
     world.leases.mine = False
     world.driver.cpu = 100.0
     keeper = world.keeper(p=pool(min=2))
@@ -227,7 +227,7 @@ async def test_only_the_holder_of_shard_0_acts(world: World) -> None:
 
 
 async def test_a_bug_costs_one_pool_and_not_the_control_plane(world: World) -> None:
-    """What no driver should raise is told as the pool's trouble, and the next look goes on (S9)."""
+    """An unexpected exception of a driver is reported as the pool's problem, and the next pass continues (S9)."""
     keeper = world.keeper(p=pool(min=2))
     world.driver.bug = KeyError("status")
     await keeper.reconcile("p")
@@ -240,7 +240,8 @@ async def test_a_bug_costs_one_pool_and_not_the_control_plane(world: World) -> N
 
 
 async def test_by_hand_a_pool_has_any_number_within_its_bounds(world: World) -> None:
-    """Within: done and told; outside, or unknown: refused with the bounds."""
+    """Within the bounds: done and published. Outside them: rejected with the bounds. An unknown pool is rejected
+    too."""
     keeper = world.keeper(p=pool(min=2, scaler="none"))
     await keeper.reconcile("p")
     await keeper.scale("p", 5, "an operator's word")
@@ -255,7 +256,7 @@ async def test_by_hand_a_pool_has_any_number_within_its_bounds(world: World) -> 
 
 
 async def test_a_pool_that_is_no_longer_configured_waits_for_a_word(world: World) -> None:
-    """It is shown, runs on, and `remove` stops it; a configured one can't be removed."""
+    """It is listed and keeps running, and `remove` stops it; a configured pool can't be removed."""
     world.driver.counts["old"] = 3
     keeper = world.keeper(p=pool())
     await keeper.reconcile("p")

@@ -1,4 +1,4 @@
-"""A pool's Kubernetes objects say what the pool says, and leave the count to whoever scales it."""
+"""A pool's Kubernetes objects match its settings, and leave the count to whatever scales it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def made(one: PoolSettings) -> list[Any]:
 
 
 def test_the_deployment_has_the_worker_and_no_count() -> None:
-    """Image, arguments, environment, share and grace are the pool's; `replicas` is nobody's."""
+    """Image, arguments, environment, share and grace period are the pool's; `replicas` is not set."""
     deployment, _ = made(pool(cpu=250, memory="64Mi", kill_timeout="12500ms"))
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
 
@@ -57,7 +57,7 @@ def test_the_deployment_has_the_worker_and_no_count() -> None:
 
 
 def test_nothing_a_worker_does_not_need_is_given_to_it() -> None:
-    """No root, no capability, no token of the API server, no file system to write."""
+    """No root, no capability, no token of the API server, no writable file system."""
     (deployment, _) = made(pool())
     spec = deployment["spec"]["template"]["spec"]
     security = spec["containers"][0]["securityContext"]
@@ -71,7 +71,7 @@ def test_nothing_a_worker_does_not_need_is_given_to_it() -> None:
 
 
 def test_the_autoscaler_has_the_bounds_and_the_calm_of_the_pool() -> None:
-    """min, max, target, steps, cool-downs and the settling window are found again in autoscaling/v2."""
+    """min, max, target, steps, cool-downs and the settling window are set in autoscaling/v2."""
     _, scaler = made(pool(min=2, cooldown_up="15s", cooldown_down="3m", settle="5m", step_down=2))
     spec = scaler["spec"]
 
@@ -107,7 +107,7 @@ def test_the_autoscaler_has_the_bounds_and_the_calm_of_the_pool() -> None:
     ],
 )
 def test_a_sum_is_shared_and_an_average_is_compared(of: str, target: dict[str, str]) -> None:
-    """A query over all workers becomes AverageValue, one of a single worker Value."""
+    """A query over all workers becomes AverageValue, one for a single worker Value."""
     metric = {"kind": "prometheus", "url": "http://p", "query": "q", "target": 2.5, "of": of}
     _, scaler = made(pool(metric=(metric | {"name": "jobs-waiting"},)))
     (found,) = scaler["spec"]["metrics"]
@@ -117,7 +117,7 @@ def test_a_sum_is_shared_and_an_average_is_compared(of: str, target: dict[str, s
 
 @pytest.mark.parametrize("kind", ["builtin", "none"])
 def test_only_an_external_pool_has_an_autoscaler(kind: str) -> None:
-    """Two scalers on one pool would pull at it."""
+    """Two scalers on one pool would work against each other."""
     assert [one["kind"] for one in made(pool(scaler=kind))] == ["Deployment"]
 
 
@@ -139,14 +139,14 @@ def test_only_an_external_pool_has_an_autoscaler(kind: str) -> None:
     ],
 )
 def test_what_kubernetes_can_not_have_is_said(change: dict[str, Any], said: str) -> None:
-    """No image, a metric that no adapter can be asked for, and a least number of 0."""
+    """No image, a metric that no adapter can serve, and a minimum of 0 are rejected."""
     with pytest.raises(UserError, match=said):
         made(pool(**change))
 
 
 @given(st.floats(0.001, 1e12))
 def test_a_quantity_is_close_to_the_number(value: float) -> None:
-    """What Kubernetes reads is within half a thousandth."""
+    """The value that Kubernetes reads is within half a thousandth."""
     said = _quantity(value)
 
     assert math.isclose(number(said), value, abs_tol=0.00051, rel_tol=1e-9)
@@ -154,7 +154,7 @@ def test_a_quantity_is_close_to_the_number(value: float) -> None:
 
 @given(st.floats(0, 3600 * 24), st.floats(0, 3600 * 24))
 def test_times_are_within_what_the_api_takes(settle: float, cooldown: float) -> None:
-    """A window of 0 to 3600 s and a period of 1 to 1800 s, whatever the pool says."""
+    """A window of 0 to 3600 s and a period of 1 to 1800 s, whatever the pool's settings are."""
     _, scaler = made(pool(settle=settle, cooldown_up=cooldown, cooldown_down=cooldown))
     for rules in scaler["spec"]["behavior"].values():
         assert 0 <= rules["stabilizationWindowSeconds"] <= 3600
@@ -162,7 +162,7 @@ def test_times_are_within_what_the_api_takes(settle: float, cooldown: float) -> 
 
 
 def test_use_is_in_percent_of_what_a_worker_was_given() -> None:
-    """The metrics API's nanocores and kibibytes, of all containers together."""
+    """The metrics API's nanocores and kibibytes, summed over all containers."""
     pod = {
         "containers": [
             {"usage": {"cpu": "100000000n", "memory": "16384Ki"}},
@@ -182,7 +182,7 @@ def test_use_is_in_percent_of_what_a_worker_was_given() -> None:
 
 @pytest.fixture
 async def pools(kube: KubernetesCluster) -> AsyncIterator[KubernetesPools]:
-    """A driver in a namespace of its own, on the session's real control plane."""
+    """A driver in its own namespace, on the session's real control plane."""
     namespace = f"pools-{secrets.token_hex(4)}"
     await kube.add_namespace(namespace)
     yield (driver := KubernetesPools(kube.client(), namespace=namespace, installation="i-1"))
@@ -202,7 +202,7 @@ def plain(**more: object) -> PoolSettings:
 async def test_a_pool_is_a_deployment_that_begins_with_the_least_number(
     pools: KubernetesPools,
 ) -> None:
-    """Made with min, scaled up and down by its scale subresource, removed, and removed again."""
+    """Created with min, scaled up and down by its scale subresource, removed, and removed again."""
     await pools.ensure("p", plain(min=3))
     assert (await pools.list_pools())["p"].count == 3
     await pools.scale("p", 5, "because")
@@ -217,7 +217,7 @@ async def test_a_pool_is_a_deployment_that_begins_with_the_least_number(
 async def test_ensure_again_writes_nothing_and_a_change_keeps_the_count(
     pools: KubernetesPools,
 ) -> None:
-    """The same pool leaves the object's version as it is; another environment changes the template only."""
+    """The same pool leaves the object's version unchanged; another environment changes only the template."""
     await pools.ensure("p", plain())
     await pools.scale("p", 4, "")
     first = await deployment(pools)
@@ -234,8 +234,8 @@ async def test_ensure_again_writes_nothing_and_a_change_keeps_the_count(
 async def test_a_pool_that_was_half_made_is_made_to_the_end(
     pools: KubernetesPools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who dies between the Deployment and what follows leaves no pool that looks done; an autoscaler that
-    somebody deleted comes back."""
+    """A crash between the creation of the Deployment and the next steps leaves no pool that looks complete; a deleted
+    autoscaler is created again."""
 
     async def dies(*_: object) -> None:
         raise TerminalError("killed")
@@ -254,7 +254,7 @@ async def test_a_pool_that_was_half_made_is_made_to_the_end(
 
 
 async def test_bounds_that_moved_move_the_count(pools: KubernetesPools) -> None:
-    """Four workers whose most became 2 are two, and whose least became 6 are six."""
+    """Four workers become two if the maximum becomes 2, and six if the minimum becomes 6."""
     await pools.ensure("p", plain(min=4))
     await pools.ensure("p", plain(min=1, max=2))
     assert (await pools.list_pools())["p"].count == 2
@@ -265,7 +265,7 @@ async def test_bounds_that_moved_move_the_count(pools: KubernetesPools) -> None:
 async def test_the_api_server_takes_the_autoscaler_and_it_goes_with_the_setting(
     pools: KubernetesPools,
 ) -> None:
-    """`external` makes a HorizontalPodAutoscaler that autoscaling/v2 accepts; `none` takes it away."""
+    """`external` creates a HorizontalPodAutoscaler that autoscaling/v2 accepts; `none` removes it."""
     named = {"kind": "queue", "url": "http://q", "value": "n", "target": 2.5, "name": "waiting"}
     await pools.ensure("p", pool(metric=(named,), min=2))
     path = "/apis/autoscaling/v2/namespaces/{}/horizontalpodautoscalers/pool-p"
@@ -289,8 +289,8 @@ async def test_a_deployment_of_somebody_else_is_left_alone(
 async def test_a_pool_is_no_agent_for_the_scheduler(
     pools: KubernetesPools, kube: KubernetesCluster
 ) -> None:
-    """The agents' scheduler of the same installation and namespace lists no placement and no malformed
-    object, and its capacity is not told by a pool's pods that wait."""
+    """The agents' scheduler of the same installation and namespace lists no placement and no malformed object, and a
+    pool's pending pods do not affect its capacity."""
     await pools.ensure("p", plain(min=3))
     scheduler = KubernetesScheduler(
         settings=kube.settings(), namespace=pools._namespace, installation="i-1"
@@ -304,7 +304,7 @@ async def test_a_pool_is_no_agent_for_the_scheduler(
 
 
 async def test_without_a_metrics_server_use_is_not_known(pools: KubernetesPools) -> None:
-    """A control plane that has no metrics API gives None, and no 0."""
+    """Without a metrics API the usage is None, not 0."""
     await pools.ensure("p", plain())
 
     assert await pools.usage("p", plain()) is None
@@ -312,7 +312,7 @@ async def test_without_a_metrics_server_use_is_not_known(pools: KubernetesPools)
 
 @pytest.mark.asyncio(loop_scope="session")
 async def test_the_shipped_rights_are_enough(kube: KubernetesCluster, repository: Path) -> None:
-    """As the service account of rbac.yaml a pool is refused; with pools.yaml all of the driver works."""
+    """The service account of rbac.yaml is denied a pool; with pools.yaml the whole driver works."""
     folder = repository / "jobs" / "kubernetes"
     await install(kube, repository)
     driver = KubernetesPools(

@@ -1,4 +1,4 @@
-"""Workers as processes: as many as asked for, one a slot, stopped softly, adopted, restarted, replaced."""
+"""Workers as processes: the requested number, one per slot, stopped gracefully, adopted, restarted, replaced."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pool(command: tuple[str, ...] = NAP, **more: object) -> PoolSettings:
 
 @pytest.fixture
 async def pools(tmp_path: Path) -> AsyncIterator[LocalPools]:
-    """A driver that minds its workers; all of them are gone at the end."""
+    """A driver with running workers; all of them are removed at the end."""
     driver = LocalPools(tmp_path / "pools", poll_s=0.05)
     async with asyncio.TaskGroup() as group:
         task = group.create_task(driver.run(lambda: True))
@@ -76,7 +76,7 @@ def pids(home: Path) -> dict[str, int]:
 async def test_a_pool_has_as_many_processes_as_it_is_told(
     pools: LocalPools, tmp_path: Path
 ) -> None:
-    """From the least number up and down again, and who stays is not touched."""
+    """Up from the minimum and down again; a worker that stays is not touched."""
     await pools.ensure("p", pool(min=1))
     await running(pools, "p", 1)
     first = pids(tmp_path / "pools" / "p")
@@ -90,7 +90,7 @@ async def test_a_pool_has_as_many_processes_as_it_is_told(
 
 
 async def test_a_worker_knows_its_pool_and_slot(pools: LocalPools, tmp_path: Path) -> None:
-    """Both stand in its environment, with what the pool sets and nothing secret of ours."""
+    """Both are in its environment, with the pool's variables and without any secret of this program."""
     os.environ["WATCHDOG_TEST_SECRET"] = "s3cret"
     try:
         await pools.ensure(
@@ -107,7 +107,7 @@ async def test_a_worker_knows_its_pool_and_slot(pools: LocalPools, tmp_path: Pat
 
 
 async def test_a_worker_that_ends_is_started_again(pools: LocalPools, tmp_path: Path) -> None:
-    """After a kill there is another process, about a second later."""
+    """After a kill another process is started, about a second later."""
     await pools.ensure("p", pool())
     await running(pools, "p", 1)
     (before,) = pids(tmp_path / "pools" / "p").values()
@@ -121,7 +121,7 @@ async def test_a_worker_that_ends_is_started_again(pools: LocalPools, tmp_path: 
 async def test_a_worker_that_can_not_start_says_why_and_is_tried_less_and_less(
     pools: LocalPools,
 ) -> None:
-    """A program that is not there is told in the view, and is no busy loop."""
+    """A missing program is displayed as the problem, and is not retried in a busy loop."""
     await pools.ensure("p", pool(("/no/such/program",)))
     async with asyncio.timeout(10):
         while "No such file" not in (found := (await pools.list_pools())["p"]).problem:
@@ -133,7 +133,7 @@ async def test_a_worker_that_can_not_start_says_why_and_is_tried_less_and_less(
 async def test_a_deaf_worker_is_killed_with_all_that_it_started(
     pools: LocalPools, tmp_path: Path
 ) -> None:
-    """SIGTERM is ignored; after kill_timeout neither it nor its child lives."""
+    """It ignores SIGTERM; after kill_timeout neither it nor its child lives."""
     await pools.ensure("p", pool(DEAF, min=0, kill_timeout=0.3))
     await pools.scale("p", 1, "")
     log = tmp_path / "pools" / "p" / "0" / "agent.log"
@@ -156,7 +156,7 @@ def _anyone_holds(folder: Path) -> bool:
 
 
 async def test_workers_outlive_the_driver_and_are_adopted(tmp_path: Path) -> None:
-    """The next driver finds the same processes, also when what the last one knew of them is lost."""
+    """The next driver finds the same processes, even if the state of the previous one is lost."""
     first = LocalPools(tmp_path / "pools")
     await first.ensure("p", pool(min=2))
     first.tick()
@@ -177,7 +177,7 @@ async def test_workers_outlive_the_driver_and_are_adopted(tmp_path: Path) -> Non
 
 
 async def test_two_drivers_on_one_folder_start_each_worker_once(tmp_path: Path) -> None:
-    """A slot's lock lets in one process, whoever races."""
+    """A slot's lock admits one process, even in a race."""
     drivers = [LocalPools(tmp_path / "pools") for _ in range(4)]
     await asyncio.gather(*(one.ensure("p", pool(min=3)) for one in drivers))
     await asyncio.gather(*(asyncio.to_thread(one.tick) for one in drivers for _ in range(3)))
@@ -194,7 +194,7 @@ async def test_two_drivers_on_one_folder_start_each_worker_once(tmp_path: Path) 
 async def test_a_changed_worker_is_replaced_one_at_a_time(
     pools: LocalPools, tmp_path: Path
 ) -> None:
-    """A new environment means new processes, and never fewer than all but one of them."""
+    """A new environment means new processes, and at most one worker is missing at any time."""
     await pools.ensure("p", pool(min=3))
     await running(pools, "p", 3)
     home = tmp_path / "pools" / "p"
@@ -210,14 +210,14 @@ async def test_a_changed_worker_is_replaced_one_at_a_time(
 
 
 async def test_bounds_that_moved_move_the_count(pools: LocalPools) -> None:
-    """A pool of 3 whose most became 2 has 2."""
+    """A pool of 3 whose maximum became 2 has 2."""
     await pools.ensure("p", pool(min=3))
     await pools.ensure("p", pool(min=1, max=2))
     await running(pools, "p", 2)
 
 
 async def test_a_removed_pool_is_gone_and_can_come_again(pools: LocalPools, tmp_path: Path) -> None:
-    """No process, no entry; then a pool of that name begins with its least number."""
+    """No process, no entry; then a new pool with that name starts with its minimum."""
     await pools.ensure("p", pool(min=2))
     await running(pools, "p", 2)
     await pools.remove("p")
@@ -232,16 +232,16 @@ async def test_a_removed_pool_is_gone_and_can_come_again(pools: LocalPools, tmp_
 async def test_cpu_and_memory_are_measured_over_the_session(
     pools: LocalPools,
 ) -> None:
-    """A worker whose child burns what it gets of a core uses far more than one that sleeps, and no more
-    than a core; both have some memory."""
+    """A worker whose child uses all the CPU that it gets uses far more than a sleeping one, and no more than a core;
+    both use some memory."""
     burn = pool(("/bin/sh", "-c", f"{sys.executable} -c 'while True: pass' & wait"), memory="64Mi")
     nap = pool(("sleep", "600"), memory="64Mi")
     await pools.ensure("burn", burn)
     await pools.ensure("nap", nap)
     await running(pools, "burn", 1)
     await running(pools, "nap", 1)
-    await asyncio.sleep(1.0)  # an interpreter that starts burns too
-    assert await pools.usage("burn", burn) is None  # one look is no rate
+    await asyncio.sleep(1.0)  # an interpreter uses CPU while it starts
+    assert await pools.usage("burn", burn) is None  # one reading is not a rate
     assert await pools.usage("nap", nap) is None
     await asyncio.sleep(1.5)
     hot, cold = await pools.usage("burn", burn), await pools.usage("nap", nap)
@@ -253,8 +253,8 @@ async def test_cpu_and_memory_are_measured_over_the_session(
 
 
 async def test_a_damaged_file_is_the_trouble_of_one_pool(pools: LocalPools, tmp_path: Path) -> None:
-    """A pool.json that is no JSON is told with its path; another pool is started, scaled and looked at,
-    and the damaged one is not made anew over it."""
+    """A pool.json that is not JSON is reported with its path; another pool is started, scaled and listed, and the
+    damaged file is not overwritten."""
     await pools.ensure("good", pool(min=1))
     (tmp_path / "pools" / "bad").mkdir()
     (tmp_path / "pools" / "bad" / "pool.json").write_text("{")
@@ -269,7 +269,7 @@ async def test_a_damaged_file_is_the_trouble_of_one_pool(pools: LocalPools, tmp_
 async def test_pools_that_come_and_go_are_looked_at_without_an_error(
     pools: LocalPools,
 ) -> None:
-    """A pool that is taken away while it is looked at raises nothing: the control plane would end by it."""
+    """A pool that is removed while it is read raises nothing, which would end the control plane."""
     for _ in range(5):
         await pools.ensure("p", pool(min=2))
         await running(pools, "p", 2)

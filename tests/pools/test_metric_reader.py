@@ -1,4 +1,4 @@
-"""A metric is one number, or none with a reason; never a 0 that nobody said."""
+"""A metric is one number, or none with a reason; never a 0 that was not reported."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TREE = {"streams": [{"name": "a", "n": 1}, {"name": "b.c", "n": 2.5}], "deep": [
     [("streams[0].n", 1), ("streams[name=b.c].n", 2.5), ("deep[0][1]", 4)],
 )
 def test_a_path_leads_to_its_number(path: str, number: float) -> None:
-    """Keys, positions and picks by a key's value."""
+    """Keys, positions, and selections by a key's value."""
     assert number_at(TREE, path) == number
 
 
@@ -40,7 +40,7 @@ def test_a_path_leads_to_its_number(path: str, number: float) -> None:
     ],
 )
 def test_a_path_to_nowhere_says_where_it_ends(path: str, said: str) -> None:
-    """A missing step, and what is no number, are errors."""
+    """A missing step, and a value that is not a number, are errors."""
     with pytest.raises(ValueError, match=said):
         number_at(TREE, path)
 
@@ -54,7 +54,7 @@ def test_a_path_to_nowhere_says_where_it_ends(path: str, said: str) -> None:
     )
 )
 def test_any_document_gives_a_number_or_a_refusal(document: object) -> None:
-    """Whatever a page answers, nothing but ValueError comes out."""
+    """Whatever a page answers, the only exception is ValueError."""
     try:
         assert isinstance(number_at(document, "a[0].b[x=y].a"), float)
     except ValueError:
@@ -62,7 +62,7 @@ def test_any_document_gives_a_number_or_a_refusal(document: object) -> None:
 
 
 class Drive:
-    """A driver that knows only what its workers use."""
+    """A driver that knows only the usage of its workers."""
 
     used: Usage | None = Usage(80.0, 20.0)
 
@@ -72,7 +72,7 @@ class Drive:
 
 @pytest.fixture
 async def page() -> AsyncIterator[tuple[str, dict[str, Any]]]:
-    """An address that answers what is put under "answer", and notes what it was asked."""
+    """An address that returns the value of "answer", and records its requests."""
     told: dict[str, Any] = {"answer": {}, "status": 200}
 
     async def handle(request: web.Request) -> web.Response:
@@ -110,7 +110,7 @@ def vector(*values: str) -> dict[str, Any]:
 async def test_prometheus_is_asked_with_the_query_and_the_token(
     page: tuple[str, dict[str, Any]], tmp_path: Any
 ) -> None:
-    """The instant query of the HTTP API; the file's token goes along."""
+    """The instant query of the HTTP API is sent with the file's token."""
     address, told = page
     token = tmp_path / "token"
     token.write_text("s3cret\n")
@@ -139,7 +139,7 @@ async def test_prometheus_is_asked_with_the_query_and_the_token(
 async def test_what_prometheus_does_not_say_is_no_number(
     page: tuple[str, dict[str, Any]], answer: object, status: int, said: str
 ) -> None:
-    """Nothing, too much, NaN and errors are no value, and the reason says which."""
+    """No series, too many, NaN and errors are no value, and the reason says which."""
     address, told = page
     told |= {"answer": answer, "status": status}
     value, reason = await read({"kind": "prometheus", "url": address, "query": "q", "target": 1.0})
@@ -172,7 +172,7 @@ async def test_nobody_who_answers_is_no_number() -> None:
 async def test_a_slow_server_is_waited_for_no_longer_than_the_time_out(
     page: tuple[str, dict[str, Any]],
 ) -> None:
-    """An answer that comes after `timeout` is none."""
+    """An answer that arrives after `timeout` is no value."""
     address, told = page
     told |= {"wait": 1.0, "answer": {"a": 1}}
     value, reason = await read(
@@ -183,7 +183,7 @@ async def test_a_slow_server_is_waited_for_no_longer_than_the_time_out(
 
 
 async def test_usage_and_devices_are_read_where_they_are_known() -> None:
-    """CPU and memory come from the driver, devices from the fleet, and no usage is no number."""
+    """CPU and memory come from the driver, devices from the fleet; without usage there is no number."""
     drive = Drive()
     assert await read({"kind": "cpu", "target": 1.0}, drive) == (80.0, "")
     assert await read({"kind": "memory", "target": 1.0}, drive) == (20.0, "")

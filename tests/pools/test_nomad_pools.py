@@ -1,4 +1,4 @@
-"""Pools on a real Nomad: its count is the truth, its bounds are ours, its Autoscaler gets its policy."""
+"""Pools on a real Nomad: its count is authoritative, the bounds are the pool's, and its Autoscaler gets the policy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def prefix() -> str:
 
 @pytest.fixture
 async def pools(nomad: NomadServer, prefix: str) -> AsyncIterator[NomadPools]:
-    """A driver with jobs of its own, which are stopped at the end."""
+    """A driver with its own jobs, which are stopped at the end."""
     driver = NomadPools(
         NomadClient(NomadAccess(address=nomad.http_addr)), installation="me", prefix=prefix
     )
@@ -51,7 +51,7 @@ async def running(driver: NomadPools, name: str, count: int) -> None:
 
 
 async def scaled(driver: NomadPools, name: str, count: int) -> None:
-    """As the keeper does it: again while Nomad has a deployment under way."""
+    """Scale like the pool controller: retry while a deployment is in progress."""
     async with asyncio.timeout(40.0):
         while True:
             try:
@@ -63,7 +63,7 @@ async def scaled(driver: NomadPools, name: str, count: int) -> None:
 
 
 async def test_a_pool_is_a_job_whose_count_is_scaled(pools: NomadPools) -> None:
-    """One worker, then three, then two: asked of Nomad, and running there."""
+    """One worker, then three, then two: requested from Nomad, and running there."""
     await pools.ensure("p", pool())
     await running(pools, "p", 1)
     await scaled(pools, "p", 3)
@@ -75,7 +75,7 @@ async def test_a_pool_is_a_job_whose_count_is_scaled(pools: NomadPools) -> None:
 
 
 async def test_nomad_itself_refuses_what_is_out_of_bounds(pools: NomadPools) -> None:
-    """Also with the policy switched off, nobody gets more than the most or fewer than the least."""
+    """Even with the policy disabled, Nomad allows no more than the maximum and no fewer than the minimum."""
     await pools.ensure("p", pool(min=1, max=2))
     with pytest.raises(UserError, match="maximum"):
         await scaled(pools, "p", 3)
@@ -86,7 +86,7 @@ async def test_nomad_itself_refuses_what_is_out_of_bounds(pools: NomadPools) -> 
 async def test_a_changed_pool_keeps_its_count_and_an_unchanged_one_is_not_registered(
     pools: NomadPools, nomad: NomadServer, prefix: str
 ) -> None:
-    """`ensure` again writes nothing; with another environment it writes, and three stay three."""
+    """Another `ensure` writes nothing; with another environment it writes, and three workers stay three."""
     await pools.ensure("p", pool())
     await scaled(pools, "p", 3)
     path = f"/v1/job/{prefix}.pool.p"
@@ -103,7 +103,7 @@ async def test_a_changed_pool_keeps_its_count_and_an_unchanged_one_is_not_regist
 
 
 async def test_bounds_that_moved_move_the_count(pools: NomadPools) -> None:
-    """Three workers whose most became 2 are two."""
+    """Three workers become two if the maximum becomes 2."""
     await pools.ensure("p", pool(min=3))
     await pools.ensure("p", pool(min=1, max=2))
 
@@ -125,14 +125,14 @@ async def test_a_pool_that_somebody_stopped_is_started_again(
 async def test_a_job_of_somebody_else_is_left_alone(
     pools: NomadPools, nomad: NomadServer, prefix: str
 ) -> None:
-    """Another installation's pool of that name is no pool of ours, and is neither changed nor stopped."""
+    """Another installation's pool with that name is not listed, changed or stopped."""
     client = NomadClient(NomadAccess(address=nomad.http_addr))
     other = NomadPools(client, installation="other", prefix=prefix)
     await a_pool_of_another_is_left_alone(pools, other, pool())
 
 
 async def test_a_removed_pool_is_gone(pools: NomadPools) -> None:
-    """It is listed no more, can't be scaled, and a second time is no error."""
+    """It is no longer listed, can't be scaled, and a second removal is no error."""
     await pools.ensure("p", pool())
     await pools.remove("p")
     await pools.remove("p")
@@ -146,8 +146,8 @@ async def test_a_removed_pool_is_gone(pools: NomadPools) -> None:
 async def test_what_workers_use_is_measured_or_not_known_and_never_0(
     pools: NomadPools, nomad: NomadServer
 ) -> None:
-    """Where Nomad measures (control groups v2), a worker that burns what it can has CPU and memory; where
-    it answers 0 for everything (v1), its use is not known, so that no pool shrinks by it."""
+    """Where Nomad measures (control groups v2), a worker that uses all the CPU it can has CPU and memory. Where it
+    answers 0 for everything (v1), usage is unknown, so that no pool shrinks because of it."""
     burn = pool(command=(sys.executable, "-c", "while True: pass"), cpu=500)
     await pools.ensure("burn", burn)
     await running(pools, "burn", 1)
@@ -182,12 +182,12 @@ def stats(measured: list[str] | None, ticks: float, memory: int) -> dict[str, An
 def test_an_answer_without_a_measurement_is_no_use_of_0(
     answer: dict[str, Any], share: tuple[float, float] | None
 ) -> None:
-    """Ticks and bytes become percent of the worker's share; zeros that nobody measured become nothing."""
+    """Ticks and bytes become percent of the worker's share; zeros without a measurement become None."""
     assert used(answer, pool(cpu=500)) == share
 
 
 async def test_a_pool_without_room_says_so(pools: NomadPools) -> None:
-    """More memory than any node has is told as trouble, and is no error."""
+    """More memory than any node has is reported as a problem, and is no error."""
     await pools.ensure("p", pool(memory="2000Gi"))
     async with asyncio.timeout(20):
         while not (found := (await pools.list_pools())["p"]).problem:
@@ -210,7 +210,7 @@ TASK = 'task "t" {\n driver = "raw_exec"\n }\n'
 async def test_a_template_that_can_be_no_pool_is_refused(
     pools: NomadPools, tmp_path: Path, text: str, said: str
 ) -> None:
-    """What is wrong with one's own template is said before anything is registered."""
+    """An error in a custom template is reported before anything is registered."""
     file = tmp_path / "own.nomad.hcl"
     names = ("pool", "cpu", "memory", "kill_timeout")
     file.write_text(
@@ -270,8 +270,8 @@ job "x" {
 async def test_the_policy_for_nomad_autoscaler_is_what_nomad_makes_of_hcl(
     nomad: NomadServer, metric: dict[str, object], words: tuple[str, ...]
 ) -> None:
-    """The block that we write is, value for value, the one that Nomad's parser makes of a hand-written
-    `scaling` block as the Autoscaler documents it."""
+    """The block that this program writes is, value for value, the one that Nomad's parser makes of a `scaling` block
+    written as the Autoscaler documents it."""
     client = NomadClient(NomadAccess(address=nomad.http_addr))
     try:
         parsed = await client.parse(EXTERNAL % words, "")
@@ -287,7 +287,7 @@ async def test_the_policy_for_nomad_autoscaler_is_what_nomad_makes_of_hcl(
 async def test_an_external_pool_offers_its_policy_to_the_autoscaler(
     pools: NomadPools, nomad: NomadServer, prefix: str
 ) -> None:
-    """It stands in Nomad's list of scaling policies, enabled; that of the built-in scaler is not."""
+    """It is in Nomad's list of scaling policies, enabled; the policy of the built-in scaler is not."""
     cpu = ({"kind": "cpu", "target": 70.0},)
     await pools.ensure("ext", pool(scaler="external", metric=cpu))
     await pools.ensure("own", pool(scaler="builtin", metric=cpu))

@@ -28,7 +28,7 @@ from tests.pools.work import (
 
 
 def metric(queue: NatsServer, more: str = "") -> str:
-    """How many messages wait, by NATS's own page: ten for each worker. `more`: another line."""
+    """The number of waiting messages, from NATS's own page: ten per worker. `more`: another line."""
     return f"""metric "queue" {{
       url    = "{queue.monitor}/jsz?streams=true"
       value  = "{DEPTH}"
@@ -38,7 +38,7 @@ def metric(queue: NatsServer, more: str = "") -> str:
 
 
 async def check(plane: ControlPlane, queue: NatsServer, folder: Path) -> None:
-    """The pool follows the queue up and down, inside its bounds, and no message is lost by it."""
+    """The pool follows the queue up and down within its bounds, and no message is lost."""
     seen: set[int] = set()
 
     def keep(answer: Any) -> dict[str, Any]:
@@ -47,7 +47,7 @@ async def check(plane: ControlPlane, queue: NatsServer, folder: Path) -> None:
         seen.add(row["count"])
         return row
 
-    # asked at once, the API shows a pool that nobody has made yet
+    # at first the API lists a pool that has not been created yet
     await plane.until("/v1/pools", lambda a: a["items"][0]["count"] > 0, 60.0)
     await plane.until("/v1/pools", lambda a: counts(keep(a)) == (LEAST, LEAST), 60.0)
     await publish(queue, range(MESSAGES))
@@ -56,19 +56,19 @@ async def check(plane: ControlPlane, queue: NatsServer, folder: Path) -> None:
     await plane.until("/v1/pools", lambda a: counts(keep(a)) == (LEAST, LEAST), 60.0)
 
     all_done_once(folder)
-    assert seen >= {1, 3, 5}  # two at a time, as step_up says
+    assert seen >= {1, 3, 5}  # two at a time, as set by step_up
     await by_hand(plane)
 
 
 async def by_hand(plane: ControlPlane) -> None:
-    """The events, the metrics and the command line tell the same, and an operator has a word."""
+    """The events, the metrics and the command line agree, and an operator can scale the pool."""
     events = await plane.call("GET", "/v1/events?kind=pool.scaled")
     texts = [event["text"] for event in events["items"]]
     assert any("scaled from 1 to 3 workers: metric" in text for text in texts), texts
     listed = await cli(plane, "pools", "ls", "-o", "json")
     assert [row["name"] for row in json.loads(listed)["items"]] == ["encoder"]
     assert "encoder" in await cli(plane, "pools", "ls")
-    # 75, try again: Nomad scales no job while a deployment of it is under way
+    # 75, try again: Nomad scales no job while its deployment is in progress
     while (await run(plane, "pools", "scale", "encoder", "2")).returncode == 75:
         await asyncio.sleep(0.5)
     await plane.until("/v1/pools", lambda answer: counts(answer["items"][0]) == (2, 2), 60.0)
@@ -95,13 +95,13 @@ async def run(plane: ControlPlane, *words: str) -> subprocess.CompletedProcess[s
     "workers go through 120 messages, and the pool shrinks after its cool-downs"
 )
 async def test_local_workers_follow_a_real_queue(queue: NatsServer, tmp_path: Path) -> None:
-    """120 messages raise the pool from 1 to 5 processes; all are done once, and it falls to 1 again."""
+    """120 messages scale the pool from 1 to 5 processes; each is done once, and the pool shrinks to 1 again."""
     folder = tmp_path / "done"
     text = config("local", process(queue, folder), metric(queue))
     async with ControlPlane(tmp_path, "a", text) as plane:
         await check(plane, queue, folder)
     text = text.replace(text[text.index("agent_pool") :], "")
-    # without its block the pool waits for an operator's word, and that stops it
+    # without its block the pool waits until an operator removes it, which stops it
     async with ControlPlane(tmp_path, "a", text) as plane:
         (row,) = (await plane.call("GET", "/v1/pools"))["items"]
         assert (row["configured"], row["running"] > 0) == (False, True)
@@ -119,7 +119,7 @@ async def test_local_workers_follow_a_real_queue(queue: NatsServer, tmp_path: Pa
 async def test_nomad_workers_follow_a_real_queue(
     queue: NatsServer, nomad: NomadServer, tmp_path: Path
 ) -> None:
-    """The same on a real Nomad, whose job's count is what is scaled."""
+    """The same on a real Nomad, where the job's count is scaled."""
     folder = tmp_path / "done"
     block = f'nomad {{\n  address = "{nomad.http_addr}"\n  job_prefix = "queue"\n}}\n'
     text = config("nomad", process(queue, folder), metric(queue), block)

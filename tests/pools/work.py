@@ -1,4 +1,4 @@
-"""The work that the pools of these tests are for: numbers on a real queue, each to be done once."""
+"""The work for the pools of these tests: numbers on a real queue, each to be done once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORK_S = 0.25
 MESSAGES = 120
 LEAST, MOST = 1, 5
 DEPTH = "account_details[0].stream_detail[name=JOBS].state.messages"
-"""Where NATS's page `/jsz?streams=true` says how many messages wait."""
+"""Path of the number of waiting messages in NATS's page `/jsz?streams=true`."""
 
 CONFIG = """
 backend  = "%(backend)s"
@@ -63,13 +63,13 @@ agent_pool "encoder" {
 def config(
     backend: str, worker: str, metric: str, block: str = "", *, scaler: str = "builtin"
 ) -> str:
-    """Of a program that keeps one pool. `worker`, `metric`: lines of its block; `block`: the backend's own."""
+    """Configuration of a program with one pool. `worker`, `metric`: lines of its block; `block`: the backend's own."""
     words = {"backend": backend, "worker": worker, "metric": metric, "block": block}
     return CONFIG % {**words, "scaler": scaler, "least": LEAST, "most": MOST}
 
 
 def process(queue: NatsServer, folder: Path) -> str:
-    """The worker as a command. What it has done stands in `folder`, which is made."""
+    """The worker as a command. It records its work in `folder`, which is created."""
     folder.mkdir()
     command = [sys.executable, str(WORKER), *arguments(queue, folder)]
     return f"command = {json.dumps(command)}"
@@ -80,7 +80,7 @@ def arguments(queue: NatsServer, folder: Path) -> list[str]:
 
 
 async def make(queue: NatsServer) -> None:
-    """The work queue JOBS: a message that is acknowledged is gone."""
+    """Create the work queue JOBS, which removes acknowledged messages."""
     client = await nats.connect(queue.url)
     stream = client.jetstream()
     await stream.add_stream(name="JOBS", subjects=["jobs"], retention=RetentionPolicy.WORK_QUEUE)
@@ -96,7 +96,7 @@ async def publish(queue: NatsServer, numbers: Sequence[int]) -> None:
 
 
 async def waiting(queue: NatsServer) -> int:
-    """How many messages are not done yet."""
+    """Number of messages that are not done yet."""
     client = await nats.connect(queue.url)
     info = await client.jetstream().stream_info("JOBS")
     await client.close()
@@ -104,13 +104,13 @@ async def waiting(queue: NatsServer) -> int:
 
 
 def done(folder: Path) -> Counter[int]:
-    """Message → how often it was done."""
+    """Message → number of times it was done."""
     lines = [line for file in folder.glob("*.done") for line in file.read_text().splitlines()]
     return Counter(map(int, lines))
 
 
 def all_done_once(folder: Path) -> None:
-    """By more than one worker, and none twice: who was stopped ended the message at hand first."""
+    """By more than one worker, and none twice: a stopped worker finished its current message first."""
     found = done(folder)
     assert sorted(found) == list(range(MESSAGES))
     assert max(found.values()) == 1

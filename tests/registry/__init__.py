@@ -1,1 +1,1 @@
-"""The registry over both stores, and what Consul says about health."""
+"""The registry over both stores, and Consul's health information."""

@@ -1,4 +1,4 @@
-"""The same store opened as often as a test likes: in SQLite, in real Consul, and in the fake of both."""
+"""The same store opened any number of times: in SQLite, in real Consul, and in the fake of both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FAKE = "memory"
 
 
 class Store:
-    """One store of a test."""
+    """The store of one test."""
 
     def __init__(self, folder: Path, address: str) -> None:
         self.path = folder / "registry.sqlite"
@@ -31,7 +31,7 @@ class Store:
         self._clients: list[ConsulClient] = []
 
     def open(self) -> Registry:
-        """Another handle to the same store, as another process would have."""
+        """Another handle to the same store, like that of another process."""
         registry: Registry
         if not self.address:
             registry = SqliteRegistry(path=self.path)
@@ -53,7 +53,7 @@ class Store:
 
 @pytest.fixture(params=["sqlite", "consul", "fake"])
 def store_address(request: pytest.FixtureRequest) -> str:
-    """Empty = SQLite. Not async, so that only tests over Consul start one."""
+    """Empty = SQLite. Not async, so that only tests over Consul start a Consul."""
     if request.param == "sqlite":
         return ""
     if request.param == "fake":

@@ -47,7 +47,7 @@ HOSTILE = [
 
 
 def hostile_ids(count: int) -> list[str]:
-    """Distinct ids of 1 to 128 bytes from all of Unicode that is printable; the same each time."""
+    """Distinct IDs of 1 to 128 bytes from all printable Unicode characters; the same on each call."""
     chooser = random.Random(20261123)
     found = dict.fromkeys(HOSTILE)
     while len(found) < count:

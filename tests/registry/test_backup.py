@@ -1,4 +1,4 @@
-"""A backup brings back what was, and no epoch ever goes back."""
+"""Restoring a backup brings back its content and never lowers an epoch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def whole(registry: Registry) -> list[DeviceRecord]:
 
 
 async def test_a_new_store_takes_over_the_whole_backup(registry: Registry, store: Store) -> None:
-    """Records, tombstones, epochs, accepted instances and the installation come back as they were."""
+    """Records, tombstones, epochs, accepted instances and the installation are restored unchanged."""
     kept = plain(await fill(registry))
     text = "\n".join(await backup.lines(registry)) + "\n"
     installation, records, _ = backup.parse(io.StringIO(text))
@@ -61,7 +61,7 @@ async def test_a_new_store_takes_over_the_whole_backup(registry: Registry, store
 async def test_s1_an_old_backup_lowers_no_epoch_and_undoes_no_newer_wish(
     registry: Registry,
 ) -> None:
-    """What happened after the backup stands: higher epochs, and a device that has left since."""
+    """Changes after the backup stay: higher epochs, and a device that has left since."""
     before = await fill(registry)
     lines = await backup.lines(registry)
     moved = [replace(one, epoch=Epoch(one.epoch + 7), instance="new") for one in before[:5]]
@@ -76,8 +76,8 @@ async def test_s1_an_old_backup_lowers_no_epoch_and_undoes_no_newer_wish(
 async def test_s1_no_epoch_of_a_record_that_was_deleted_since_comes_back(
     registry: Registry,
 ) -> None:
-    """An epoch up to the floor may have been given again since: a device whose record was deleted comes back without
-    one, and so does one that was registered again and has none yet. What is above the floor, or never went, stays."""
+    """An epoch up to the floor may have been used again since: a device whose record was deleted is restored without
+    one, and so is one that was registered again and has none yet. Records above the floor, or never deleted, stay."""
     saved = await fill(registry)
     parsed = backup.parse(io.StringIO("\n".join(await backup.lines(registry))))
     gone, again, kept, above = saved[6], saved[7], saved[8], saved[16]
@@ -97,7 +97,7 @@ async def test_s1_no_epoch_of_a_record_that_was_deleted_since_comes_back(
 async def test_a_wiped_registry_takes_epochs_below_the_floor_of_the_backup(
     registry: Registry, store: Store
 ) -> None:
-    """Records that were there beside a higher floor come back with their epochs, and the floor with them."""
+    """Records below the backup's floor are restored with their epochs, and so is the floor."""
     await fill(registry)
     assert await raise_floor(registry, EpochFloor(Epoch(50), 3))
     kept = await whole(registry)
@@ -115,7 +115,7 @@ async def test_a_wiped_registry_takes_epochs_below_the_floor_of_the_backup(
 
 
 async def test_a_dry_run_writes_nothing(registry: Registry, store: Store) -> None:
-    """It says how many would change, also for a store that is not there yet."""
+    """It reports how many records would change, even for a store that does not exist yet."""
     await fill(registry)
     parsed = backup.parse(io.StringIO("\n".join(await backup.lines(registry))))
     fresh = Store(store.path.parent / "other", store.address)
@@ -130,7 +130,7 @@ async def test_a_dry_run_writes_nothing(registry: Registry, store: Store) -> Non
 
 
 async def test_two_installations_are_not_mixed(registry: Registry) -> None:
-    """A backup of another installation is refused, with both ids."""
+    """A backup of another installation is rejected, with both IDs."""
     await fill(registry)
     _, records, _ = backup.parse(io.StringIO("\n".join(await backup.lines(registry))))
     other = "00000000-0000-4000-8000-000000000000"
@@ -155,7 +155,7 @@ async def test_two_installations_are_not_mixed(registry: Registry) -> None:
 async def test_a_damaged_backup_is_refused_whole(
     registry: Registry, change: object, said: str
 ) -> None:
-    """A backup that was cut, doubled or edited is refused with its line before anything is written."""
+    """A backup that is cut, contains duplicates or was edited is rejected with its line before anything is written."""
     await fill(registry, 4)
     lines = await backup.lines(registry)
     assert json.loads(lines[0])["records"] == 4
@@ -179,8 +179,8 @@ RECORDS = st.builds(
 
 @given(RECORDS, RECORDS)
 def test_s1_restoring_never_lowers_anything(stored: DeviceRecord, saved: DeviceRecord) -> None:
-    """Neither epoch nor generation goes back, the store's own instance stays at its epoch, and doing it
-    twice is doing it once."""
+    """Neither epoch nor generation goes back, the store's own instance stays at its epoch, and restoring twice has the
+    same result as once."""
     made = presence.restore(stored, saved) or stored
     assert made.epoch == max(stored.epoch, saved.epoch)
     assert made.generation == max(stored.generation, saved.generation)

@@ -1,4 +1,4 @@
-"""A registry that can be read and not written is noticed before anything is asked of it."""
+"""A registry that can be read but not written is detected before anything has to be written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.registry.conftest import Store
 
 
 async def test_the_check_writes_nothing(store: Store) -> None:
-    """In every store it neither makes a document nor moves the index, however often it is made."""
+    """In every store it neither creates a document nor changes the index, however often it runs."""
     registry = store.open()
     await registry.initialise()
     fleet = Fleet(registry, Limits(), SystemClock())
@@ -43,8 +43,8 @@ async def test_the_check_writes_nothing(store: Store) -> None:
 
 
 async def test_the_check_adds_no_entry_to_consuls_log(consul: ConsulServer) -> None:
-    """Of five rounds of ten checks on real Consul, the quietest one leaves the raft index where it was; ten lost
-    compare-and-sets of a document move it by ten at least."""
+    """Of five rounds of ten checks on real Consul, the quietest one leaves the raft index unchanged; ten lost
+    compare-and-sets of a document raise it by at least ten."""
     client = ConsulClient(ConsulAccess(address=consul.http_addr))
     registry = ConsulRegistry(client=client, prefix=f"test-{uuid.uuid4()}")
     async with aiohttp.ClientSession(consul.http_addr) as http:
@@ -69,7 +69,7 @@ async def test_the_check_adds_no_entry_to_consuls_log(consul: ConsulServer) -> N
 async def test_a_refusal_is_shown_until_it_is_over(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One log line and one event when it begins and when it is over; no answer in time says nothing."""
+    """One log line and one event when it begins and when it ends; a timeout changes nothing."""
     fleet, metrics = Fleet(registry, Limits(), SystemClock()), Metrics()
     fleet.readiness.event.set()
     writes = RegistryWrites(fleet, metrics)

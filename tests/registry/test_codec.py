@@ -1,4 +1,4 @@
-"""Records as bytes: what older versions wrote is read, and what they can read is not changed."""
+"""Encoding of records: records of older versions are read, and records that those versions can read do not change."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ OLD = (
 
 
 def test_a_record_of_before_is_read_and_written_as_it_was() -> None:
-    """A record without an event's mark decodes, and encodes to the same bytes."""
+    """A record without an event's mark is decoded, and encoded to the same bytes."""
     assert decode(OLD).event_at == 0
     assert encode(decode(OLD)) == OLD
 
 
 @given(st.integers(1, 2**62), st.lists(st.from_regex(r"\A[0-9a-f]{12}\Z"), max_size=16).map(tuple))
 def test_an_events_mark_survives(at: int, marks: tuple[str, ...]) -> None:
-    """The time and the marks of an event are read as they were written."""
+    """The time and the marks of an event are read as written."""
     marked = replace(record("cam"), event_at=at, event_marks=marks)
     assert decode(encode(marked)) == marked
 
@@ -40,7 +40,7 @@ def test_an_events_mark_survives(at: int, marks: tuple[str, ...]) -> None:
 def test_a_condition_survives(
     state: ConditionState, since: WallTime, reason: str, misses: int
 ) -> None:
-    """What is wrong with a device is read as it was written."""
+    """A device's condition is read as written."""
     sick = replace(record("cam"), condition=Condition(state, since, reason, misses))
     assert decode(encode(sick)) == sick
 
@@ -64,6 +64,6 @@ def test_a_condition_survives(
     ],
 )
 def test_marks_that_we_would_not_write_are_poison(more: bytes) -> None:
-    """A time or a mark of another form, or a field of another name, is poison (S9)."""
+    """A time or a mark in another form, or a field with another name, is poison (S9)."""
     with pytest.raises(PoisonError):
         decode(OLD[:-1] + b"," + more + b"}")

@@ -1,6 +1,6 @@
-"""What every store promises, run unchanged over SQLite and over a real Consul.
+"""Requirements for every store, tested unchanged over SQLite and over a real Consul.
 
-Out of scope here: what only one of them can do wrong (test_sqlite.py, test_consul.py).
+Out of scope here: failures that only one of them can have (test_sqlite.py, test_consul.py).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ async def watching(
 
 
 async def following(watch: AsyncIterator[RegistrySnapshot], index: int) -> RegistrySnapshot:
-    """The first snapshot at or past index, within a deadline."""
+    """The first snapshot at or after index, within a deadline."""
     async with asyncio.timeout(10):
         async for snapshot in watch:
             if snapshot.index >= index:
@@ -59,7 +59,7 @@ async def test_commit_creates_updates_and_refuses_stale(registry: Registry) -> N
 
 
 async def test_commit_items_are_independent(registry: Registry) -> None:
-    """Losers in the middle of 150 records, more than one transaction, take no winner with them."""
+    """In 150 records, more than one transaction, losers in the middle do not affect the winners."""
     taken = [await put(registry, record(f"dev {i}")) for i in (0, 70, 149)]
     wanted = [record(f"dev {i}", epoch=3) for i in range(150)]
     stored = await registry.commit(wanted)
@@ -71,12 +71,12 @@ async def test_commit_items_are_independent(registry: Registry) -> None:
 
 
 async def test_commit_of_nothing_is_nothing(registry: Registry) -> None:
-    """An empty commit gives an empty answer."""
+    """An empty commit returns an empty result."""
     assert list(await registry.commit([])) == []
 
 
 async def test_s1_epoch_survives_delete_and_re_add(registry: Registry) -> None:
-    """A tombstone keeps the epoch, and a blind re-creation of the device is refused."""
+    """A tombstone keeps the epoch, and creating the device again without reading it is refused."""
     stored = await put(registry, record("cam", epoch=7))
     gone = await put(registry, replace(stored, presence=Presence.ABSENT))
     assert await registry.commit([record("cam")]) == [None]
@@ -88,7 +88,7 @@ async def test_s1_epoch_survives_delete_and_re_add(registry: Registry) -> None:
 
 
 async def test_s2_two_writers_lose_no_update(store: Store, registry: Registry) -> None:
-    """Two handles that race 100 increments each end at exactly 200."""
+    """Two handles that race with 100 increments each end at exactly 200."""
     start = await put(registry, record("contended"))
 
     async def add(handle: Registry) -> None:
@@ -108,7 +108,7 @@ async def test_s2_two_writers_lose_no_update(store: Store, registry: Registry) -
 
 
 async def test_without_sentinel_everything_is_refused(store: Store) -> None:
-    """A store that was never initialised raises UserError with the remedy, never an empty snapshot."""
+    """A store that was never initialised raises UserError with the fix, never returns an empty snapshot."""
     opened = store.open()
     calls: list[Callable[[], Awaitable[object]]] = [
         opened.read,
@@ -123,7 +123,7 @@ async def test_without_sentinel_everything_is_refused(store: Store) -> None:
 
 
 async def test_initialise_is_idempotent(store: Store) -> None:
-    """Two that initialise at once, and a third later, get one installation id."""
+    """Two simultaneous initialisations, and a third later, get one installation ID."""
     one, two = store.open(), store.open()
     ids = set(await asyncio.gather(one.initialise(), two.initialise()))
     ids |= {await store.open().initialise(), await one.installation()}
@@ -132,7 +132,7 @@ async def test_initialise_is_idempotent(store: Store) -> None:
 
 
 async def test_watch_sees_the_other_writer(store: Store, registry: Registry) -> None:
-    """A commit through one handle reaches a watch on another, and nothing is shown twice."""
+    """A commit through one handle reaches a watch on another, and no snapshot is repeated."""
     other = store.open()
     async with watching(registry, (await registry.read()).index) as watch:
         stored = await put(other, record("late"))
@@ -145,7 +145,7 @@ async def test_watch_sees_the_other_writer(store: Store, registry: Registry) -> 
 
 
 async def test_unchanged_records_are_the_same_objects(registry: Registry) -> None:
-    """From one snapshot to the next only what changed is a new object."""
+    """From one snapshot to the next, only changed records are new objects."""
     still = await put(registry, record("still"))
     moving = await put(registry, record("moving"))
     before = await registry.read()
@@ -158,7 +158,7 @@ async def test_unchanged_records_are_the_same_objects(registry: Registry) -> Non
 
 
 async def test_watch_from_another_history_starts_over(registry: Registry) -> None:
-    """An index from the future, as after a restored backup, gives a full snapshot soon."""
+    """An index from the future, as after a restored backup, soon gives a full snapshot."""
     stored = await put(registry, record("restored"))
     async with watching(registry, 10**12) as watch, asyncio.timeout(10):
         snapshot = await anext(watch)
@@ -166,7 +166,7 @@ async def test_watch_from_another_history_starts_over(registry: Registry) -> Non
 
 
 async def test_s8_a_read_shows_our_own_write(registry: Registry) -> None:
-    """The index of a read after a commit is at or past the index of that commit."""
+    """The index of a read after a commit is not below the index of that commit."""
     for i in range(20):
         stored = await put(registry, record(f"own {i}"))
         snapshot = await registry.read()
@@ -175,7 +175,7 @@ async def test_s8_a_read_shows_our_own_write(registry: Registry) -> None:
 
 
 async def test_s11_hostile_ids_round_trip(registry: Registry) -> None:
-    """1,000 hostile device ids come back unchanged, each under its own slug."""
+    """1,000 hostile device IDs are returned unchanged, each under its own slug."""
     wanted = [record(text) for text in hostile_ids(1000)]
     stored = await registry.commit(wanted)
     records = (await registry.read()).records
@@ -185,7 +185,7 @@ async def test_s11_hostile_ids_round_trip(registry: Registry) -> None:
 
 
 async def test_bulk_of_5000(registry: Registry) -> None:
-    """5,000 records are stored, read and watched within a minute, and a second read decodes none."""
+    """5,000 records are stored and read within a minute, and a second read decodes none."""
     wanted = [record(f"bulk {i}") for i in range(5000)]
     async with asyncio.timeout(60):
         stored = await registry.commit(wanted)
@@ -197,7 +197,7 @@ async def test_bulk_of_5000(registry: Registry) -> None:
 
 
 async def test_many_commits_at_once(registry: Registry) -> None:
-    """200 commits under way together are all stored, each with an index of its own record."""
+    """200 concurrent commits are all stored, each with the index of its own record."""
     answers = await asyncio.gather(*(registry.commit([record(f"c {i}")]) for i in range(200)))
     records = (await registry.read()).records
     assert len(records) == 200
@@ -205,7 +205,7 @@ async def test_many_commits_at_once(registry: Registry) -> None:
 
 
 async def test_forget_deletes_only_what_has_not_changed(registry: Registry) -> None:
-    """A record is deleted if its index is still so; the index of the store goes up, and the same id may be
+    """A record is deleted only if its index has not changed. The index of the store goes up, and the same ID may be
     registered again."""
     first = await put(registry, record("cam 1"))
     other = await put(registry, record("cam 2"))

@@ -1,4 +1,4 @@
-"""What only Consul can do wrong: it does not answer, it denies, or it shows half."""
+"""Failures that only Consul can have: it does not answer, denies access, or returns half of the data."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def client_of(
 
 
 async def acl_token(server: ConsulServer, rules: str) -> str:
-    """A new token with these rules."""
+    """Create a token with these rules."""
     headers = {"X-Consul-Token": server.token}
     async with aiohttp.ClientSession(server.http_addr, headers=headers) as http:
         name = f"p-{uuid.uuid4()}"
@@ -46,7 +46,7 @@ async def acl_token(server: ConsulServer, rules: str) -> str:
 
 
 def counted(client: ConsulClient, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time limits of the requests that it makes from now on, in seconds."""
+    """The timeouts of the requests that the client makes from now on, in seconds."""
     limits: list[float] = []
     translated = client._translated
 
@@ -62,8 +62,8 @@ def counted(client: ConsulClient, monkeypatch: pytest.MonkeyPatch) -> list[float
 async def test_frozen_server_is_a_transient_error_in_bounded_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the server stopped by SIGSTOP each call fails after one request and its timeout, and the next one after
-    SIGCONT shows the same records."""
+    """While the server is stopped by SIGSTOP, each call fails after one request and its timeout; the next call after
+    SIGCONT returns the same records."""
     async with ConsulServer(tmp_path) as server, client_of(server) as client:
         registry = ConsulRegistry(client=client)
         await registry.initialise()
@@ -97,7 +97,7 @@ async def test_frozen_server_is_a_transient_error_in_bounded_time(
 @pytest.mark.servers
 @pytest.mark.slow_because("starts a Consul of its own twice")
 async def test_s4_acknowledged_writes_survive_kill_9(tmp_path: Path) -> None:
-    """After SIGKILL and a new start on the same folder all acknowledged records are there."""
+    """After SIGKILL and a restart on the same folder, all acknowledged records exist."""
     async with ConsulServer(tmp_path) as server:
         async with client_of(server) as client:
             registry = ConsulRegistry(client=client)
@@ -115,7 +115,7 @@ async def test_s4_acknowledged_writes_survive_kill_9(tmp_path: Path) -> None:
 async def test_shipped_reconciler_policy_is_enough(
     acl_consul: ConsulServer, repository: Path
 ) -> None:
-    """jobs/policies/consul-reconciler.hcl allows all that the registry and discovery do."""
+    """jobs/policies/consul-reconciler.hcl allows everything that the registry and discovery do."""
     rules = (repository / "jobs/policies/consul-reconciler.hcl").read_text()
     token = await acl_token(acl_consul, rules)
     async with client_of(acl_consul, token) as client:
@@ -131,7 +131,7 @@ async def test_shipped_reconciler_policy_is_enough(
 
 
 async def test_shipped_agent_policy_is_enough(acl_consul: ConsulServer, repository: Path) -> None:
-    """jobs/policies/consul-agent.hcl lets an agent register and deregister itself, and no more."""
+    """jobs/policies/consul-agent.hcl lets an agent register and deregister itself, and nothing else."""
     rules = (repository / "jobs/policies/consul-agent.hcl").read_text()
     token = await acl_token(acl_consul, rules)
     body = {"ID": "x", "Name": "device-watchdog-agent", "Check": {"TTL": "60s"}}
@@ -160,7 +160,7 @@ RIGHTS = {
 async def test_s7_missing_rights_are_never_an_empty_registry(
     acl_consul: ConsulServer, rights: str
 ) -> None:
-    """With some rights, or none, each call raises DeniedError that names the right, or UserError."""
+    """With only some rights, or none, each call raises DeniedError that names the right, or UserError."""
     prefix = f"acl-{uuid.uuid4()}"
     async with client_of(acl_consul, acl_consul.token) as client:
         owner = ConsulRegistry(client=client, prefix=prefix)
@@ -189,7 +189,7 @@ async def test_unknown_token_is_denied_and_never_shown(acl_consul: ConsulServer)
 async def test_token_file_is_read_again_when_denied(
     acl_consul: ConsulServer, tmp_path: Path
 ) -> None:
-    """A token that was replaced in its file is taken up without a restart."""
+    """A token that was replaced in its file is used without a restart."""
     file = tmp_path / "token"
     file.write_text(str(uuid.uuid4()))
     async with client_of(acl_consul, token_file=str(file)) as client:
@@ -225,19 +225,19 @@ async def test_explicit_token_beats_the_environment(
 def test_address_comes_from_consul_variables(
     env: dict[str, str], expected: tuple[str, str, int]
 ) -> None:
-    """CONSUL_HTTP_ADDR is read in all forms that Consul's own tools take over TCP."""
+    """CONSUL_HTTP_ADDR is read in all forms that Consul's own tools accept over TCP."""
     assert ConsulAccess.from_env(env).endpoint() == expected
 
 
 @pytest.mark.parametrize("address", ["unix:///x", "http://", "http://h:99999", "h:x", "::1"])
 def test_strange_address_is_a_user_error(address: str) -> None:
-    """An address that can't be used is refused at once, with the form that is allowed."""
+    """An unusable address is rejected immediately, with the allowed form."""
     with pytest.raises(UserError, match="http://"):
         ConsulAccess.from_env({}, address=address)
 
 
 async def test_s9_poison_hides_nobody(consul_client: ConsulClient) -> None:
-    """Strange values and keys are named, everything else is read, and get says what is wrong."""
+    """Invalid values and keys are named, everything else is read, and `get` reports what is wrong."""
     prefix = f"poison-{uuid.uuid4()}"
     registry = ConsulRegistry(client=consul_client, prefix=prefix)
     await registry.initialise()
@@ -265,8 +265,8 @@ async def test_s9_poison_hides_nobody(consul_client: ConsulClient) -> None:
 async def test_the_index_of_deletions_outlives_consuls_memory_of_them(
     consul_client: ConsulClient,
 ) -> None:
-    """A key that stays has the index of the last deletion, each time: Consul forgets that of the deletion itself, and
-    the folder's index would go back."""
+    """A permanent key has the index of the last deletion, each time: Consul forgets the index of the deletion itself,
+    and the folder's index would go back."""
     prefix = f"forget-{uuid.uuid4()}"
     registry = ConsulRegistry(client=consul_client, prefix=prefix)
     identity = await registry.initialise()
@@ -282,7 +282,7 @@ async def test_the_index_of_deletions_outlives_consuls_memory_of_them(
 
 
 async def test_wiped_store_is_a_user_error(consul_client: ConsulClient) -> None:
-    """When all keys vanish under a running watch it raises instead of showing an empty fleet."""
+    """If all keys vanish under a running watch, it raises an error instead of returning an empty fleet."""
     prefix = f"wiped-{uuid.uuid4()}"
     registry = ConsulRegistry(client=consul_client, prefix=prefix)
     await registry.initialise()
@@ -304,8 +304,8 @@ async def test_wiped_store_is_a_user_error(consul_client: ConsulClient) -> None:
 async def test_restored_snapshot_is_shown_by_an_idle_watch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A snapshot that is restored while nothing is written reaches a watch that waits, through a server and through
-    a client agent: the blocking query that it ends answers with the index of the history that was lost."""
+    """A snapshot that is restored while nothing is written reaches a waiting watch, through a server and through a
+    client agent: the blocking query that the restore ends answers with an index of the lost history."""
     async with (
         ConsulServer(tmp_path / "server") as server,
         ConsulServer(tmp_path / "agent", join=server, node="agent") as agent,
@@ -326,7 +326,7 @@ async def test_restored_snapshot_is_shown_by_an_idle_watch(
         waiting = [asyncio.ensure_future(anext(watch)) for watch in watches]
         async with asyncio.timeout(10):
             while not all(requests):
-                await asyncio.sleep(0.01)  # until the blocking queries are under way
+                await asyncio.sleep(0.01)  # until the blocking queries are in progress
         async with http.put("/v1/snapshot", data=snapshot) as answer:
             assert answer.status == 200, await answer.text()
         for shown in await asyncio.gather(*waiting):
@@ -334,7 +334,7 @@ async def test_restored_snapshot_is_shown_by_an_idle_watch(
 
 
 async def test_refused_connection_is_transient(consul_client: ConsulClient) -> None:
-    """Nobody listening is a TransientError that names the address."""
+    """If nothing listens, a TransientError names the address."""
     from nomad_watchdog.demo.process import free_port
 
     client = ConsulClient(ConsulAccess(address=f"http://127.0.0.1:{free_port()}"))
@@ -344,7 +344,7 @@ async def test_refused_connection_is_transient(consul_client: ConsulClient) -> N
 
 
 async def test_too_large_transaction_is_terminal(consul_client: ConsulClient) -> None:
-    """What Consul refuses for its size is a TerminalError: trying again does not help."""
+    """A commit that Consul refuses for its size is a TerminalError: retrying does not help."""
     with pytest.raises(TerminalError, match="413"):
         await consul_client.txn([cas(f"large/{i}", b"", 0) for i in range(129)])
 
@@ -355,9 +355,9 @@ async def test_too_large_transaction_is_terminal(consul_client: ConsulClient) ->
 async def test_a_token_of_ours_ends_no_session_of_another_node(
     acl_consul: ConsulServer, repository: Path, attack: Attack
 ) -> None:
-    """With the shipped policies and the right to sessions of one node, a lease is taken, kept and given back
-    there; a session of another node can't be made, renewed or ended, and its lock stays; without that right
-    there is no session at all, and the error names what is missing."""
+    """With the shipped policies and the right to sessions of one node, a lease is acquired, kept and released there. A
+    session of another node can't be created, renewed or ended, and its lock stays. Without that right no session can be
+    created, and the error names what is missing."""
     headers = {"X-Consul-Token": acl_consul.token}
     other = f"other-{uuid.uuid4()}"
     refused = 0

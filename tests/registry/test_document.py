@@ -1,4 +1,4 @@
-"""One document that several replicas change: what each sees, and which change counts."""
+"""One document that several replicas change: what each reads, and which change is stored."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DAMAGED = (b"{", b"[]", b'{"v": 1}', b'{"v": "1", "number": 1}', b'{"v": 1, "num
 
 
 async def test_of_many_changes_at_once_each_counts(store: Store) -> None:
-    """Four replicas add one, several times each; every one of them then reads the sum."""
+    """Four replicas each add one several times; then every one of them reads the sum."""
     await store.open().initialise()
     documents = [Document(store.open(), FORMAT) for _ in range(4)]
 
@@ -53,7 +53,7 @@ async def test_of_many_changes_at_once_each_counts(store: Store) -> None:
 async def test_a_change_that_always_loses_ends_with_a_conflict(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After COMMIT_TRIES losses the caller gets the error, and nothing is stored."""
+    """After COMMIT_TRIES lost attempts the caller gets the error, and nothing is stored."""
     tries = 0
 
     async def lose(_name: str, _document: RegistryDocument) -> None:
@@ -68,7 +68,7 @@ async def test_a_change_that_always_loses_ends_with_a_conflict(
 
 
 async def test_a_value_replaces_only_what_was_read(store: Store) -> None:
-    """A replica that has not read another one's change does not overwrite it."""
+    """A replica that has not read another replica's change does not overwrite it."""
     await store.open().initialise()
     first, second = Document(store.open(), FORMAT), Document(store.open(), FORMAT)
     assert await first.replace(1)
@@ -83,7 +83,7 @@ async def test_a_value_replaces_only_what_was_read(store: Store) -> None:
 async def test_a_damaged_document_is_an_error_until_it_is_repaired(
     registry: Registry, body: bytes
 ) -> None:
-    """Each read of it fails and names the repair; the last value stays, and the repaired document is read."""
+    """Each read fails and names the fix. The last value stays, and the repaired document is read."""
     document = Document(registry, FORMAT)
     assert await document.update(lambda _: 7)
     good = await registry.document("number")
@@ -103,7 +103,7 @@ async def test_a_damaged_document_is_an_error_until_it_is_repaired(
 async def test_a_replaceable_document_counts_as_empty_when_it_is_damaged(
     registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is logged once, and the next change overwrites it; one of another version, too."""
+    """The damage is logged once, and the next change overwrites the document, even if it has another version."""
     layout = replace(FORMAT, replaceable=True)
     assert await registry.commit_document("number", RegistryDocument(b'{"v": 9}')) is not None
     with pytest.raises(OtherVersionError, match="version 9; this program reads 1"):

@@ -1,4 +1,4 @@
-"""Documents beside the records, the same over SQLite and a real Consul; and records old and new."""
+"""Documents next to the records, the same over SQLite and a real Consul; and old and new records."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.registry.records import record
 async def test_a_document_is_created_changed_and_never_overwritten_blindly(
     registry: Registry, store: Store
 ) -> None:
-    """Only the index that was read changes it; another handle sees what was stored; no record shows."""
+    """Only the index that was read allows a change; another handle reads what was stored; no record appears."""
     assert await registry.document("pauses") == RegistryDocument()
     first = await registry.commit_document("pauses", RegistryDocument(b"one"))
     assert first is not None
@@ -41,7 +41,7 @@ async def test_a_document_is_created_changed_and_never_overwritten_blindly(
 
 
 async def test_documents_leave_records_alone(registry: Registry) -> None:
-    """A record and a document of the same name are two things."""
+    """A record and a document with the same name are independent."""
     (stored,) = await registry.commit([record("pauses")])
     assert stored is not None
     assert await registry.commit_document("pauses", RegistryDocument(b"x")) is not None
@@ -68,7 +68,7 @@ async def test_of_many_writers_of_a_document_each_change_counts(store: Store) ->
 
 
 async def test_a_store_that_was_never_initialised_has_no_documents(store: Store) -> None:
-    """Neither read nor write is taken for an empty registry's."""
+    """Neither a read nor a write treats it as an empty registry."""
     with pytest.raises(UserError, match="init"):
         await store.open().document("pauses")
     with pytest.raises(UserError, match="init"):
@@ -76,7 +76,7 @@ async def test_a_store_that_was_never_initialised_has_no_documents(store: Store)
 
 
 async def test_names_and_sizes_are_bounded(registry: Registry) -> None:
-    """A wrong name and a body that is too large are refused before anything is sent."""
+    """An invalid name, and a body that is too large, are rejected before anything is sent."""
     for name in ("", "A", "a/b", "..", "a" * 33):
         with pytest.raises(UserError, match="document name"):
             await registry.document(name)
@@ -85,7 +85,7 @@ async def test_names_and_sizes_are_bounded(registry: Registry) -> None:
 
 
 async def test_a_document_that_was_spoilt_leaves_the_last_good_pauses(registry: Registry) -> None:
-    """What is in force stays, and what is wrong is said; mended, it is read again."""
+    """The pauses in force stay, and the error is reported; after the repair the document is read again."""
     pauses = Pauses(registry, SystemClock())
     await pauses.add(Pause("p", Target(agent_class="default"), WallTime(0.0), None, "", ""))
     good = await registry.document("pauses")
@@ -101,7 +101,7 @@ async def test_a_document_that_was_spoilt_leaves_the_last_good_pauses(registry: 
 
 
 async def test_an_sqlite_file_without_documents_is_as_it_was(store: Store) -> None:
-    """Reading makes no table: a program that knows no documents sees the file that it made."""
+    """Reading creates no table: a version without documents finds the file as it made it."""
     if store.address:
         return
     registry = store.open()
@@ -138,7 +138,7 @@ texts = st.text(max_size=8)
     )
 )
 def test_pauses_are_read_as_they_were_written(made: list[Pause]) -> None:
-    """Whatever people wrote into them."""
+    """Pauses with any text are read as written."""
     assert FORMAT.decode(FORMAT.encode(tuple(made))) == tuple(made)
 
 
@@ -151,7 +151,7 @@ def test_pauses_are_read_as_they_were_written(made: list[Pause]) -> None:
 def test_a_record_says_how_a_device_is_there(
     ttl_s: float | None, source: str, left: Departure, presence: Presence
 ) -> None:
-    """Lifetime, source and departure survive the store."""
+    """Lifetime, source and departure are stored."""
     plain = record("a")
     made = replace(
         plain,
@@ -165,7 +165,7 @@ def test_a_record_says_how_a_device_is_there(
 
 
 def test_an_old_record_is_read_and_an_unchanged_one_is_written_as_before() -> None:
-    """The bytes of a record without the new fields are those of the version that knew none."""
+    """A record without the new fields has the same bytes as in the version that did not know them."""
     old = {
         "address": "127.0.0.1",
         "agent_class": "default",
@@ -189,7 +189,7 @@ def test_an_old_record_is_read_and_an_unchanged_one_is_written_as_before() -> No
     "odd", [{"ttl_s": -1}, {"ttl_s": "90s"}, {"left": "lost"}, {"source": 1}, {"left": None}]
 )
 def test_an_odd_new_field_is_poison(odd: dict[str, object]) -> None:
-    """What this version would not write is not guessed at."""
+    """A field that this version would not write is not interpreted."""
     body = json.loads(codec.encode(record("a"))) | odd
 
     with pytest.raises(codec.PoisonError):

@@ -1,4 +1,4 @@
-"""The floor of the epochs: damaged, and unknown to the replica that needs it."""
+"""The floor of the epochs: damaged, or unknown to the replica that needs it."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ DAMAGED = (
 
 @pytest.mark.parametrize("body", DAMAGED, ids=ascii)
 async def test_s1_an_import_repairs_a_damaged_floor(registry: Registry, body: bytes) -> None:
-    """What it names as the repair works: the export and its import write the floor anew, above every epoch; devices
-    that the registry has forgotten come back without an epoch, the others keep theirs."""
+    """The fix that the error names works: the export and its import write a new floor, above every epoch. Devices that
+    the registry has forgotten are restored without an epoch; the others keep theirs."""
     saved = await fill(registry)
     old = backup.parse(io.StringIO("\n".join(await backup.lines(registry))))
     assert await registry.forget([saved[6]]) == [True]
@@ -78,7 +78,7 @@ async def test_s1_an_import_repairs_a_damaged_floor(registry: Registry, body: by
 
 
 async def test_a_floor_of_a_newer_program_is_left_alone(registry: Registry) -> None:
-    """An import does not write over a floor that a newer version has written."""
+    """An import does not overwrite a floor that was written by a newer version."""
     await fill(registry)
     old = backup.parse(io.StringIO("\n".join(await backup.lines(registry))))
     body = b'{"v": 2, "epoch": 9}'
@@ -90,8 +90,8 @@ async def test_a_floor_of_a_newer_program_is_left_alone(registry: Registry) -> N
 
 
 async def test_s2_a_replica_that_knows_no_floor_gives_no_epoch_again(store: Store) -> None:
-    """A replica registers a device whose tombstone another one has just deleted, with the generation that it knows
-    of: below the tombstone's. The first agent carries an epoch above the deleted one, at each of several lives."""
+    """A replica registers a device whose tombstone another replica has just deleted, with the generation that it knows:
+    below the tombstone's. In each of several lives, the first agent gets an epoch above the deleted one."""
     clock = SystemClock()
     first, second = (Fleet(store.open(), Limits(), clock) for _ in range(2))
     await first.registry.initialise()
@@ -104,7 +104,7 @@ async def test_s2_a_replica_that_knows_no_floor_gives_no_epoch_again(store: Stor
         assert isinstance(record, DeviceRecord)
         assert record.epoch > highest
         highest = record.epoch
-        for generation in range(3):  # its generation is well above what comes next
+        for generation in range(3):  # its generation becomes well above the next one
             snapshot = await first.registry.read()
             first.records.reset(snapshot.records, snapshot.index)
             await first.records.register([replace(device, address=f"127.0.{life}.{generation}")])
@@ -117,8 +117,8 @@ async def test_s2_a_replica_that_knows_no_floor_gives_no_epoch_again(store: Stor
 
 
 async def test_s9_a_damaged_floor_costs_the_first_starts_only(registry: Registry) -> None:
-    """Of one batch, a device with an earlier agent gets its next epoch; one without gets none, and the reason names
-    the document and the repair."""
+    """In one batch, a device with an earlier agent gets its next epoch. A device without one gets none, and the error
+    names the document and the fix."""
     fleet = Fleet(registry, Limits(), SystemClock())
     devices = [Device(DeviceId(name), SPEC.agent_class, "127.0.0.1") for name in ("old", "new")]
     await fleet.records.register(devices[:1])

@@ -1,4 +1,4 @@
-"""What only a file can do wrong: crashes, other schemas, poison, a full disk."""
+"""Failures that only a file can have: crashes, other schemas, poison, a full disk."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ asyncio.run(main())
 async def test_s4_acknowledged_writes_survive_kill_9(
     sqlite: SqliteRegistry, path: Path, repository: Path
 ) -> None:
-    """Every record that a process had acknowledged before its SIGKILL is there afterwards."""
+    """Every record that a process had acknowledged before its SIGKILL exists afterwards."""
     for _ in range(3):
         with subprocess.Popen(
             [sys.executable, "-c", WRITER, str(path)],
@@ -77,7 +77,7 @@ async def test_s4_acknowledged_writes_survive_kill_9(
 
 
 async def test_commits_are_synced_fully(sqlite: SqliteRegistry, path: Path) -> None:
-    """The file is in WAL mode and the writing connection syncs fully, which S4 rests on."""
+    """The file is in WAL mode and the writing connection syncs fully, which S4 depends on."""
     from nomad_watchdog.registry._sqlite_file import _open
 
     with closing(_open(path)) as connection:
@@ -86,8 +86,7 @@ async def test_commits_are_synced_fully(sqlite: SqliteRegistry, path: Path) -> N
 
 
 async def test_a_watch_goes_on_from_what_was_read(sqlite: SqliteRegistry, path: Path) -> None:
-    """What another process writes after our last read and before our watch of that index is shown, and
-    is the first thing that is shown."""
+    """A change that another process writes between our last read and our watch of that index is returned first."""
     await sqlite.commit([record("before")])
     seen = await sqlite.read()
     other = SqliteRegistry(path=path)
@@ -116,7 +115,7 @@ POISON = {
 
 
 async def test_s9_poison_hides_nobody(sqlite: SqliteRegistry, path: Path) -> None:
-    """Records that make no sense are named with a reason, and all others are read."""
+    """Invalid records are named with a reason, and all others are read."""
     (good,) = await sqlite.commit([record("good")])
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.executemany("INSERT INTO device VALUES (?, 1, ?)", list(POISON.items()))
@@ -147,7 +146,7 @@ async def test_s9_poison_hides_nobody(sqlite: SqliteRegistry, path: Path) -> Non
     ],
 )
 def test_s11_decode_is_strict(field: str, value: object) -> None:
-    """One wrong field makes the whole record poison."""
+    """One invalid field makes the whole record poison."""
     from nomad_watchdog.registry.codec import PoisonError, encode
 
     document = json.loads(encode(record("strict")))
@@ -166,7 +165,7 @@ async def test_record_too_large_is_refused(sqlite: SqliteRegistry) -> None:
 
 
 async def test_full_disk_is_never_acknowledged(sqlite: SqliteRegistry, path: Path) -> None:
-    """When the file can't grow the commit raises TransientError, and what was stored stays."""
+    """When the file can't grow, the commit raises TransientError, and everything stored stays."""
     (kept,) = await sqlite.commit([record("kept")])
     assert kept is not None
     real = sqlite3.connect
@@ -188,7 +187,7 @@ async def test_full_disk_is_never_acknowledged(sqlite: SqliteRegistry, path: Pat
 
 
 async def test_other_schema_and_other_files_are_refused(path: Path, tmp_path: Path) -> None:
-    """A newer schema is a UserError and a file that is no database a TerminalError."""
+    """A newer schema is a UserError, and a file that is not a database a TerminalError."""
     newer = tmp_path / "newer.sqlite"
     with closing(sqlite3.connect(newer)) as connection:
         connection.execute("PRAGMA user_version = 99")
@@ -206,12 +205,12 @@ async def test_other_schema_and_other_files_are_refused(path: Path, tmp_path: Pa
 
 
 async def test_file_is_private(sqlite: SqliteRegistry, path: Path) -> None:
-    """Nobody but its owner can read the file."""
+    """Only its owner can read the file."""
     assert path.stat().st_mode & 0o077 == 0
 
 
 async def test_close_finishes_what_was_handed_in(path: Path) -> None:
-    """Commits under way when close is called are answered, later ones are refused."""
+    """Commits in progress when `close` is called are answered, later ones are refused."""
     registry = SqliteRegistry(path=path)
     await registry.initialise()
     async with asyncio.TaskGroup() as group:
@@ -226,8 +225,8 @@ async def test_close_finishes_what_was_handed_in(path: Path) -> None:
 async def test_own_commits_are_read_seldom_and_those_of_others_soon(
     sqlite: SqliteRegistry, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a storm of ours a watch waits until the rest is over before it reads the file again; what another
-    process has written last does not wait."""
+    """During a storm of our own commits, a watch waits until they are over before it reads the file again; a commit of
+    another process does not wait."""
     monkeypatch.setattr("nomad_watchdog.registry.sqlite._GAP_PER_OWN", 1e9)
     monkeypatch.setattr("nomad_watchdog.registry.sqlite._GAP_OWN_S", 1e9)
     looks = 0
@@ -252,7 +251,7 @@ async def test_own_commits_are_read_seldom_and_those_of_others_soon(
         for number in range(5):
             await sqlite.commit([record(f"own {number}")])
             before = looks
-            while looks < before + 2:  # the second one began after the commit
+            while looks < before + 2:  # the second one started after the commit
                 await asyncio.sleep(0.01)
         assert shown.empty()
         await other.commit([record("theirs")])
@@ -273,8 +272,8 @@ async def test_own_commits_are_read_seldom_and_those_of_others_soon(
 async def test_s4_nothing_is_acknowledged_into_a_file_that_was_replaced(
     sqlite: SqliteRegistry, path: Path, tmp_path: Path, backup: str
 ) -> None:
-    """Once the file is another one, or gone, reads, writes and the watch raise UserError with what to do; with the first
-    file back they go on."""
+    """Once the file was replaced or removed, reads, writes and the watch raise UserError with what to do; when the
+    first file is back they work again."""
     (stored,) = await sqlite.commit([record("kept")])
     assert stored is not None
     watch = sqlite.watch(0)

@@ -1,4 +1,4 @@
-"""Many rows in few statements do what they would do one by one."""
+"""Many rows in few statements have the same result as one by one."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def by_hand(known: dict[str, tuple[int, bytes]], some: list, index: int) -> list
 @settings(max_examples=150, deadline=None)
 @given(rows, rows, st.integers(0, 40))
 def test_a_batch_does_what_its_rows_do_one_by_one(first: list, second: list, ready: int) -> None:
-    """Whatever is new, known, lost or named twice in it: the same indexes, the same winners, the same table,
-    also for long runs that win as a whole."""
+    """Whether rows are new, known, lost or repeated: the same indexes, the same winners, the same table, also for long
+    runs in which all win."""
     first = [*[(f"d{n}", 0, b"x") for n in range(ready)], *first]
     db = sqlite3.connect(":memory:", isolation_level=None)
     db.execute(
@@ -69,8 +69,8 @@ def record(name: str) -> DeviceRecord:
 
 
 async def test_a_commit_that_nobody_waits_for_harms_no_other(tmp_path: Path) -> None:
-    """Of 200 commits at once every third is cancelled: each other one is answered with an index of its own
-    and is stored, and the registry goes on."""
+    """Of 200 concurrent commits every third is cancelled: each other one is stored and answered with its own index, and
+    the registry keeps working."""
     registry = SqliteRegistry(path=tmp_path / "registry.db")
     await registry.initialise()
     try:

@@ -1,4 +1,4 @@
-"""Leases on a real Consul: who holds what, and how soon it moves when a holder ends."""
+"""Leases on a real Consul: which replica holds what, and how soon a lease moves when its holder ends."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TTL_S = 2.0
 
 
 class Clock(SystemClock):
-    """The machine's clock, that can be ahead by as long as a process slept."""
+    """The machine's clock, set ahead by the time that a process slept."""
 
     def __init__(self) -> None:
         self.ahead_s = 0.0
@@ -41,7 +41,7 @@ class Clock(SystemClock):
 
 
 class Part:
-    """One replica's part in this process: its own client, task and clock."""
+    """One replica in this process, with its own client, task and clock."""
 
     def __init__(
         self, consul: ConsulServer, prefix: str, name: str, shards: int, ttl_s: float
@@ -63,7 +63,7 @@ class Part:
         self.task = asyncio.ensure_future(self.leases.run())
 
     async def fall_silent(self) -> None:
-        """Beat no more."""
+        """Stop the heartbeats."""
         if self.task is not None:
             self.task.cancel()
             with suppress(asyncio.CancelledError):
@@ -71,7 +71,7 @@ class Part:
             self.task = None
 
     async def crash(self) -> None:
-        """End without a word, as a killed process does."""
+        """End without releasing anything, like a killed process."""
         await self.fall_silent()
         await self.client.close()
 
@@ -95,7 +95,7 @@ async def parts(
 
 
 async def until(test: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    """Wait for it."""
+    """Wait until the test is true."""
     deadline = time.monotonic() + timeout_s
     while not test():
         assert time.monotonic() < deadline, "not in time"
@@ -103,7 +103,7 @@ async def until(test: Callable[[], bool], timeout_s: float = 60.0) -> None:
 
 
 async def test_one_shard_is_plain_leader_election(consul: ConsulServer) -> None:
-    """Of three replicas one holds the only shard, and all three see the same holder."""
+    """Of three replicas one holds the only shard, and all three report the same holder."""
     async with parts(consul, "a", "b", "c") as three:
         for part in three:
             part.start()
@@ -119,7 +119,7 @@ async def test_one_shard_is_plain_leader_election(consul: ConsulServer) -> None:
 
 
 async def test_a_command_sees_who_runs_without_taking_part(consul: ConsulServer) -> None:
-    """`apply` asks which replicas there are: none before the first, and none after the last has left."""
+    """`apply` lists the running replicas: none before the first, and none after the last has left."""
     prefix = f"t-{uuid.uuid4().hex[:8]}"
     client = ConsulClient(ConsulAccess(address=consul.http_addr))
     try:
@@ -138,8 +138,8 @@ async def test_a_command_sees_who_runs_without_taking_part(consul: ConsulServer)
 
 
 async def test_each_knows_what_the_others_are_configured_with(consul: ConsulServer) -> None:
-    """Nothing is known before the others know of ours; a change is known to all; who crashed and comes back at its
-    address does not take itself for another."""
+    """Nothing is known before the others know our configuration; a change reaches all; a replica that crashed and comes
+    back at its address does not take itself for another one."""
     prefix = f"t-{uuid.uuid4().hex[:8]}"
     async with parts(consul, "a", "b", prefix=prefix, ttl_s=60.0) as (a, b):
         assert a.leases.configs() is None
@@ -158,7 +158,7 @@ async def test_each_knows_what_the_others_are_configured_with(consul: ConsulServ
 
 
 async def test_a_graceful_end_hands_over_at_once(consul: ConsulServer) -> None:
-    """Who releases is followed by another one: no time-out has ended its session, as that would take an hour."""
+    """A lease that is released gets a new holder. The session did not time out, which would take an hour."""
     async with parts(consul, "a", "b", ttl_s=3600.0) as (first, second):
         first.start()
         await until(lambda: first.held == {0})
@@ -173,7 +173,7 @@ async def test_a_graceful_end_hands_over_at_once(consul: ConsulServer) -> None:
 
 
 async def test_a_crashed_holder_is_replaced_when_its_check_fails(consul: ConsulServer) -> None:
-    """A holder that ends without a word is replaced; its own right had ended before."""
+    """A holder that crashes is replaced; its own right had ended before."""
     async with parts(consul, "a", "b") as (first, second):
         first.start()
         await until(lambda: first.held == {0})
@@ -187,8 +187,8 @@ async def test_a_crashed_holder_is_replaced_when_its_check_fails(consul: ConsulS
 async def test_the_addresses_that_agents_are_given_follow_the_replicas(
     consul: ConsulServer,
 ) -> None:
-    """Each replica gives its own address first, then the others'; one that ends is no longer among them, and
-    who has lost touch does not vouch for the list."""
+    """Each replica lists its own address first, then the others'. A replica that ended is no longer listed, and one
+    that has lost contact does not guarantee that the list is complete."""
     async with parts(consul, "a", "b") as (first, second):
         assert not first.leases.knows_all_replicas()
         for name, part in (("one", first), ("two", second)):
@@ -208,7 +208,7 @@ async def test_the_addresses_that_agents_are_given_follow_the_replicas(
 
 
 async def test_a_replica_that_was_silent_for_long_takes_part_again(consul: ConsulServer) -> None:
-    """One whose check has failed meanwhile gets a session again, and the shard once it is free."""
+    """A replica whose check has failed meanwhile gets a new session, and the shard once it is free."""
     async with parts(consul, "a", "b") as (first, second):
         first.start()
         await until(lambda: first.held == {0})
@@ -222,7 +222,7 @@ async def test_a_replica_that_was_silent_for_long_takes_part_again(consul: Consu
 
 
 async def test_s2_a_frozen_holder_finds_its_right_gone(consul: ConsulServer) -> None:
-    """A holder that slept past its TTL may do nothing, also before it has heard from Consul."""
+    """A holder that slept past its TTL may not act, even before it has contacted Consul."""
     async with parts(consul, "a") as (one,):
         one.start()
         await until(lambda: one.held == {0})
@@ -234,7 +234,7 @@ async def test_s2_a_frozen_holder_finds_its_right_gone(consul: ConsulServer) -> 
 
 
 async def test_s2_a_commit_that_names_a_lost_lease_writes_nothing(consul: ConsulServer) -> None:
-    """Two that both believe to hold a shard: the store itself refuses the one whose lock is gone."""
+    """If two replicas both think they hold a shard, the store itself refuses the one whose lock is gone."""
     prefix = f"t-{uuid.uuid4().hex[:8]}"
     async with parts(consul, "a", "b", prefix=prefix) as (first, second):
         registry = ConsulRegistry(client=first.client, prefix=prefix)
@@ -256,7 +256,7 @@ async def test_s2_a_commit_that_names_a_lost_lease_writes_nothing(consul: Consul
 
 
 async def test_shards_are_spread_and_move_when_replicas_come_and_go(consul: ConsulServer) -> None:
-    """Eight shards over one, two and three replicas: even each time, each shard with one holder."""
+    """Eight shards over one, two and three replicas: balanced each time, each shard with one holder."""
     async with parts(consul, "a", "b", "c", shards=8) as three:
 
         def spread(*sizes: int) -> Callable[[], bool]:
@@ -278,7 +278,7 @@ async def test_shards_are_spread_and_move_when_replicas_come_and_go(consul: Cons
 
 
 async def test_no_shard_is_ever_held_by_two(consul: ConsulServer) -> None:
-    """While replicas come and go, at no moment do two of them both say that a shard is theirs."""
+    """While replicas start and end, no two of them ever claim the same shard."""
     async with parts(consul, "a", "b", "c", shards=4) as three:
         doubled: list[Counter[int]] = []
 
@@ -306,7 +306,7 @@ async def test_no_shard_is_ever_held_by_two(consul: ConsulServer) -> None:
 
 
 async def test_replicas_with_other_numbers_of_shards_do_not_mix(consul: ConsulServer) -> None:
-    """A replica that divides the fleet otherwise takes nothing, and says which number the others have."""
+    """A replica with another number of shards acquires nothing, and reports the number that the others have."""
     prefix = f"t-{uuid.uuid4().hex[:8]}"
     async with (
         parts(consul, "a", shards=2, prefix=prefix) as (first,),
@@ -321,7 +321,7 @@ async def test_replicas_with_other_numbers_of_shards_do_not_mix(consul: ConsulSe
 
 
 async def test_a_session_ended_by_hand_is_replaced(consul: ConsulServer) -> None:
-    """When somebody destroys the holder's session, it takes part again, under a new term."""
+    """If the holder's session is destroyed, it takes part again, with a new term."""
     async with parts(consul, "a") as (one,):
         one.start()
         await until(lambda: one.held == {0})
@@ -335,7 +335,7 @@ async def test_a_session_ended_by_hand_is_replaced(consul: ConsulServer) -> None
 
 
 async def test_a_replica_whose_key_is_deleted_writes_it_again(consul: ConsulServer) -> None:
-    """Else the others would send it no reports, and it would acquire no shard, for as long as it runs."""
+    """Otherwise the others would send it no reports, and it would acquire no shard, for as long as it runs."""
     prefix = f"t-{uuid.uuid4().hex[:8]}"
     async with parts(consul, "a", "b", prefix=prefix) as both:
         for part in both:
@@ -350,7 +350,7 @@ async def test_a_replica_whose_key_is_deleted_writes_it_again(consul: ConsulServ
 async def test_the_key_of_a_replica_that_is_back_is_not_deleted_as_stale(
     consul: ConsulServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One replica sees that another's session is over, and deletes its key when that one has a new session."""
+    """One replica finds another one's session ended, and deletes its key when that one already has a new session."""
     prefix = f"t-{uuid.uuid4().hex[:8]}"
     async with parts(consul, "a", "b", prefix=prefix) as (a, b):
         a.start()
@@ -361,7 +361,7 @@ async def test_the_key_of_a_replica_that_is_back_is_not_deleted_as_stale(
         txn, tried = b.client.txn, asyncio.Event()
 
         async def late(operations: Sequence[dict[str, Any]]) -> Any:
-            monkeypatch.undo()  # only the first one
+            monkeypatch.undo()  # only the first call
             while True:
                 (now,) = await _key_of(a, prefix)
                 if now.session not in {"", before.session}:
@@ -377,7 +377,7 @@ async def test_the_key_of_a_replica_that_is_back_is_not_deleted_as_stale(
         async with asyncio.timeout(60.0):
             await tried.wait()
         (after,) = await _key_of(a, prefix)
-        assert after.lock_index == before.lock_index + 1  # a key that was deleted begins at 1 again
+        assert after.lock_index == before.lock_index + 1  # a key that was deleted starts again at 1
 
 
 async def _key_of(part: Part, prefix: str) -> list[KvRow]:
@@ -386,7 +386,7 @@ async def _key_of(part: Part, prefix: str) -> list[KvRow]:
 
 
 async def test_a_lease_lost_while_it_is_ended_ends_too(consul: ConsulServer) -> None:
-    """When the session is found gone at the very moment of the cancellation, the task ends all the same."""
+    """If the session is found gone exactly when the task is cancelled, the task still ends."""
 
     class AtOnce(Clock):
         armed: asyncio.Task[None] | None = None
@@ -410,7 +410,7 @@ async def test_a_lease_lost_while_it_is_ended_ends_too(consul: ConsulServer) -> 
 
 @pytest.mark.slow_because("a Consul of its own stands still until the leases have ended")
 async def test_l3_a_frozen_consul_ends_the_right_and_nothing_else(tmp_path: Path) -> None:
-    """With Consul frozen nobody holds anything; when it goes on, somebody does again."""
+    """While Consul is frozen no replica holds a lease; afterwards one does again."""
     async with ConsulServer(tmp_path / "consul") as own, parts(own, "a", "b") as both:
         for part in both:
             part.start()
@@ -425,7 +425,7 @@ async def test_l3_a_frozen_consul_ends_the_right_and_nothing_else(tmp_path: Path
 
 @pytest.mark.slow_because("watches the store for two TTLs")
 async def test_beating_writes_nothing(consul: ConsulServer) -> None:
-    """While nothing changes, neither renewals nor passes of the check move the store's index."""
+    """Without changes, neither renewals nor passes of the check change the store's index."""
     prefix = f"t-{uuid.uuid4().hex[:8]}"
     async with parts(consul, "a", "b", shards=4, prefix=prefix) as both:
         for part in both:
@@ -434,13 +434,13 @@ async def test_beating_writes_nothing(consul: ConsulServer) -> None:
         await until(lambda: all(len(part.held) == 2 for part in both))
         client = both[0].client
         before, _ = await client.kv_tree(f"{prefix}/leadership/")
-        # a read that waits longer than any beat, and is ended by nothing
+        # a read that waits longer than any heartbeat interval, and that nothing ends
         after, _ = await client.kv_tree(f"{prefix}/leadership/", before, 2 * TTL_S)
         assert after == before
 
 
 def test_guards_name_each_shard_once() -> None:
-    """A batch of devices is guarded by the locks of its shards, whatever their number."""
+    """A batch of devices is guarded by the locks of its shards, one per shard."""
     leases = ConsulLeases(
         ConsulClient(ConsulAccess(address="http://127.0.0.1:1")),
         prefix="p",

@@ -1,4 +1,4 @@
-"""Events of several replicas told once: real APIs on free ports, and leases that the test gives and takes."""
+"""Events of several replicas published once: real APIs on free ports, and leases that the test gives and takes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from nomad_watchdog.replicas.leases import Lease, Replica, Term
 
 @dataclass
 class Board:
-    """Who holds shard 0, and who is there."""
+    """The holder of shard 0, and the living replicas."""
 
     holder: str = ""
     term: int = 0
@@ -49,7 +49,7 @@ class Board:
 
 @dataclass
 class Leases:
-    """What one replica sees of the board. `blind`: it can neither see it nor hold anything."""
+    """One replica's view of the board. `blind`: it can neither read it nor hold anything."""
 
     board: Board
     replica: str
@@ -174,7 +174,7 @@ async def until(what: Callable[[], object], timeout_s: float = 60.0) -> None:
 
 @asynccontextmanager
 async def planes(folder: Path, board: Board, *names: str) -> AsyncIterator[list[Plane]]:
-    """These replicas, the first of which tells."""
+    """These replicas; the first one publishes."""
     async with AsyncExitStack() as stack:
         found = [await stack.enter_async_context(plane(folder, board, name)) for name in names]
         board.give(names[0])
@@ -184,8 +184,8 @@ async def planes(folder: Path, board: Board, *names: str) -> AsyncIterator[list[
 
 
 async def test_what_all_see_is_told_once_and_by_one(tmp_path: Path) -> None:
-    """A change that three replicas saw is one event, with one id and one number, on each; its own log has
-    each replica's view."""
+    """A change that three replicas saw is one event, with one ID and one number, on each; the replica's own log has its
+    own view."""
     async with planes(tmp_path, Board(), "a", "b", "c") as (a, b, c):
         for one in (c, a, b):
             one.see("pump", "verdict.offline")
@@ -203,8 +203,8 @@ async def test_what_all_see_is_told_once_and_by_one(tmp_path: Path) -> None:
 
 
 async def test_what_one_alone_knows_is_told_for_it(tmp_path: Path) -> None:
-    """An audit event of a replica that does not tell is read on all, once, though it is handed over
-    again until it comes back."""
+    """An audit event of a replica that does not publish appears on all replicas, once, although it is sent to the
+    publisher again until it comes back."""
     async with planes(tmp_path, Board(), "a", "b", "c") as (a, b, c):
         for number in range(30):
             b.see("pump", "audit.register", number=number)
@@ -212,13 +212,13 @@ async def test_what_one_alone_knows_is_told_for_it(tmp_path: Path) -> None:
         for one in (a, b, c):
             await until(lambda one=one: len(one.log()) == 30)
         assert c.ids() == [f"b:{n}" for n in range(1, 31)]
-        await asyncio.sleep(1.2)  # it is handed over again meanwhile
+        await asyncio.sleep(1.2)  # it is sent again meanwhile
         assert len(a.log()) == 30
 
 
 async def test_a_hand_over_tells_nothing_twice_and_leaves_nothing_out(tmp_path: Path) -> None:
-    """Devices change all the time, and every replica sees each change, while the telling goes round: each
-    change is told once, in the order of its device, and all logs are the same."""
+    """Devices change all the time, every replica sees each change, and the publisher changes: each change is published
+    once, in order per device, and all logs are the same."""
     board = Board()
     async with planes(tmp_path, board, "a", "b", "c") as all_of_them:
         states = ("suspect", "offline", "watched")
@@ -239,8 +239,8 @@ async def test_a_hand_over_tells_nothing_twice_and_leaves_nothing_out(tmp_path: 
 
 
 async def test_what_happened_while_nobody_told_is_told_by_the_heir(tmp_path: Path) -> None:
-    """The teller dies. What the others see before one of them takes over is told then, each change once;
-    what the dead one had told is not told again, and its open incident is given an end."""
+    """The publisher dies. What the others see before one of them takes over is published then, each change once. What
+    the dead replica had published is not published again, and its open incident is closed."""
     board = Board()
     async with planes(tmp_path, board, "a", "b", "c") as (a, b, c):
         for one in (a, b, c):
@@ -252,7 +252,7 @@ async def test_what_happened_while_nobody_told_is_told_by_the_heir(tmp_path: Pat
         for one in (b, c):
             one.see("pump", "verdict.offline")
             one.see("", "audit.pause", by=one.name)
-        await asyncio.sleep(0.3)  # time in which one without the right could tell it
+        await asyncio.sleep(0.3)  # time in which a replica without the right could publish it
         board.give("b")
         await until(lambda: len(c.log()) == 6)
         assert Counter(b.log()) == Counter(
@@ -268,7 +268,7 @@ async def test_what_happened_while_nobody_told_is_told_by_the_heir(tmp_path: Pat
 
 
 async def test_the_last_teller_goes_on_while_consul_is_away(tmp_path: Path) -> None:
-    """When leases can't be seen any more the teller tells on, and the others go on reading it."""
+    """When the publisher can't read leases any more it continues, and the others still read its events."""
     board = Board()
     async with planes(tmp_path, board, "a", "b") as (a, b):
         a.leases.blind = True
@@ -278,14 +278,14 @@ async def test_the_last_teller_goes_on_while_consul_is_away(tmp_path: Path) -> N
 
 
 async def test_a_teller_that_was_cut_off_forgets_what_nobody_copied(tmp_path: Path) -> None:
-    """It told on while another had taken over; when it is back, its log is that of the others. What it alone
-    had seen meanwhile is told by its successor."""
+    """It continued to publish after another replica had taken over. When it is back, its log is the same as the
+    others'. What only it had seen meanwhile is published by its successor."""
     board = Board()
     async with planes(tmp_path, board, "a", "b", "c") as (a, b, c):
         for one in (a, b, c):
             one.see("pump", "verdict.suspect")
         await until(lambda: len(b.log()) == len(c.log()) == 1)
-        # The line between it and the others is cut.
+        # The connection between it and the others is cut.
         board.there.pop("a")
         for one in (b, c):
             one.feed._unfollow()
@@ -295,14 +295,15 @@ async def test_a_teller_that_was_cut_off_forgets_what_nobody_copied(tmp_path: Pa
         await asyncio.sleep(0.3)  # time in which it could reach the others
         assert [len(one.log()) for one in (a, b, c)] == [3, 1, 1]
         board.give("b")
-        await until(lambda: len(c.log()) >= 2)  # a may have handed over the third by then
+        await until(lambda: len(c.log()) >= 2)  # a may have sent the third by then
         board.there["a"] = a.api
         await until(lambda: a.ids() == b.ids() == c.ids() and len(c.ids()) == 3)
         assert b.ids() == ["a:1", "b:2", "a:3"]
 
 
 async def test_a_restarted_replica_knows_what_was_told(tmp_path: Path) -> None:
-    """It has the log from its file, tells no first look again as news, and goes on with numbers above."""
+    """It loads the log from its file, publishes no unchanged first verdict as news, and continues with higher
+    numbers."""
     board = Board()
     async with planes(tmp_path, board, "a") as (a,):
         a.see("pump", "verdict.watched", was=None)
@@ -321,8 +322,8 @@ async def test_a_restarted_replica_knows_what_was_told(tmp_path: Path) -> None:
 
 
 async def test_what_was_told_before_does_not_hold_up_what_is_new(tmp_path: Path) -> None:
-    """More old events than go into one message wait for the teller, who knows them: they are given up, and what
-    was seen last is told."""
+    """More old events than fit into one message wait for the publisher, which knows them: they are dropped, and the
+    newest event is published."""
     async with planes(tmp_path, Board(), "a", "b") as (a, b):
         old = [b.see("", "audit.pause") for _ in range(MAX_BATCH + 50)]
         await until(lambda: len(a.log()) == len(old) and not b.feed._pending)
@@ -334,7 +335,7 @@ async def test_what_was_told_before_does_not_hold_up_what_is_new(tmp_path: Path)
 
 
 async def test_the_last_number_of_each_replica_survives_a_restart(tmp_path: Path) -> None:
-    """Also of one whose events are older than those that are read from the file: they are no news."""
+    """This includes a replica whose events are older than those read from the file: they are not news."""
     told: list[Event] = []
     for run in range(2):
         store = EventStore(tmp_path / "told.db", origin="a")
@@ -358,8 +359,8 @@ def note(history: EventLog, kind: str) -> Event:
 
 
 async def test_a_reader_goes_on_with_another_replica(tmp_path: Path) -> None:
-    """Who has read up to a number on one replica asks another that has not copied so far: it answers with
-    nothing rather than with what was read, and with what comes next once it is there."""
+    """A client that has read up to a number on one replica asks another that is behind. It returns no event that was
+    already read, and the next one once it is there."""
     async with planes(tmp_path, Board(), "a", "b") as (a, b):
         a.see("pump", "verdict.suspect")
         await until(lambda: len(b.log()) == 1)
@@ -398,7 +399,7 @@ EVENT: Final = {
     ],
 )
 async def test_what_is_no_event_is_refused(tmp_path: Path, body: object) -> None:
-    """400 for what is no event, 409 from a replica that does not tell; and nothing is told."""
+    """An invalid event is answered 400, a replica that does not publish answers 409, and no such event is published."""
     async with planes(tmp_path, Board(), "a", "b") as (a, b):
         good = b.see("pump", "audit.pause").shown()
         async with aiohttp.ClientSession() as client:
@@ -410,8 +411,8 @@ async def test_what_is_no_event_is_refused(tmp_path: Path, body: object) -> None
 
 
 async def test_marks_and_names_of_incidents_are_the_same_everywhere(tmp_path: Path) -> None:
-    """Single events are marked with the incident on each replica, and the incident goes by the teller's
-    id also where another opens it for itself."""
+    """Single events are marked with the incident on each replica, and the incident has the publisher's ID even where
+    another replica opens it itself."""
     async with planes(tmp_path, Board(), "a", "b") as (a, b):
         for one in (b, a):
             correlator, now = one.fleet.recorder.incidents._correlator, one.fleet.clock.monotonic()
@@ -437,11 +438,11 @@ async def test_marks_and_names_of_incidents_are_the_same_everywhere(tmp_path: Pa
 async def test_an_event_that_is_told_back_before_the_answer_came_ends_nothing(
     tmp_path: Path,
 ) -> None:
-    """The stream may bring an event back while the call that hands it over is under way: the feed lives
-    on, and hands over the next one. (Without that a replica ended, seen on a cluster of five hosts.)"""
+    """The stream may return an event while the call that sends it is in progress: the feed keeps running, and sends the
+    next one. (Without that a replica ended, seen on a cluster of five hosts.)"""
 
     class Slow:
-        """The teller, whose answer comes after the event itself."""
+        """A publisher whose answer arrives after the event itself."""
 
         asked = 0
 
@@ -478,8 +479,8 @@ async def test_an_event_that_is_told_back_before_the_answer_came_ends_nothing(
 
 
 async def test_replicas_show_each_other_their_token(tmp_path: Path) -> None:
-    """Behind doors that ask for a token events are copied and handed over; a replica with another token
-    gets neither, and says in the status why."""
+    """Where the API requires a token, events are copied and sent to the publisher. A replica with another token can do
+    neither, and its status says why."""
     board = Board()
     async with AsyncExitStack() as stack:
         a, b, c = [

@@ -1,4 +1,4 @@
-"""The lease of a machine's own registry: a lock file."""
+"""The lease of a local registry: a lock file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def leases(path: Path) -> FileLeases:
 
 
 async def test_a_killed_holder_is_followed_by_who_waits(tmp_path: Path) -> None:
-    """One process holds all shards; when it is killed the next has them, under a higher term."""
+    """One process holds all shards; when it is killed the next one holds them, with a higher term."""
     path = tmp_path / "registry.db.lease"
     holder = await asyncio.create_subprocess_exec(
         sys.executable, "-c", HOLDER, str(path), stdout=asyncio.subprocess.PIPE
@@ -75,7 +75,7 @@ async def test_a_killed_holder_is_followed_by_who_waits(tmp_path: Path) -> None:
 
 
 async def test_a_file_that_makes_no_sense_is_no_obstacle(tmp_path: Path) -> None:
-    """What stands in the file is told, never trusted: the lock alone decides."""
+    """The file's content is only information: the lock alone decides."""
     path = tmp_path / "registry.db.lease"
     path.write_text("{half")
     mine = leases(path)

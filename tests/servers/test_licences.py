@@ -32,7 +32,7 @@ def go(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def check(tmp_path: Path, go: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
-    """Checks a program that imports some packages of a module with these files."""
+    """A check of a program that imports some packages of a module with these files."""
     monkeypatch.setenv("GOPROXY", "off")
     monkeypatch.setenv("GOFLAGS", "")
     monkeypatch.setenv("NOMAD_WATCHDOG_CACHE", str(tmp_path / "cache"))
@@ -74,7 +74,7 @@ def fault(file: str, problem: str) -> licences.Fault:
 
 
 def test_open_source_passes(check: Check) -> None:
-    """Open-source licences pass and are counted, the standard library is not, nor what the MPL mentions."""
+    """Open-source licences pass and are counted; the standard library and licences that the MPL mentions are not."""
     report = check({"LICENSE": MIT})
     assert report == ("prog: 2 modules; MIT 1, MPL-2.0 1", [])
 
@@ -83,7 +83,7 @@ def test_open_source_passes(check: Check) -> None:
     "name", ["LICENSE", "licence.md", "COPYING", "LICENSE-BSL.txt", "SERVER_LICENSE"]
 )
 def test_busl_in_the_root(check: Check, name: str) -> None:
-    """The Business Source License in the module's root is a fault, whatever the file is called."""
+    """The Business Source License in the module's root is an error, whatever the name of the file."""
     report = check({name: BUSL})
     assert report.faults == [fault(name, "the Business Source License is not open source")]
 
@@ -105,14 +105,14 @@ def test_busl_in_the_root(check: Check, name: str) -> None:
     ],
 )
 def test_other_licences_that_are_not_open_source(check: Check, text: str, what: str) -> None:
-    """Each licence that restricts use fails under its name, also beside an open-source one."""
+    """Each licence that restricts use fails under its name, even beside an open-source one."""
     [found] = check({"LICENSE": text}).faults
     assert found.file == "LICENSE"
     assert what in found.problem
 
 
 def test_licence_of_a_package(check: Check) -> None:
-    """The AGPL in a sub-directory is a fault if the package below it is compiled in, and none if not."""
+    """The AGPL in a subdirectory is an error only if the package below it is compiled in."""
     files = {
         "LICENSE": MIT,
         "extra/COPYING": AGPL,
@@ -126,7 +126,7 @@ def test_licence_of_a_package(check: Check) -> None:
 
 
 def test_build_tag(check: Check) -> None:
-    """A package that a build tag leaves out is not checked; without the tag it is."""
+    """A package excluded by a build tag is not checked; without the tag it is."""
     files = {
         "LICENSE": MIT,
         "extra.go": '//go:build !slim\n\npackage dep\nimport _ "example.org/dep/extra"\n',
@@ -138,19 +138,19 @@ def test_build_tag(check: Check) -> None:
 
 
 def test_no_licence_file(check: Check) -> None:
-    """A module without a licence file is a fault; Go sources named after licences are no licence."""
+    """A module without a licence file is an error; Go sources named like licences are not licences."""
     report = check({"license.go": f"package dep\n\nconst text = `{MIT}`\n", "README.md": MIT})
     assert report.faults == [fault("", "no licence file")]
 
 
 def test_unknown_licence(check: Check) -> None:
-    """Text that is no known licence is a fault, also beside a known one."""
+    """Text that is not a known licence is an error, even beside a known one."""
     files = {"LICENSE": MIT, "LICENSE.extra": "Copyright Example, Inc. All rights reserved.\n"}
     assert check(files).faults == [fault("LICENSE.extra", "not a licence known to this check")]
 
 
 def test_header_of_a_compiled_file(check: Check) -> None:
-    """A compiled file whose header names another licence is a fault; its tests are not compiled."""
+    """A compiled file whose header names another licence is an error; its tests are not compiled."""
     header = "// Copyright Example\n// SPDX-License-Identifier: BUSL-1.1\n\n"
     files = {
         "LICENSE": MPL,
@@ -175,7 +175,7 @@ def test_headers_that_repeat_the_licence_file(check: Check) -> None:
 
 
 def test_embedded_file(check: Check) -> None:
-    """The licence beside files that are embedded in the program counts, too."""
+    """The licence beside files that are embedded in the program is checked, too."""
     files = {
         "LICENSE": MIT,
         "page.go": 'package dep\n\nimport _ "embed"\n\n//go:embed ui/dist/page.html\nvar Page string\n',
@@ -192,13 +192,13 @@ def test_folder_is_not_cached(check: Check) -> None:
 
 
 def test_list_that_fails(check: Check) -> None:
-    """What Go cannot list is an error that quotes Go."""
+    """If Go cannot list the packages, the error quotes Go."""
     with pytest.raises(TerminalError, match=r"example\.org/nowhere"):
         check({"LICENSE": MIT, "far.go": 'package dep\nimport _ "example.org/nowhere"\n'})
 
 
 def test_command(check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command names module, file and what to do, and exits 1; with the fault gone it exits 0."""
+    """The command names module, file and what to do, and exits with 1; when the problem is fixed it exits with 0."""
     check({"LICENSE": BUSL})
     monkeypatch.setattr(licences, "SERVERS", tmp_path)
     monkeypatch.setattr(licences, "TOOLS", {"prog": Tool((0,), 1, module="server")})
@@ -214,7 +214,7 @@ def test_command(check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_cache(tmp_path: Path, go: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program that passed is not listed again, until its go.sum or its build tags change."""
+    """A program that passed is not listed again until its go.sum or its build tags change."""
     monkeypatch.setenv("NOMAD_WATCHDOG_CACHE", str(tmp_path))
     (tmp_path / "go.mod").write_text("module server\ngo 1.24\n")
     listed = []

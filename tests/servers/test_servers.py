@@ -1,6 +1,6 @@
-"""The real servers' own machinery: finding, building, starting, ending.
+"""Managing the real servers: finding, building, starting, stopping.
 
-A stub stands for the Go compiler, whose work takes minutes; `make` runs the real build.
+A stub replaces the Go compiler, whose work takes minutes; `make` runs the real build.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BUILD = 'printf "#!/bin/sh\\necho Nomad v1.11.3\\n" > "$3"; chmod +x "$3"; sleep
 
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of its own, and a PATH without servers and with a stub for Go."""
+    """An empty cache folder, and a PATH without servers and with a stub for Go."""
     monkeypatch.setenv("NOMAD_WATCHDOG_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(binaries, "found", {})
@@ -41,7 +41,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_two_runs_build_once(stub: Path) -> None:
-    """Of two runs at once one builds, the other waits, and both print the same path."""
+    """Of two simultaneous runs one builds, the other waits, and both print the same path."""
     argv = [sys.executable, "-m", "servers.binaries", "nomad"]
     runs = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     paths = {run.communicate(timeout=60)[0].strip() for run in runs}
@@ -51,7 +51,7 @@ def test_two_runs_build_once(stub: Path) -> None:
 
 
 def test_failed_build_names_its_log(stub: Path) -> None:
-    """A build that fails is a TerminalError that names the log, and leaves no program behind."""
+    """A failed build is a TerminalError that names the log, and leaves no program behind."""
     stub.write_text(GO.format(folder=stub.parent, build="echo no such module; exit 1"))
     with pytest.raises(TerminalError, match=r"nomad\.log"):
         binaries.find("nomad")
@@ -70,7 +70,7 @@ def test_old_program_on_path_is_passed_over(stub: Path) -> None:
 
 
 def test_unknown_program_is_a_user_error() -> None:
-    """A program that is not known is refused with the names of those that are."""
+    """An unknown program is rejected with the names of the known ones."""
     with pytest.raises(UserError, match=r"known are: consul, .*nomad"):
         binaries.find("vault")
 
@@ -83,7 +83,8 @@ def test_free_ports_are_distinct() -> None:
 
 
 def test_no_port_is_given_to_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of forty ports one process takes twenty; as long as it runs another gets only others, later also those."""
+    """Of forty ports one process takes twenty; while it runs, another process gets only the others, later also
+    those."""
     few = range(32_000, 32_040)  # no other test has ports there
     code = (
         "from nomad_watchdog.demo import process\n"
@@ -125,14 +126,14 @@ def _state(pid: str) -> str:
 
 
 def test_missing_program_is_a_terminal_error(tmp_path: Path) -> None:
-    """A program that is not there is refused by name."""
+    """A missing program is reported by name."""
     with pytest.raises(TerminalError, match="nowhere"):
         Process.start([tmp_path / "nowhere"], log=tmp_path / "log")
 
 
 def test_blocks_of_ports_are_apart_also_between_processes() -> None:
-    """No two servers choose dynamic ports from one block, and a block that is given back is taken again."""
-    blocks = [1_000_000 + 3 * os.getpid() + n for n in range(3)]  # that nobody else is given
+    """No two servers choose dynamic ports from one block, and a block that was released is used again."""
+    blocks = [1_000_000 + 3 * os.getpid() + n for n in range(3)]  # unused by other processes
     first, second = take_block(blocks), take_block(blocks)
     try:
         code = f"from nomad_watchdog.demo.process import take_block; print(take_block({blocks}))"

@@ -1,6 +1,6 @@
 """Which tests one worker of pytest-xdist runs one after another.
 
-Each group is one worker's: its tests share a server, or a fixture of the file. All other tests go to whichever
+Each group runs in one worker: its tests share a server, or a fixture of the file. All other tests go to whichever
 worker is idle. Without xdist this only orders the tests.
 """
 
@@ -12,19 +12,19 @@ from typing import Any, Final
 import pytest
 
 _SHARES: Final = {"kube": 2, "nomad": 3, "acl_consul": 1, "consul": 2}
-"""A session server → the most workers that start one. The first that a test uses decides."""
+"""A session server → the maximum number of workers that start one. The first that a test uses decides."""
 _GROUP: Final = "xdist_group"
 _RANK: Final = pytest.StashKey[int]()
 _SLOW_S: Final = 10
-"""What a test that states why it is slow counts, where another counts 1: about what they take in seconds."""
+"""Weight of a test that states why it is slow, where another test has 1: about the duration in seconds."""
 _LONG_S: Final = 60
-"""What a long test counts; one that takes far more states its seconds: `pytest.mark.lasts`."""
+"""Weight of a long test; one that takes far longer states its seconds: `pytest.mark.lasts`."""
 
 
 def assign_groups(items: list[pytest.Item]) -> None:
-    """Mark each test with its group, and put first what takes longest: long tests and shared servers, then shared
-    files, then single slow tests; of each kind the longest group first. A long group that began late would run
-    alone at the end, while the other workers have nothing left to do."""
+    """Mark each test with its group, and put the longest first: long tests and shared servers, then shared files, then
+    single slow tests; within each kind the longest group first. A long group that starts late would run alone at the
+    end, while the other workers are idle."""
     servers = {item: _server(item) for item in items}
     shares = _share_out(items, servers)
     rank = {}
@@ -54,8 +54,8 @@ def assign_groups(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """End the session's servers of this worker when no test that needs one is left: all of them come first. A
-    Kubernetes control plane with nothing to do takes some percent of a core, a Nomad one or two."""
+    """End the session's servers of this worker when no remaining test needs them: tests with servers come first. An
+    idle Kubernetes control plane takes some percent of a core, a Nomad one or two."""
     if item.stash[_RANK] == 0:
         return
     known = item.session._fixturemanager._arg2fixturedefs
@@ -65,7 +65,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def _group(item: pytest.Item) -> str:
-    """Its group's name; the test's own if it has none."""
+    """The name of the test's group, or of the test itself if it has none."""
     mark = item.get_closest_marker(_GROUP)
     return str((*mark.args, *mark.kwargs.values())[0]) if mark else item.nodeid
 
@@ -81,7 +81,7 @@ def _length(item: pytest.Item) -> float:
 def _share_out(
     items: list[pytest.Item], servers: dict[pytest.Item, str | None]
 ) -> dict[tuple[str, str], int]:
-    """(Server, file) → the group of that server which runs the file. They take about the same time."""
+    """(Server, file) → the group of that server which runs the file. The groups take about the same time."""
     sizes: defaultdict[tuple[str, str], float] = defaultdict(float)
     for item in items:
         if server := servers[item]:
@@ -99,7 +99,7 @@ def _share_out(
 def _server(item: pytest.Item) -> str | None:
     names = set(getattr(item, "fixturenames", ()))
     if "consul" in getattr(getattr(item, "callspec", None), "params", {}).values():
-        names.add("consul")  # asked for by a fixture that is told by its parameter
+        names.add("consul")  # requested by a fixture through its parameter
     return next((server for server in _SHARES if server in names), None)
 
 

@@ -1,12 +1,12 @@
-"""Ctrl-C on a run with pytest-xdist takes everything down that its tests have started.
+"""Ctrl-C on a run with pytest-xdist shuts down everything that its tests have started.
 
 pytest-xdist by itself kills its workers ten seconds after the run was interrupted: servers, mounts and network
 namespaces of their fixtures stay. Here SIGINT or SIGTERM to the main process interrupts each worker once, and each
 gets `TEAR_DOWN_S` to tear its fixtures down. What is left after that, or after a worker that crashed, is ended by
-its pid. A second signal kills the workers, and ends what they started, at once.
+its pid. A second signal kills the workers, and ends what they started, immediately.
 
 The workers are in process groups of their own, so that Ctrl-C in a terminal reaches only the main process: a
-worker that is interrupted twice would break off its tear-down. If the main process is killed, execnet interrupts
+worker that is interrupted twice would abort its tear-down. If the main process is killed, execnet interrupts
 the workers five seconds later, and ends them after another ten.
 """
 
@@ -29,9 +29,9 @@ import pytest
 TEAR_DOWN_S = 60.0
 """Stopping a Nomad with jobs takes up to 35 s."""
 END_S = 5.0
-"""For processes that are left, from SIGTERM to SIGKILL."""
+"""Time between SIGTERM and SIGKILL for processes that are left."""
 _KILL_S: Final = 10.0
-"""For those, from SIGKILL to their end."""
+"""Time between SIGKILL and the end of those processes."""
 _POLL_S: Final = 0.05
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _PROC: Final = Path("/proc")
@@ -40,8 +40,8 @@ _NOMAD: Final = re.compile(r"(.+?)/data-\d+/")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make SIGINT work; a shell starts what goes to the background with SIGINT ignored, and all that it starts
-    inherits that: there no test of Ctrl-C could pass."""
+    """Enable SIGINT: a shell starts background processes with SIGINT ignored, and their children inherit that, so that
+    no test of Ctrl-C could pass."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config, "workerinput"):
@@ -52,8 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Worker:
-    """The hooks of a worker. The main process sends it SIGUSR1, which is SIGINT here, and more: where a test goes
-    on because it expects tasks to be cancelled, no other test is started."""
+    """The hooks of a worker. The main process sends it SIGUSR1, which acts as SIGINT, and more: if a test continues
+    because it expects tasks to be cancelled, no further test is started."""
 
     def __init__(self) -> None:
         self._interrupted = False
@@ -103,7 +103,7 @@ class Interrupts:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self) -> Generator[None, object, object]:
-        """Before xdist ends its workers, let them tear down; then end what is left."""
+        """Let the workers tear down before xdist ends them; then end what is left."""
         self._finishing = True
         if self._running():
             self._say("ending the servers of all workers; Ctrl-C again kills them")
@@ -119,7 +119,7 @@ class Interrupts:
             self._end_leftovers()
 
     def _running(self) -> list[subprocess.Popen[bytes]]:
-        """The workers that have not torn down."""
+        """The workers that have not completed their tear-down."""
         return [
             _process(node)
             for node in self._nodes
@@ -155,7 +155,7 @@ def _process(node: Any) -> subprocess.Popen[bytes]:
 
 def end_processes(run: bytes, folder: Path, grace_s: float) -> set[int]:
     """End the processes that have the variable `run` ("NAME=value") in their environment, or one that names a path
-    below `folder`, the youngest first: SIGTERM, after grace_s SIGKILL. Their pids."""
+    below `folder`, the youngest first: SIGTERM, and SIGKILL after grace_s. Returns their pids."""
     ended: set[int] = set()
     number, deadline = signal.SIGTERM, time.monotonic() + grace_s
     while True:
@@ -167,7 +167,7 @@ def end_processes(run: bytes, folder: Path, grace_s: float) -> set[int]:
         for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 if number == signal.SIGKILL or pid not in ended:
-                    os.kill(pid, signal.SIGCONT)  # a paused process would never see the SIGTERM
+                    os.kill(pid, signal.SIGCONT)  # a stopped process would not get the SIGTERM
                     os.kill(pid, number)
         ended.update(left)
         _await_one(left[0])
@@ -191,7 +191,7 @@ def _marked(run: bytes, folder: Path) -> list[int]:
 
 
 def _await_one(pid: int) -> None:
-    """Until this process has ended, but not longer than a poll."""
+    """Wait until this process has ended, for at most one poll interval."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -219,7 +219,7 @@ def remove_mounts(folder: Path) -> None:
 
 
 def remove_namespaces(pids: Iterable[int]) -> None:
-    """Remove the network namespaces that a `Network` of these processes has made."""
+    """Remove the network namespaces that a `Network` in these processes has created."""
     for pid in pids:
         for entry in Path("/run/netns").glob(f"nwd-{pid:x}????-*"):
             argv = ["ip", "netns", "delete", entry.name]

@@ -1,10 +1,10 @@
 """Fails a test that leaves a task, a thread, a child process or a socket behind.
 
-What is there before a test is exempt, and so is what a fixture of a wider scope starts during it. What is on
-its way out has `GRACE_S` to end. Tasks are checked in the test's own event loop before that is closed;
-everything else after the last fixture has been torn down.
+Exempt is what exists before a test, and what a fixture of a wider scope starts during it. Everything else has
+`GRACE_S` to end. Tasks are checked in the test's own event loop before that is closed; everything else after the
+last fixture has been torn down.
 
-Processes and sockets are read from /proc: elsewhere than on Linux only tasks and threads are checked.
+Processes and sockets are read from /proc: on systems other than Linux only tasks and threads are checked.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Present:
     threads: set[threading.Thread] = field(default_factory=set)
     processes: set[int] = field(default_factory=set)
     sockets: set[str] = field(default_factory=set)
-    """Inode names of our open sockets, as in ``socket:[4711]``."""
+    """Inode names of our open sockets, such as ``socket:[4711]``."""
 
     @classmethod
     def now(cls) -> _Present:
@@ -65,7 +65,7 @@ class Leftovers:
     def __init__(self) -> None:
         self._exempt = _Present()
         self._servers: set[str] = set()
-        """Commands of the children that are exempt: who kills a server of the session starts it again."""
+        """Commands of the exempt children: a test that kills a session server starts it again."""
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self) -> Generator[None, object, object]:
@@ -96,7 +96,7 @@ class Leftovers:
     def _left_by(self, item: pytest.Item) -> list[str]:
         deadline = time.monotonic() + GRACE_S
         new = _Present.now() - self._exempt
-        # a loop that is closed waits for the threads of its executor: those that are left are of one that goes on
+        # a closed loop waits for the threads of its executor: those that are left belong to a running loop
         new.threads = {one for one in new.threads if not one.name.startswith("asyncio_")}
         for thread in new.threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -104,9 +104,9 @@ class Leftovers:
         processes = _await_end(self._of_test(new.processes, item), deadline)
         sockets = set(_sockets()) - self._exempt.sockets
         if sockets:
-            gc.collect()  # what only a cycle of references keeps open is reported as a ResourceWarning
+            gc.collect()  # what only a reference cycle keeps open is reported as a ResourceWarning
         while sockets and time.monotonic() < deadline:
-            time.sleep(_POLL_S)  # a thread that was there before may be about to close it
+            time.sleep(_POLL_S)  # a thread that existed before may be about to close it
             sockets &= set(_sockets())
         return [
             *(f"thread {thread.name}" for thread in new.threads if thread.is_alive()),
@@ -115,7 +115,7 @@ class Leftovers:
         ]
 
     def _of_test(self, pids: Iterable[int], item: pytest.Item) -> set[int]:
-        """Our children among them, and orphans that this test started: pytest names it in their environment."""
+        """Child processes among `pids`, and orphans that this test started: pytest names it in their environment."""
         mark = f"PYTEST_CURRENT_TEST={item.nodeid} (".encode()
         return {
             pid
@@ -125,7 +125,7 @@ class Leftovers:
         }
 
     def _below_exempt(self, pid: int) -> bool:
-        """Whether a process that stays, such as a server of the session, started it."""
+        """Whether it was started by a process that stays, such as a session server."""
         while (pid := _parent(pid)) > 1 and pid != os.getpid():
             if pid in self._exempt.processes:
                 return True
@@ -139,7 +139,7 @@ def _all_processes() -> set[int]:
 
 
 def _commands_of_children() -> set[str]:
-    """Whichever of our threads started them."""
+    """Commands of all children, whichever thread started them."""
     children: set[int] = set()
     for thread in (_PROC / "self" / "task").glob("*/children"):
         with contextlib.suppress(OSError):  # that thread has ended
@@ -160,7 +160,7 @@ def _sockets() -> dict[str, int]:
 
 
 def _parent(pid: int) -> int:
-    """0 when it has ended."""
+    """Parent pid; 0 if the process has ended."""
     try:
         return int((_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
@@ -183,7 +183,7 @@ def _command(pid: int) -> str:
 
 
 def _await_end(pids: set[int], deadline: float) -> set[int]:
-    """Those that have not ended by the deadline. One that ended but was not waited for is no matter here."""
+    """The processes that have not ended by the deadline. One that ended but was not waited for does not count."""
     left = set()
     for pid in pids:
         try:
@@ -213,13 +213,13 @@ def _described(inode: str, fd: int) -> str:
 
 
 def _no_task_left(scope: Literal["function", "module", "session"]) -> Any:
-    """A fixture of the event loop of this scope."""
+    """A fixture in the event loop of this scope."""
 
     @pytest_asyncio.fixture(loop_scope=scope, name=f"no_{scope}_task_left")
     async def check() -> AsyncIterator[None]:
         before, sockets = asyncio.all_tasks(), set(_sockets())
         yield
-        # what was closed a moment ago, as the connection of a stream that was broken off, ends in turns of this loop
+        # something just closed, such as the connection of an aborted stream, ends in later turns of this loop
         deadline = time.monotonic() + GRACE_S
         while set(_sockets()) - sockets and time.monotonic() < deadline:
             await asyncio.sleep(_POLL_S)
@@ -239,7 +239,7 @@ no_session_task_left = _no_task_left("session")
 
 
 def check_tasks(item: pytest.Item) -> None:
-    """Let the test fail that leaves a task behind in the loop that it runs in."""
+    """Make a test fail that leaves a task behind in its event loop."""
     if not (isinstance(item, pytest.Function) and pytest_asyncio.is_async_test(item)):
         return
     mark = item.get_closest_marker("asyncio")

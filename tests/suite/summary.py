@@ -1,6 +1,6 @@
-"""What a run took, printed at its end: the ten slowest tests, those over the budget, CPU and wall time, and
-the versions of the servers under test. With xdist it covers all workers, and says how long the last one ran
-after the first had nothing left to do."""
+"""Summary printed at the end of a run: the ten slowest tests, those over the budget, CPU and wall time, and the
+versions of the servers under test. With xdist it covers all workers, and states how long the last one ran after the
+first became idle."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import pytest
 from servers import binaries
 
 BUDGET_S = 5.0
-"""docs/contributing.md: a test of `make test` that takes more of its own states a reason."""
+"""docs/contributing.md: a test of `make test` whose own time exceeds this states a reason."""
 _SLOWEST: Final = 10
 _KEY: Final = "nomad_watchdog_summary"
 _OWN: Final = "nomad_watchdog_own_s"
 
 
 class Summary:
-    """The hooks; registered by `tests.conftest`, in each worker and in what starts them."""
+    """The hooks; registered by `tests.conftest`, in each worker and in the main process."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
@@ -40,7 +40,7 @@ class Summary:
     def pytest_fixture_setup(
         self, fixturedef: pytest.FixtureDef[Any]
     ) -> Generator[None, object, object]:
-        """What a fixture of a wider scope takes, on the way in and out, is no test's own."""
+        """The set-up and tear-down time of a fixture with a wider scope does not count for any test."""
         if fixturedef.scope == "function":
             return (yield)
         fixturedef.addfinalizer(self._shared_ends)
@@ -86,7 +86,7 @@ class Summary:
         if output is not None:
             output[_KEY] = {"cpu_s": ours + theirs, "versions": dict(binaries.found)}
         elif self._config.pluginmanager.hasplugin("dsession"):
-            self._cpu_s += ours  # the children are the workers, who report their own
+            self._cpu_s += ours  # the children are the workers, which report their own time
         else:
             self._cpu_s += ours + theirs
             self._versions |= binaries.found

@@ -1,4 +1,4 @@
-"""Groups of tests keep together when several workers run them."""
+"""Groups of tests stay together when several workers run them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_it(kube, number):
 
 @pytest.mark.slow_because("starts pytest with two workers")
 def test_tests_of_one_server_and_file_run_in_one_worker(tmp_path: Path, repository: Path) -> None:
-    """Twelve tests of a shared server, in a run with two workers, all run in one of them."""
+    """Twelve tests of a shared server, in a run with two workers, all run in one worker."""
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_them.py").write_text(TESTS)
     argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -82,7 +82,7 @@ def test_next():
 
 @pytest.mark.slow_because("starts pytest")
 def test_a_server_ends_when_no_test_needs_it_any_more(tmp_path: Path, repository: Path) -> None:
-    """A test that needs no server, and so comes last, finds the session's server ended."""
+    """A test that needs no server, and therefore runs last, finds the session's server ended."""
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_them.py").write_text(NEXT)
     argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -93,7 +93,7 @@ def test_a_server_ends_when_no_test_needs_it_any_more(tmp_path: Path, repository
 
 
 def test_the_longest_group_is_first(tmp_path: Path, repository: Path) -> None:
-    """Two slow tests of one server come before twelve short ones of another, then slow ones without a server."""
+    """Two slow tests of one server run before twelve short ones of another, then slow ones without a server."""
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_them.py").write_text(ORDERED)
     argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only"]

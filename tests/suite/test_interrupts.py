@@ -1,4 +1,4 @@
-"""A run that is interrupted, or whose workers crash, leaves nothing behind: asked of pytest itself."""
+"""An interrupted run, or one whose workers crash, leaves nothing behind: tested with pytest itself."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ WORKERS = ("gw0", "gw1")
 
 
 class Run:
-    """pytest with two workers, each of which runs one test, in a process group of its own."""
+    """pytest with two workers, each of which runs one test, in its own process group."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Run:
         self.process = Process.start([*argv, str(folder)], log=folder / "out", env=env)
 
     def wait_for(self, note: str) -> None:
-        """Until each worker has noted this."""
+        """Wait until each worker has recorded this."""
         until(lambda: all(note in self.notes(worker) for worker in WORKERS), f"{note}\n{self.out}")
 
     def notes(self, worker: str) -> list[str]:
@@ -131,14 +131,14 @@ class Run:
         return (self.folder / "out").read_text()
 
     def servers(self) -> list[int]:
-        """The pids of those that were started, and have not ended."""
+        """The pids of the servers that were started and have not ended."""
         noted = [note for worker in WORKERS for note in self.notes(worker)]
         pids = [int(note.removeprefix("pid ")) for note in noted if note.startswith("pid ")]
         return [pid for pid in pids if runs(pid)]
 
 
 def runs(pid: int) -> bool:
-    """Whether it has not ended; one that was not waited for has."""
+    """Whether it has not ended; a process that ended but was not waited for has."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -154,7 +154,7 @@ def until(test: Callable[[], bool], what: str) -> None:
 
 @pytest.fixture
 def ended() -> Iterator[list[Run]]:
-    """Runs that are ended with all that they started, also where a test fails."""
+    """Runs that are ended with everything that they started, even if a test fails."""
     runs: list[Run] = []
     yield runs
     for run in runs:
@@ -177,9 +177,9 @@ def ended() -> Iterator[list[Run]]:
 def test_an_interrupted_run_tears_down_in_order(
     tmp_path: Path, ended: list[Run], number: signal.Signals, whom: str, swallows: bool
 ) -> None:
-    """After SIGINT or SIGTERM to the main process, or to its group as a terminal sends it, each worker has torn
-    down its test, then its fixtures, and no server is left; also where
-    the test takes the interrupt for the end of a task of its own."""
+    """After SIGINT or SIGTERM to the main process, or to its group as sent by a terminal, each worker has torn down its
+    test, then its fixtures, and no server is left; also if the test treats the interrupt as the end of one of its own
+    tasks."""
     run = Run(tmp_path, swallows=swallows)
     ended.append(run)
     run.wait_for("runs")
@@ -197,7 +197,7 @@ def test_an_interrupted_run_tears_down_in_order(
 
 @pytest.mark.slow_because("starts pytest with two workers")
 def test_a_second_interrupt_ends_everything_at_once(tmp_path: Path, ended: list[Run]) -> None:
-    """Where a tear-down does not end, a second Ctrl-C ends the run, and servers that ignore SIGTERM."""
+    """If a tear-down hangs, a second Ctrl-C ends the run, and servers that ignore SIGTERM."""
     run = Run(tmp_path, stuck=True)
     ended.append(run)
     run.wait_for("runs")
@@ -211,7 +211,7 @@ def test_a_second_interrupt_ends_everything_at_once(tmp_path: Path, ended: list[
 
 @pytest.mark.slow_because("starts pytest with two workers")
 def test_a_tear_down_has_a_time_limit(tmp_path: Path, ended: list[Run]) -> None:
-    """A tear-down that does not end is given up, and the servers are ended without it."""
+    """A tear-down that hangs is abandoned, and the servers are ended without it."""
     run = Run(tmp_path, stuck=True, tear_down_s=0.5)
     ended.append(run)
     run.wait_for("runs")
@@ -223,8 +223,8 @@ def test_a_tear_down_has_a_time_limit(tmp_path: Path, ended: list[Run]) -> None:
 
 @pytest.mark.slow_because("starts pytest with two workers")
 def test_what_a_crashed_worker_leaves_is_removed(tmp_path: Path, ended: list[Run]) -> None:
-    """At the end of a run whose workers were killed there is no server of theirs, and, where root runs it, no mount
-    and no network namespace."""
+    """After a run whose workers were killed none of their servers is left, and, if root runs it, no mount and no
+    network namespace."""
     before = namespaces()
     run = Run(tmp_path, crashes=True)
     ended.append(run)

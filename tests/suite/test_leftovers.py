@@ -1,4 +1,4 @@
-"""A test that leaves something behind fails, and one that cleans up does not: asked of pytest itself."""
+"""A test that leaves something behind fails, and one that cleans up does not: tested with pytest itself."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ async def test_async():
 
 
 def play(folder: Path, tests: dict[str, str], *options: str) -> str:
-    """Run pytest on these texts in a process of its own, and give what it prints."""
+    """Run pytest on these texts in its own process, and return its output."""
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "pytest.ini").write_text("[pytest]\nasyncio_mode = auto\n")
     for name, text in tests.items():
@@ -133,7 +133,7 @@ def play(folder: Path, tests: dict[str, str], *options: str) -> str:
 
 @pytest.mark.slow_because("waits for each leftover as long as it may take to end")
 def test_what_a_test_leaves_behind_fails_it(tmp_path: Path) -> None:
-    """The test that leaves a task, thread, child, orphan or socket behind fails with its name, and no other."""
+    """The test that leaves a task, thread, child, orphan or socket behind fails under its name, and no other."""
     out = play(tmp_path, BAD)
     for sign in SIGNS.values():
         assert re.search(f"^left behind by this test: <?{sign}", out, re.MULTILINE), out
@@ -166,19 +166,19 @@ def test_computes():
 
 @pytest.fixture(scope="module", params=[(), ("-n2", "--dist=loadgroup")], ids=["alone", "workers"])
 def printed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What a run of tests that clean up prints, without and with workers."""
+    """Output of a run of tests that clean up, without and with workers."""
     folder = tmp_path_factory.mktemp("clean")
     return play(folder, {"good": GOOD, "slow": SLOW}, *request.param)
 
 
 def test_clean_tests_pass(printed: str) -> None:
-    """Tests that clean up pass, and what a fixture of the session keeps for later is not theirs."""
+    """Tests that clean up pass, and what a fixture of the session keeps does not count for them."""
     assert re.search(r"=+ 8 passed in", printed), printed
 
 
 def test_summary_names_what_took_long(printed: str) -> None:
-    """The summary lists the slowest tests, those over the budget by their own doing and without a reason,
-    and the CPU time of all workers."""
+    """The summary lists the slowest tests, those over the budget by their own time and without a reason, and the CPU
+    time of all workers."""
     slowest, _, rest = printed.partition("without a stated reason")
     over = set(re.findall(r" s .*::(\w+)$", rest, re.MULTILINE))
     assert {"test_over", "test_computes"} <= over, printed

@@ -1,4 +1,4 @@
-"""The API and the command line of moves, over a real server and registry; schedulers in memory."""
+"""The API and the command line of migrations, over a real server and registry; schedulers in memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SPEC = AgentSpec("default", "1", "h")
 
 
 class Plane:
-    """The loop over two sites, and the API on top."""
+    """The loop over two sites, and the API on top of it."""
 
     def __init__(self, served_api: ServedApi) -> None:
         self.served_api = served_api
@@ -81,8 +81,8 @@ async def plane(tmp_path: Path) -> AsyncIterator[Plane]:
 
 
 async def test_what_makes_no_sense_is_refused_before_anything_is_written(plane: Plane) -> None:
-    """Equal ends, a scheduler that is not there or does not answer, a shard too many, a class that is not configured,
-    nobody who lives there and words without a move: each has its status, and nothing is stored."""
+    """Equal ends, a scheduler that does not exist or does not answer, an invalid shard, an unconfigured class, no
+    matching device, and verbs without a migration each have their own status, and nothing is stored."""
     begin = "/v1/migration"
     way = {"from": "north", "to": "south"}
     plane.sites["south"].broken = True
@@ -107,7 +107,7 @@ async def test_what_makes_no_sense_is_refused_before_anything_is_written(plane: 
 
 
 async def test_a_dry_run_says_what_would_move_and_moves_nothing(plane: Plane) -> None:
-    """Counts by class and shard of those that match, and no trace of it."""
+    """Counts of the matching devices by class and shard, and nothing is stored."""
     status, answer = await plane.post(
         "/v1/migration",
         **{"from": "north", "to": "south", "dry_run": True, "labels": {"part": "a"}},
@@ -120,7 +120,7 @@ async def test_a_dry_run_says_what_would_move_and_moves_nothing(plane: Plane) ->
 
 
 async def test_a_move_is_paused_resumed_and_undone_by_the_api(plane: Plane) -> None:
-    """Each word has its state, is refused where it makes no sense, and is an event."""
+    """Each verb has its state, is refused where it does not apply, and creates an event."""
     status, answer = await plane.post("/v1/migration", **{"from": "north", "to": "south"})
     assert (status, answer["state"], answer["to_move"]) == (201, "running", 6)
     again = await plane.post("/v1/migration", **{"from": "south", "to": "north"})
@@ -130,7 +130,7 @@ async def test_a_move_is_paused_resumed_and_undone_by_the_api(plane: Plane) -> N
     assert (await plane.post("/v1/migration:resume"))[1]["state"] == "running"
     assert (await plane.post("/v1/migration:undo"))[1]["state"] == "undoing"
     assert (await plane.post("/v1/migration:undo"))[0] == 409
-    # no agent has ever reported here, so that it can't be over
+    # no agent has ever reported here, so the migration can't be over
     assert (await plane.newest())["ready"] == 0
     kinds = [event.kind for event in plane.served_api.fleet.events.own.recent()]
     assert [kind for kind in kinds if kind.startswith("migration.")] == [
@@ -142,7 +142,7 @@ async def test_a_move_is_paused_resumed_and_undone_by_the_api(plane: Plane) -> N
 async def test_the_command_line_says_the_same(
     plane: Plane, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`migrate` and its verbs print tables and JSON, and end with the code of what is wrong."""
+    """`migrate` and its verbs print tables and JSON, and exit with the code of the error."""
 
     async def verb(*words: str) -> tuple[int, str, str]:
         code = await asyncio.to_thread(_code, ["--address", plane.served_api.base, *words])
@@ -172,8 +172,8 @@ async def test_the_command_line_says_the_same(
 async def test_waiting_for_what_somebody_undoes_is_no_success(
     plane: Plane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`--wait` ends as for a conflict when the move that it began, or found heading for its goal, ends undone;
-    who waits for an undoing gets what was waited for."""
+    """`--wait` exits as for a conflict if the migration that it started, or found in progress toward its goal, is
+    undone; waiting for an undo succeeds when the undo has ended."""
     said = io.StringIO()
     monkeypatch.setattr("sys.stderr", said)
     migrations = plane.reconciler.migrations
@@ -183,12 +183,12 @@ async def test_waiting_for_what_somebody_undoes_is_no_success(
         return asyncio.create_task(asyncio.to_thread(_code, argv))
 
     async def end() -> None:
-        # No agent has reported here, so that the judge never says this.
+        # No agent has reported here, so the controller never reports the end itself.
         over = [replace(one, done=True) for one in migrations.state.moves]
         await migrations.change(lambda kept: replace(kept, moves=tuple(over)))
 
     async def told(state: str, by: int) -> None:
-        """So many of those who wait have said that it is in this state."""
+        """This many waiting commands have printed that the migration is in this state."""
         while said.getvalue().count(f"{state}: ") < by:
             await asyncio.sleep(0.02)
 
@@ -207,8 +207,8 @@ async def test_waiting_for_what_somebody_undoes_is_no_success(
 
 
 def test_a_class_is_something_else_on_another_backend(tmp_path: Path) -> None:
-    """An `on` block stands in place of template, driver, workload and variables there, changes no hash, and
-    is checked like the rest."""
+    """There, an `on` block replaces template, driver, workload and variables. It changes no hash, and is validated like
+    the rest."""
     file = tmp_path / "nomad-watchdog.hcl"
     plain = 'agent_class "a" {\n driver = "docker"\n probe "tcp" {\n  port = 1\n }\n}\n'
     file.write_text(plain)

@@ -1,4 +1,4 @@
-"""What a replica that changes, reads or can't read the document of moves does about it, in virtual time."""
+"""How a replica that changes, reads or can't read the migrations document behaves, in virtual time."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ MOVE = Migration("m", "north", "south", WallTime(0.0), "test")
 
 
 def replica_of(world: TwoSites) -> Reconciler:
-    """A replica of which nothing runs."""
+    """A replica with no running tasks."""
     replica = world.replicas[0]
     replica.build()
     return replica.reconciler
 
 
 def in_virtual_time(story: Callable[[TwoSites], Awaitable[None]]) -> None:
-    """Tell a story of two sites without any fault."""
+    """Run a scenario of two sites without any fault."""
     world = TwoSites(0, Metrics())
     world.weather.calm()
 
@@ -46,7 +46,7 @@ def in_virtual_time(story: Callable[[TwoSites], Awaitable[None]]) -> None:
 
 
 async def slow_listing(reconciler: Reconciler, meanwhile: Callable[[], object]) -> None:
-    """The scheduler's listing takes longer than the document of moves is good for."""
+    """Make the scheduler's listing take longer than the migrations document is considered fresh."""
     read = reconciler.informer.read
 
     async def late() -> None:
@@ -59,7 +59,7 @@ async def slow_listing(reconciler: Reconciler, meanwhile: Callable[[], object]) 
 
 
 def test_a_plan_after_a_slow_reading_has_something_to_do() -> None:
-    """Who looks once reads the document again at the end, and refuses when it has changed meanwhile."""
+    """A one-shot plan reads the document again at the end, and is refused if the document has changed meanwhile."""
 
     async def story(world: TwoSites) -> None:
         reconciler = replica_of(world)
@@ -78,7 +78,7 @@ def test_a_plan_after_a_slow_reading_has_something_to_do() -> None:
 
 
 def test_who_begins_or_undoes_a_move_decides_nothing_before_a_look_at_both() -> None:
-    """A listing that never had the other scheduler's agents is no licence for the replica that opens it."""
+    """A listing made without the other scheduler's agents does not allow the replica that adds it to decide."""
 
     async def story(world: TwoSites) -> None:
         await replica_of(world).fleet.records.commit([replace(record_of("cam 1"), index=0)])
@@ -103,7 +103,7 @@ def test_who_begins_or_undoes_a_move_decides_nothing_before_a_look_at_both() -> 
 
 
 def test_a_tombstone_is_buried_once() -> None:
-    """With no watch that shows it, one commit is all, and what it stored is known."""
+    """Without a watch that reports it, one commit is enough, and its result is known."""
 
     async def story(world: TwoSites) -> None:
         gone = replace(record_of("cam 1"), presence=Presence.ABSENT, epoch=Epoch(3), index=0)
@@ -126,7 +126,7 @@ def test_a_tombstone_is_buried_once() -> None:
 
 
 def test_a_document_that_cannot_be_read_is_told_where_people_look() -> None:
-    """`status` and `explain` say why nothing is decided, with the words of what is wrong, until it is mended."""
+    """`status` and `explain` report why nothing is decided, with the error, until it is fixed."""
 
     async def story(world: TwoSites) -> None:
         reconciler = replica_of(world)

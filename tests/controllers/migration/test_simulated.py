@@ -1,4 +1,4 @@
-"""Moves between two schedulers in virtual time, under the faults of the simulation."""
+"""Migrations between two schedulers in virtual time, under the faults of the simulation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.usefixtures("yielding"), pytest.mark.timeout(900)]
 SEEDS = 120
 CHUNK = 20
 OFTEN = 40
-"""Seeds below this are played by each run, the rest with the long tests."""
+"""Seeds below this run each time, the rest with the long tests."""
 
 
 @pytest.mark.slow_because("computes 20 histories of a fleet")
@@ -37,9 +37,9 @@ OFTEN = 40
     ],
 )
 def test_promises_hold_while_a_fleet_moves_under_faults(first: int) -> None:
-    """In each of 120 histories of moves, pauses, undoings, crashes, lost answers, late requests, sites that
-    can't be listed and changes of `backend`: never an epoch on two schedulers, two agents at once or an old
-    one accepted, and in the end every device has one agent, where the operator wanted it."""
+    """In each of 120 histories of migrations, pauses, undos, crashes, lost answers, late requests, sites that can't be
+    listed and changes of `backend`, no epoch is ever on two schedulers, two agents never run at once, and no old one is
+    accepted. In the end every device has one agent, where the operator wanted it."""
     said: Counter[str] = Counter()
     for seed in range(first, first + CHUNK):
         outcome = run_seed(seed)
@@ -49,7 +49,7 @@ def test_promises_hold_while_a_fleet_moves_under_faults(first: int) -> None:
 
 
 class Calm(TwoSites):
-    """A fleet that is all there and moves once, with nothing else going on."""
+    """A fleet in which every device is present and migrates once, without any faults."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed, Metrics())
@@ -92,8 +92,8 @@ class Calm(TwoSites):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_move_costs_one_stop_and_one_start(seed: int) -> None:
-    """From the commit of the new epoch to the first accepted report on the other side: no longer than the
-    slowest stop (8 s), place and start (5 s), first report (3 s) and one beat more, for every device."""
+    """From the commit of the new epoch to the first accepted report on the other side, every device takes no longer
+    than the slowest stop (8 s), place and start (5 s), first report (3 s) and one more report interval."""
     world = Calm(seed)
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         runner.run(world.run())
@@ -108,17 +108,17 @@ def test_a_move_costs_one_stop_and_one_start(seed: int) -> None:
 def test_the_simulation_sees_an_agent_that_starts_elsewhere_than_its_record_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """If a start went by chance to one of the schedulers, some history would have an epoch on both."""
+    """If a start went to a random scheduler, some history would have an epoch on both."""
     monkeypatch.setattr(MultiScheduler, "ensure", _ensure_anywhere)
-    begin = 30  # showed it when this was written
+    begin = 30  # found it when this was written
     seeds = (*range(begin, 100), *range(begin))
     wrong = (one for seed in seeds for one in run_seed(seed).wrong)
     assert any(one.startswith(("S2", "S3")) for one in wrong)
 
 
 async def _starts(home: str, read_ago_s: float) -> list[str]:
-    """What a replica that looks at one site only would start: a device that lives at `home`, of which it sees
-    no agent. `read_ago_s`: when it last read what moves there are."""
+    """What a replica that lists only one site would start: a device that lives at `home`, and whose agent it does not
+    see. `read_ago_s`: age of its copy of the migrations document."""
     world = TwoSites(0, Metrics())
     world.weather.calm()
     replica = world.replicas[0]
@@ -134,8 +134,8 @@ async def _starts(home: str, read_ago_s: float) -> list[str]:
 
 
 def test_nothing_is_decided_without_knowing_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the agent may be on a scheduler that a replica does not know of, or it has not read for long what
-    moves there are, it starts no second one (S3)."""
+    """A replica starts no second agent if the first may be on a scheduler that it does not know, or if its copy of the
+    migrations document is too old (S3)."""
 
     def starts(home: str, read_ago_s: float) -> list[str]:
         with asyncio.Runner(loop_factory=VirtualLoop) as runner:

@@ -1,5 +1,5 @@
-"""The simulated world of `tests.simulation.simulator` with its cluster cut in two: a job belongs to one site, and each
-site's scheduler knows of its own jobs only. An operator moves devices between them all the time."""
+"""The simulated world of `tests.simulation.simulator` with its cluster split in two: a job belongs to one site, and
+each site's scheduler knows only its own jobs. An operator migrates devices between them all the time."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from tests.simulation.virtual_time import VirtualClock
 
 SITES: Final = ("north", "south")
 MOVES_S: Final = 350.0
-"""With faults off, a move of the whole fleet is over within this virtual time: one device at a time at the
-worst, each a stop, a start and a first report."""
+"""Without faults, a migration of the whole fleet ends within this virtual time: in the worst case one device at a time,
+each with a stop, a start and a first report."""
 
 
 def requests_of(reconciler: Reconciler) -> MigrationRequests:
-    """What users can request of this replica."""
+    """The requests that users can send to this replica."""
     return MigrationRequests(reconciler.fleet, reconciler.migrations)
 
 
@@ -76,7 +76,7 @@ class SiteScheduler(WatchedScheduler):
 
 @dataclass
 class MovingReplica(Replica):
-    """A process of ours that knows both sites."""
+    """A control plane process that knows both sites."""
 
     world: TwoSites
 
@@ -100,16 +100,16 @@ class MovingReplica(Replica):
 
 
 class TwoSites(World):
-    """As `World`; the operator says something every few seconds."""
+    """Like `World`, with an operator who sends a request every few seconds."""
 
     def __init__(self, seed: int, metrics: Metrics) -> None:
         super().__init__(seed, metrics)
         self.replicas = [MovingReplica(one.name, self) for one in self.replicas]
-        # Of a share of the agents nobody knows how many there are while many end: a number is exact.
+        # With a percentage, the number of agents is unknown while many end; a number is exact.
         self.limits = self.audit.limits = replace(self.limits, breaker_fraction=0.0)
         self.usual = SITES[0]
         self.sites: dict[str, str] = {}
-        """Ref of a placement → where it is."""
+        """Ref of a placement → its site."""
         self.dark: set[str] = set()
         """Sites that can't be listed."""
         self.said: list[str] = []
@@ -127,7 +127,7 @@ class TwoSites(World):
     def placed(
         self, site: str, record: DeviceRecord, epoch: Epoch, spec: AgentSpec, owner: str
     ) -> int:
-        """A start reaches a site: of one epoch only ever one site has a job."""
+        """A start reaches a site: an epoch only ever has a job on one site."""
         others = {
             self.sites[job.ref]
             for job in self.cluster.jobs.values()
@@ -167,7 +167,7 @@ class TwoSites(World):
                 await self._say(what)
 
     async def _purge(self) -> None:
-        """Nobody does: a site that is dark for long would widen what docs/limits.md says of purging."""
+        """Disabled: a site that can't be listed for long would widen what docs/limits.md states about purging."""
 
     async def _darken(self) -> None:
         site = self.chance.choice(SITES)
@@ -177,7 +177,7 @@ class TwoSites(World):
         self.dark.discard(site)
 
     def _follow_hint(self) -> None:
-        """The operator does what the status says: another `backend`, and a restart of every replica."""
+        """The operator follows the hint in the status: sets another `backend`, and restarts every replica."""
         up = [one for one in self.replicas if one.up]
         if up and up[0].reconciler.migrations.hint():
             last = self.kept().moves[-1].heads_for
@@ -215,7 +215,7 @@ class TwoSites(World):
     async def _calm(self) -> None:
         self.dark.clear()
         await super()._calm()
-        # Whatever was said last is ended; nothing may be left paused for the audit.
+        # The last request is completed; nothing may stay paused for the audit.
         for _ in range(30):
             moves = self.kept().moves
             if not moves or not moves[-1].paused or await self._say("resume"):
@@ -233,7 +233,7 @@ class TwoSites(World):
         await super()._converge()
 
     def _astray(self) -> list[str]:
-        """What is not where the operator wants it."""
+        """Devices that are not where the operator wants them, and unfinished migrations."""
         kept = self.kept()
         found = []
         for move in kept.moves:
@@ -255,7 +255,7 @@ class TwoSites(World):
         return found + self._unburied()
 
     def _unburied(self) -> list[str]:
-        """Devices that have left and would come back to where no other is."""
+        """Devices that have left, and that would come back to the site that a migration leaves."""
         up = (one.reconciler.migrations.homes() for one in self.replicas if one.up)
         homes = next(up, NEVER_MIGRATED)
         records = {slug: one for slug in self.store.rows if (one := self.store.record(slug))}
@@ -268,7 +268,7 @@ class TwoSites(World):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one seed came to."""
+    """Result of one seed."""
 
     wrong: list[str]
     lines: list[str]
@@ -277,7 +277,7 @@ class Outcome:
 
 
 def run_seed(seed: int) -> Outcome:
-    """One simulated history, the same each time."""
+    """One simulated history, reproducible by seed."""
     world = play(seed, lambda: TwoSites(seed, Metrics()))
     homes = {record.home for slug in world.store.rows if (record := world.store.record(slug))}
     return Outcome(world.audit.wrong, list(world.audit.trace.lines), world.said, homes)
