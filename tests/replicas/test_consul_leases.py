@@ -343,7 +343,9 @@ async def test_a_replica_whose_key_is_deleted_writes_it_again(consul: ConsulServ
         await until(lambda: all(len(part.leases.replicas()) == 2 for part in both))
         (key,) = await _key_of(both[0], prefix)
         await both[1].client.txn([delete_cas(key.key, key.index)])
-        await until(lambda: all(len(part.leases.replicas()) == 1 for part in both))
+        async with asyncio.timeout(60.0):
+            while not await _key_of(both[0], prefix):
+                await asyncio.sleep(0.005)
         await until(lambda: all(len(part.leases.replicas()) == 2 for part in both))
 
 

@@ -214,6 +214,7 @@ class OutageWorld(World):
     def _check(self, replica: Replica) -> None:
         fleet, now = replica.fleet, self.audit.now()
         for slug, record in list(fleet.records.items()):
+            fleet.verdicts.refresh(slug)  # as the API does before it reads
             view = fleet.views.device(slug)
             if view is None or record.presence is not Presence.PRESENT:
                 continue
