@@ -106,7 +106,7 @@ def next_change(pauses: Iterable[Pause], now: WallTime) -> float:
 
 def add(pauses: Sequence[Pause], new: Pause, now: WallTime) -> tuple[Pause, ...]:
     """Add a pause and drop those that are over. A pause with the same target replaces the old one (S5). A window
-    replaces another one only if they are equal except for the id."""
+    replaces another one only if target and times are equal."""
     kept = [pause for pause in pauses if not pause.is_over(now) and not _same(pause, new)]
     return (*kept, new)
 

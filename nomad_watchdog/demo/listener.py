@@ -52,17 +52,19 @@ class DeviceListener:
 
     async def stop(self) -> None:
         """Refuse new connections and end those that are open."""
-        if self._server is not None:
+        server, self._server = self._server, None
+        if server is not None:
             loop = asyncio.get_running_loop()
-            for sock in self._server.sockets:
+            for sock in server.sockets:
                 loop.remove_reader(sock.fileno())
             # What was accepted a moment ago gets its transport and its task in the next turns of the loop. On a server
             # that is closed, asyncio would drop it without closing it (Python 3.11, `Server._attach`).
-            for _ in range(5):
-                await asyncio.sleep(0)
-            self._server.close()
+            try:
+                for _ in range(5):
+                    await asyncio.sleep(0)
+            finally:
+                server.close()
             for task in list(self._tasks):
                 task.cancel()
             if self._tasks:
                 await asyncio.wait(list(self._tasks), timeout=5)
-            self._server = None

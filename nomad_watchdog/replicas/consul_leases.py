@@ -12,6 +12,7 @@ import json
 import logging
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -130,10 +131,8 @@ class ConsulLeases:
     async def announce(self, config: str) -> None:
         self._config = config
         if self._session:
-            try:
-                await self._publish(self._session)
-            except WatchdogError as error:
-                log.debug("configuration not announced", extra={"reason": str(error)})
+            with suppress(FencedError):  # a new session publishes it
+                await self._try_to_publish(self._session)
 
     def knows_all_replicas(self) -> bool:
         alive = self._clock.monotonic() < self._valid_until
@@ -198,6 +197,15 @@ class ConsulLeases:
             self._keys.replica(self.replica), json.dumps(fields).encode(), session
         )
 
+    async def _try_to_publish(self, session: str) -> None:
+        """As `_publish`; raises only FencedError. Until it succeeds, each read of the leases tries again."""
+        try:
+            await self._publish(session)
+        except FencedError:
+            raise
+        except WatchdogError as error:
+            log.debug("key of this replica not written", extra={"reason": str(error)})
+
     async def _renew(self, session: str) -> None:
         while True:
             began = self._clock.monotonic()
@@ -240,9 +248,13 @@ class ConsulLeases:
                 self.problem = ""
             self._unread = ""
             self._apply(self._keys.view(rows), session)
+            if (
+                self._leaving
+            ):  # `release` deletes our key and frees our shards: neither is taken back
+                continue
             own = self._view.replicas.get(session)
             if own is None or own.config != self._config:
-                await self._publish(session)
+                await self._try_to_publish(session)
             await self._balance(session)
 
     def _max_wait_s(self) -> float:
@@ -256,7 +268,8 @@ class ConsulLeases:
             self.changed.set()
         self._view = view
         now = self._clock.monotonic()
-        mine = {shard for shard, holder in view.sessions.items() if holder == session}
+        held = {} if self._leaving else view.sessions
+        mine = {shard for shard, holder in held.items() if holder == session}
         self._end_terms(self._terms.keys() - mine)
         for shard in mine:
             number = view.leases[shard].term
@@ -332,7 +345,7 @@ class ConsulLeases:
             return
         try:
             async with asyncio.timeout(_RELEASE_S):
-                for first in range(0, len(held), _TXN):
+                for first in range(0, len(held) or 1, _TXN):
                     gone = [self._keys.replica(self.replica)] if first == 0 else []
                     await self._sessions.unlock(held[first : first + _TXN], session, delete=gone)
                 await self._sessions.destroy(session)

@@ -13,7 +13,13 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog.clients.consul import ConsulAccess, ConsulClient, KvRow, delete_cas
+from nomad_watchdog.clients.consul import (
+    ConsulAccess,
+    ConsulClient,
+    KvRow,
+    TxnConflictError,
+    delete_cas,
+)
 from nomad_watchdog.clients.consul_sessions import ConsulSessions
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.errors import FencedError
@@ -349,6 +355,31 @@ async def test_a_replica_whose_key_is_deleted_writes_it_again(consul: ConsulServ
         await until(lambda: all(len(part.leases.replicas()) == 2 for part in both))
 
 
+async def test_a_replica_that_leaves_writes_its_key_no_more(
+    consul: ConsulServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its task still runs while it releases its leases, and sees that its key is gone."""
+    prefix = f"t-{uuid.uuid4().hex[:8]}"
+    async with parts(consul, "a", "b", prefix=prefix) as (a, b):
+        for part in (a, b):
+            part.start()
+        await until(lambda: all(len(part.leases.replicas()) == 2 for part in (a, b)))
+        (key,) = await _key_of(a, prefix)
+        seen = asyncio.Event()
+
+        async def late(_sessions: ConsulSessions, session: str) -> None:
+            assert session == key.session
+            await until(lambda: len(a.leases.replicas()) == 1)
+            seen.set()
+
+        monkeypatch.setattr(ConsulSessions, "destroy", late)
+        await a.leases.release()
+        monkeypatch.undo()
+        assert seen.is_set()
+        assert await _key_of(a, prefix) == []
+        assert a.held == set()
+
+
 async def test_the_key_of_a_replica_that_is_back_is_not_deleted_as_stale(
     consul: ConsulServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,7 +391,7 @@ async def test_the_key_of_a_replica_that_is_back_is_not_deleted_as_stale(
         b.start()
         await until(lambda: len(b.leases.replicas()) == 2)
         (before,) = await _key_of(a, prefix)
-        txn, tried = b.client.txn, asyncio.Event()
+        txn, conflict = b.client.txn, asyncio.Event()
 
         async def late(operations: Sequence[dict[str, Any]]) -> Any:
             monkeypatch.undo()  # only the first call
@@ -371,13 +402,14 @@ async def test_the_key_of_a_replica_that_is_back_is_not_deleted_as_stale(
                 await asyncio.sleep(0.01)
             try:
                 return await txn(operations)
-            finally:
-                tried.set()
+            except TxnConflictError:
+                conflict.set()
+                raise
 
         monkeypatch.setattr(b.client, "txn", late)
         await ConsulSessions(a.client).destroy(before.session)
         async with asyncio.timeout(60.0):
-            await tried.wait()
+            await conflict.wait()
         (after,) = await _key_of(a, prefix)
         assert after.lock_index == before.lock_index + 1  # a key that was deleted starts again at 1
 
