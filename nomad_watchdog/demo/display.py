@@ -88,10 +88,8 @@ class Show:
 
     def _print(self, what: RenderableType) -> None:
         self._printed += len(self.console.render_lines(what))
-        if (
-            self._live.is_started
-        ):  # the view makes room first: printing redraws it with its last height
-            self._live.refresh()
+        if self._live.is_started:
+            self._live.refresh()  # to make room first: printing redraws the view with its last height
         self.console.print(what)
 
     def devices(self, items: Sequence[StageDevice]) -> None:

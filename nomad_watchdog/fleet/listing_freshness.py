@@ -71,7 +71,7 @@ class ListingFreshness:
         """Whether the action takes an agent for gone that a younger listing may show.
 
         A start at the record's own epoch may be, too: a replacement commits the next epoch before the old
-        agent is told to stop, and that may be live, unseen by us."""
+        agent is asked to stop, and that may be running without being listed."""
         return action.kind is ActionKind.START and self.is_behind(action.slug)
 
     def forget(self, kept: Collection[Slug]) -> None:

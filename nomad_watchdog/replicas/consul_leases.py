@@ -248,10 +248,8 @@ class ConsulLeases:
                 self.problem = ""
             self._unread = ""
             self._apply(self._keys.view(rows), session)
-            if (
-                self._leaving
-            ):  # `release` deletes our key and frees our shards: neither is taken back
-                continue
+            if self._leaving:
+                continue  # `release` deletes our key and releases our shards: neither is taken back
             own = self._view.replicas.get(session)
             if own is None or own.config != self._config:
                 await self._try_to_publish(session)

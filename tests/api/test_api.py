@@ -235,7 +235,7 @@ def _report(**changed: Any) -> dict[str, Any]:
 
 async def test_s1_reports_at_the_door(served_api: ServedApi) -> None:
     """The first instance is accepted. A report without a record, or at a future epoch, is answered with "wait". After
-    the device has left, the agent is told to stop."""
+    the device has left, the agent is asked to stop."""
     path = "/v1/agents/report"
     assert (await served_api.ask("POST", path, json=_report()))[0] == 409
     await served_api.ask("PUT", "/v1/devices/cam", json=WISH)

@@ -29,11 +29,11 @@ STATES = ("verdict.watched", "verdict.suspect", "verdict.offline")
     steps=st.lists(
         st.tuples(st.sampled_from(STATES), st.floats(2.0, 60.0)), min_size=1, max_size=20
     ),
-    told=st.integers(0, 20),
+    published=st.integers(0, 20),
     lags=st.lists(st.floats(-0.9, 0.9), min_size=20, max_size=20),
 )
 def test_two_who_saw_the_same_tell_each_change_once(
-    steps: list[tuple[str, float]], told: int, lags: list[float]
+    steps: list[tuple[str, float]], published: int, lags: list[float]
 ) -> None:
     """Two replicas see the same changes, each some tenths of a second earlier or later; however many the first has
     published, the second publishes the rest, in order."""
@@ -43,10 +43,10 @@ def test_two_who_saw_the_same_tell_each_change_once(
         at += pause
         if not changes or changes[-1].kind != kind:
             changes.append(Said(kind, at))
-    told = min(told, len(changes))
+    published = min(published, len(changes))
     ours = [Said(one.kind, one.at + lag) for one, lag in zip(changes, lags, strict=False)]
-    last = {subject(one): (state(one), one.at) for one in changes[:told]}
-    assert unpublished(ours, last, float("-inf")) == ours[told:]  # type: ignore[arg-type]
+    last = {subject(one): (state(one), one.at) for one in changes[:published]}
+    assert unpublished(ours, last, float("-inf")) == ours[published:]  # type: ignore[arg-type]
 
 
 def test_what_was_told_otherwise_is_not_told_from_before() -> None:

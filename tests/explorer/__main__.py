@@ -39,7 +39,7 @@ class Scope:
 
     devices: int = 2
     replicas: int = 2
-    wishes: int = 3
+    requests: int = 3
     faults: int = 1
     placed: bool = False
     """Begin with every device watched and known to both, instead of with nothing."""
@@ -53,30 +53,36 @@ class Scope:
         views: tuple[View, ...] = ((rec, jobs, 0, 0, ()),) * self.devices
         rep: Rep = (int(self.placed), int(self.placed), views, (), (), ())
         graves = (0, 0, self.burials, (0,) * self.devices)
-        return ((device,) * self.devices, (rep,) * self.replicas, self.wishes, self.faults, graves)
+        return (
+            (device,) * self.devices,
+            (rep,) * self.replicas,
+            self.requests,
+            self.faults,
+            graves,
+        )
 
 
 QUICK: Final = (
-    Scope(wishes=2, faults=0),
-    Scope(wishes=1, faults=1),
-    Scope(wishes=2, faults=0, placed=True),
-    Scope(wishes=0, faults=1, placed=True),
-    Scope(devices=1, wishes=2, faults=1),
-    Scope(devices=1, wishes=1, faults=1, placed=True),
-    Scope(devices=1, wishes=3, faults=0, burials=1),
-    Scope(devices=1, wishes=2, faults=0, placed=True, burials=1),
-    Scope(devices=1, replicas=1, wishes=2, faults=1, placed=True, burials=1),
+    Scope(requests=2, faults=0),
+    Scope(requests=1, faults=1),
+    Scope(requests=2, faults=0, placed=True),
+    Scope(requests=0, faults=1, placed=True),
+    Scope(devices=1, requests=2, faults=1),
+    Scope(devices=1, requests=1, faults=1, placed=True),
+    Scope(devices=1, requests=3, faults=0, burials=1),
+    Scope(devices=1, requests=2, faults=0, placed=True, burials=1),
+    Scope(devices=1, replicas=1, requests=2, faults=1, placed=True, burials=1),
 )
 """The scopes that every test run explores, within half a minute: two devices for what couples them
 (a crash, a listing, the stop limit), one device for longer histories."""
 DEEP: Final = (
-    Scope(wishes=3, faults=0, placed=True),
-    Scope(wishes=1, faults=1, placed=True),
-    Scope(devices=1, wishes=2, faults=1, placed=True),
-    Scope(devices=1, wishes=3, faults=1),
-    Scope(devices=1, wishes=1, faults=2),
-    Scope(wishes=2, faults=1),
-    Scope(devices=1, wishes=4, faults=0, placed=True, burials=2),
+    Scope(requests=3, faults=0, placed=True),
+    Scope(requests=1, faults=1, placed=True),
+    Scope(devices=1, requests=2, faults=1, placed=True),
+    Scope(devices=1, requests=3, faults=1),
+    Scope(devices=1, requests=1, faults=2),
+    Scope(requests=2, faults=1),
+    Scope(devices=1, requests=4, faults=0, placed=True, burials=2),
 )
 """The additional scopes of `--deep`: some minutes and a GB. The second to last has two million
 states."""
@@ -232,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--deep", action="store_true", help="the larger scopes")
     parser.add_argument("--devices", type=int, default=2, choices=(1, 2))
     parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--wishes", type=int, default=3, help="how often somebody (de)registers")
+    parser.add_argument("--requests", type=int, default=3, help="how often somebody (de)registers")
     parser.add_argument("--faults", type=int, default=1, help="how much goes wrong on a path")
     parser.add_argument("--placed", action="store_true", help="begin with all devices watched")
     parser.add_argument("--burials", type=int, default=0, help="how many tombstones expire")
@@ -242,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     one = Scope(
         options.devices,
         options.replicas,
-        options.wishes,
+        options.requests,
         options.faults,
         options.placed,
         options.burials,

@@ -355,4 +355,4 @@ def check_devices(devices: tuple[Dev, ...]) -> None:
     for d, (rec, *_, acked) in enumerate(devices):
         stored = 1 if rec and rec[0] else 2
         if acked and acked != stored:
-            raise BrokenError(f"S4: an acknowledged wish for {NAMES[d]} is not stored")
+            raise BrokenError(f"S4: an acknowledged request for {NAMES[d]} is not stored")

@@ -53,25 +53,13 @@ class PackedWorld:
         self._changes: dict[tuple[object, ...], list[Change]] = {}
 
     def pack(self, state: State) -> Packed:
-        devices, reps, wishes, faults, graves = state
+        devices, reps, requests, faults, graves = state
         return self._canonical(
             self._devices.of(devices),
             tuple(sorted([self._reps.of(rep) for rep in reps])),
-            wishes,
+            requests,
             faults,
             self._graves.of(graves),
-        )
-
-    def unpack(self, packed: Packed) -> State:
-        """One of the states that this represents."""
-        devices, reps, wishes, faults, graves = packed
-        values = tuple([self._reps.values[rep] for rep in reps])
-        return (
-            self._devices.values[devices],
-            values,
-            wishes,
-            faults,
-            self._graves.values[graves],
         )
 
     def devices(self, packed: Packed) -> tuple[Dev, ...]:
@@ -91,11 +79,11 @@ class PackedWorld:
     def following(self, packed: Packed, *, calm: bool = False) -> Iterator[Packed]:
         """All possible next states, some more than once; `calm`: only through steps that must
         happen in the end."""
-        devices, reps, wishes, faults, graves = packed
+        devices, reps, requests, faults, graves = packed
         worse = faults > 0
         at = (devices, worse, graves)
         for after, _, cost, below in self._from(self._environment, (calm, *at), at, calm=calm):
-            yield self._canonical(after, reps, wishes, faults - cost, below)
+            yield self._canonical(after, reps, requests, faults - cost, below)
         for r, rep in enumerate(reps):
             others = reps[:r] + reps[r + 1 :]
             hands = tuple([self._hand(other) for other in others])
@@ -104,13 +92,13 @@ class PackedWorld:
                 self._replica, key, at, (rep, *hands), calm=calm
             ):
                 yield self._canonical(
-                    after, tuple(sorted((new, *others))), wishes, faults - cost, below
+                    after, tuple(sorted((new, *others))), requests, faults - cost, below
                 )
-            if wishes and not calm:
-                key = ("wishes", *at, rep)
-                for after, new, cost, below in self._from(self._wishes, key, at, (rep,)):
+            if requests and not calm:
+                key = ("requests", *at, rep)
+                for after, new, cost, below in self._from(self._requests, key, at, (rep,)):
                     yield self._canonical(
-                        after, tuple(sorted((new, *others))), wishes - 1, faults - cost, below
+                        after, tuple(sorted((new, *others))), requests - 1, faults - cost, below
                     )
 
     # -- cached steps ---------------------------------------------------------------------------
@@ -157,9 +145,9 @@ class PackedWorld:
     def _replica(self, state: State, *, calm: bool) -> Iterator[Step]:
         yield from self._world.by_replica(state, 0, calm=calm)
 
-    def _wishes(self, state: State, *, calm: bool) -> Iterator[Step]:
+    def _requests(self, state: State, *, calm: bool) -> Iterator[Step]:
         for d in range(len(state[0])):
-            yield from self._world.wishes(state, d)
+            yield from self._world.requests(state, d)
 
     def _hand(self, rep: int) -> int:
         """A replica that has the same starts in hand, and nothing else."""
@@ -177,17 +165,17 @@ class PackedWorld:
     # -- equal states ---------------------------------------------------------------------------
 
     def _canonical(
-        self, devices: int, reps: tuple[int, ...], wishes: int, faults: int, graves: int
+        self, devices: int, reps: tuple[int, ...], requests: int, faults: int, graves: int
     ) -> Packed:
         """`reps` in ascending order."""
         if len(self._devices.values[devices]) == 1:
-            return (devices, reps, wishes, faults, graves)
+            return (devices, reps, requests, faults, graves)
         swapped = self._swapped(0, devices)
         if swapped > devices:
-            return (devices, reps, wishes, faults, graves)
+            return (devices, reps, requests, faults, graves)
         others = tuple(sorted([self._swapped(1, rep) for rep in reps]))
-        other = (swapped, others, wishes, faults, self._swapped(2, graves))
-        return min((devices, reps, wishes, faults, graves), other)
+        other = (swapped, others, requests, faults, self._swapped(2, graves))
+        return min((devices, reps, requests, faults, graves), other)
 
     def _swapped(self, kind: int, number: int) -> int:
         """The state with its two devices swapped."""

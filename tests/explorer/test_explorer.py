@@ -9,17 +9,17 @@ from tests.explorer.__main__ import DEEP, QUICK, Guard, Scope, explore, main
 
 pytestmark = [pytest.mark.usefixtures("yielding"), pytest.mark.timeout(900)]
 FOUND = {
-    Guard.INSTANCE: ("S1", Scope(devices=1, wishes=1, faults=1)),
-    Guard.CAS: ("S2", Scope(wishes=1, faults=0)),
-    Guard.RETURN_WHEN_STORED: ("S4", Scope(wishes=1, faults=0)),
-    Guard.BREAKER: ("S7", Scope(wishes=2, faults=0, placed=True)),
-    Guard.REREAD: ("S7", Scope(wishes=0, faults=1, placed=True)),
-    Guard.FRESHNESS: ("S3", Scope(devices=1, wishes=1, faults=1)),
-    Guard.LISTING: ("S1", Scope(devices=1, wishes=1, faults=1)),
-    Guard.REST: ("S2", Scope(devices=1, wishes=2, faults=1, placed=True)),
-    Guard.FENCE_EACH: ("S4", Scope(wishes=2, faults=0)),
-    Guard.FLOOR: ("S2", Scope(devices=1, wishes=2, faults=0, placed=True, burials=1)),
-    Guard.LISTED: ("S3", Scope(devices=1, wishes=3, faults=0, burials=1)),
+    Guard.INSTANCE: ("S1", Scope(devices=1, requests=1, faults=1)),
+    Guard.CAS: ("S2", Scope(requests=1, faults=0)),
+    Guard.RETURN_WHEN_STORED: ("S4", Scope(requests=1, faults=0)),
+    Guard.BREAKER: ("S7", Scope(requests=2, faults=0, placed=True)),
+    Guard.REREAD: ("S7", Scope(requests=0, faults=1, placed=True)),
+    Guard.FRESHNESS: ("S3", Scope(devices=1, requests=1, faults=1)),
+    Guard.LISTING: ("S1", Scope(devices=1, requests=1, faults=1)),
+    Guard.REST: ("S2", Scope(devices=1, requests=2, faults=1, placed=True)),
+    Guard.FENCE_EACH: ("S4", Scope(requests=2, faults=0)),
+    Guard.FLOOR: ("S2", Scope(devices=1, requests=2, faults=0, placed=True, burials=1)),
+    Guard.LISTED: ("S3", Scope(devices=1, requests=3, faults=0, burials=1)),
 }
 """The promise of each guard, and the smallest world that shows it."""
 
@@ -62,14 +62,14 @@ def test_a_missing_guard_is_found(guard: Guard) -> None:
 def test_the_trace_is_the_shortest() -> None:
     """A start without its compare-and-set is found after the four steps that it takes, and no
     more."""
-    found = explore(Scope(wishes=1, faults=0), frozenset({Guard.CAS}))
+    found = explore(Scope(requests=1, faults=0), frozenset({Guard.CAS}))
     assert len(found.trace) == 4
     assert found.trace[-1] == "r0 fences a start of a/1 with nothing"
 
 
 def test_the_command_prints_the_trace(capsys: pytest.CaptureFixture[str]) -> None:
     """The command exits 1 and prints the steps when a promise is broken, and 0 when none is."""
-    small = ["--devices", "1", "--wishes", "1", "--faults", "0"]
+    small = ["--devices", "1", "--requests", "1", "--faults", "0"]
     assert main(small) == 0
     assert "all promises held" in capsys.readouterr().out
     assert main([*small, "--without", "cas"]) == 1

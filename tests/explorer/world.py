@@ -58,7 +58,7 @@ class World:
             yield from self.by_replica(state, r, calm=calm)
         if not calm and state[2]:
             for d in range(len(state[0])):
-                yield from self.wishes(state, d)
+                yield from self.requests(state, d)
 
     def by_replica(self, state: State, r: int, *, calm: bool) -> Iterator[Step]:
         """What a replica reads, does and receives, and its faults. It depends on the other replicas
@@ -107,7 +107,7 @@ class World:
             ended = with_device(state, d, (rec, jobs, left, wire, acked))
             yield f"the process {name}/{zombie[0]} on the lost node ends", ended
 
-    def wishes(self, state: State, d: int) -> Iterator[Step]:
+    def requests(self, state: State, d: int) -> Iterator[Step]:
         """A client asks a replica to watch a device, or to stop watching it, and is answered or
         not."""
         rec, *rest = state[0][d]
