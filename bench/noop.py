@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 
 from bench.rows import Row
+from nomad_watchdog.core.goals import Goals
 from nomad_watchdog.core.planner import plan
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import (
@@ -65,7 +66,7 @@ def run() -> list[Row]:
             began = time.perf_counter()
             assert bare(desired, observed) == []
             middle = time.perf_counter()
-            made = plan(records, placements, {"default": "hash"}, limits)
+            made = plan(records, placements, Goals({"default": "hash"}), limits)
             ended = time.perf_counter()
             assert made.actions == ()
             ratios.append((ended - middle) / (middle - began))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 from nomad_watchdog.ids import DeviceId, Slug
 from nomad_watchdog.model import Epoch, Placement
@@ -24,6 +24,27 @@ class ActionOutcome(StrEnum):
     FAILED = "failed"
 
 
+class Move(IntEnum):
+    """Why an agent is replaced. A lower number gets room in the window first."""
+
+    STRANDED = 0
+    """It can't report to any replica. It does not wait for room, because it is of no use where it is."""
+    DRAIN = 1
+    """Its node is being drained."""
+    ROLLBACK = 2
+    """It runs a version that was given up."""
+    RELIEF = 3
+    """Its host is overloaded."""
+    STALLED = 4
+    """Its placement makes no progress (`core.stuck_placements`)."""
+    ROLLOUT = 5
+    """It does not run the spec that its device should have."""
+    MIGRATION = 6
+    """It is to run on another scheduler (`core.migration`)."""
+    REBALANCE = 7
+    """Its host has more agents than others."""
+
+
 @dataclass(frozen=True, slots=True)
 class Action:
     """One step for one device, and why."""
@@ -38,9 +59,7 @@ class Action:
     """Index of the record that the decision is based on; if it has changed, decide again. 0 = no record."""
     placement: Placement | None = None
     urgent: bool = False
-    stalled: bool = False
-    """REPLACE: the placement makes no progress (`core.stuck_placements`)."""
+    move: Move = Move.ROLLOUT
+    """REPLACE: why."""
     home: str = ""
     """START: the scheduler to place on, REPLACE: the one to move to; "" = unchanged (`core.migration`)."""
-    at_once: bool = False
-    """REPLACE: does not wait for its turn in a roll-out, because the device has no agent that can report."""

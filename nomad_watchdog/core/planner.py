@@ -8,7 +8,8 @@ Rules, in the order in which they apply to a device:
    scheduler decides when no process is left (S3).
 3. A live placement at the registry's epoch is kept, unless its spec is not the current one of its class;
    then it is replaced, as many at a time as `rollout.admit` allows.
-   A placement on a scheduler that its device is to leave (`migration`) is replaced in the same way.
+   A placement on a scheduler that its device is to leave (`migration`), or that a controller asks to leave
+   (`moves`), is replaced in the same way.
    A placement that makes no progress towards a running agent (`stuck_placements`) is replaced, at most
    `stalled_room` per pass.
    A placement that depends on a replica that is gone (`report_addresses.stranded`) is replaced at once.
@@ -20,15 +21,16 @@ A device to which no rule applies costs one comparison.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
 from nomad_watchdog.core import holds, rollout
-from nomad_watchdog.core.actions import Action, ActionKind
-from nomad_watchdog.core.migration import NEVER_MIGRATED, BackendAssignment
-from nomad_watchdog.core.report_addresses import UNKNOWN, Reachability, stranded
+from nomad_watchdog.core.actions import Action, ActionKind, Move
+from nomad_watchdog.core.goals import Changes, Goals
+from nomad_watchdog.core.migration import BackendAssignment
+from nomad_watchdog.core.report_addresses import stranded
 from nomad_watchdog.core.rollout import ALL_READY, Readiness
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord, Epoch, Limits, Placement, PlacementState, Presence
@@ -36,23 +38,6 @@ from nomad_watchdog.model import DeviceRecord, Epoch, Limits, Placement, Placeme
 Placements = Mapping[Slug, tuple[Placement, ...]]
 Stop = tuple[Slug, Epoch, str]
 """Identifies a stop for the breaker: device, epoch and the scheduler's reference."""
-
-Changes = Callable[[str, str], str]
-
-
-def no_words(_agent_class: str, _spec_hash: str) -> str:
-    """Default for `changes`: no change is known in words."""
-    return ""
-
-
-Stalled = Callable[[Placement], str]
-"""Why a waiting placement is given up, in words; "" = it is not."""
-
-
-def none_stalled(_placement: Placement) -> str:
-    """Default for `stalled`: no placement is given up."""
-    return ""
-
 
 NO_STOPS: Final[frozenset[Stop]] = frozenset()
 NO_SLUGS: Final[frozenset[Slug]] = frozenset()
@@ -82,38 +67,22 @@ class Plan:
 def plan(  # noqa: PLR0913  # all that a decision stands on, by name
     records: Mapping[Slug, DeviceRecord],
     placements: Placements,
-    spec_hashes: Mapping[str, str],
+    goals: Goals,
     limits: Limits,
     *,
     readiness: Readiness = ALL_READY,
     confirmed: frozenset[Stop] = NO_STOPS,
     resting: AbstractSet[Slug] = NO_SLUGS,
-    homes: BackendAssignment = NEVER_MIGRATED,
-    changes: Changes = no_words,
-    stalled: Stalled = none_stalled,
     stalled_room: int = 0,
-    reach: Reachability = UNKNOWN,
 ) -> Plan:
     """Decide on the actions for every device.
 
-    `spec_hashes`: agent class → hash that its agents should have; devices of other classes are left as they are.
     `readiness`: see `rollout.admit`. `confirmed`: stops that an earlier pass put on hold and that these independently
     read inputs still require. `resting`: devices without any action now: paused, within the grace period after they
-    left, or with an unreadable record, so that their desired state is unknown. `homes`: where agents are and should
-    be. `changes`: (agent class, spec hash) → what the current spec of the class changes in that spec, in words.
-    `stalled_room`: maximum number of placements that are given up in this pass because they are `stalled`. `reach`:
-    see `report_addresses.stranded`.
+    left, or with an unreadable record, so that their desired state is unknown. `stalled_room`: maximum number of
+    placements that are given up in this pass because they are stalled.
     """
-    present, decided = _decided(
-        records,
-        placements,
-        spec_hashes,
-        resting=resting,
-        homes=homes,
-        changes=changes,
-        stalled=stalled,
-        reach=reach,
-    )
+    present, decided = _decided(records, placements, goals, resting)
     starts = [action for action in decided if action.kind is ActionKind.START]
     stops = [action for action in decided if action.kind is ActionKind.RETIRE]
     replacements = [action for action in decided if action.kind is ActionKind.REPLACE]
@@ -143,16 +112,16 @@ def _admitted(
     stalled_room: int,
 ) -> tuple[Action, ...]:
     """The replacements that begin in this pass."""
-    at_once = [action for action in replacements if action.at_once]
-    others = [action for action in replacements if not action.at_once]
+    at_once = [action for action in replacements if action.move is Move.STRANDED]
+    others = [action for action in replacements if action.move is not Move.STRANDED]
     admitted = rollout.admit(
-        [action for action in others if not action.stalled],
+        [action for action in others if action.move is not Move.STALLED],
         readiness,
         fleet=present,
         limits=limits,
     )
     admitted += rollout.give_up(
-        [action for action in others if action.stalled],
+        [action for action in others if action.move is Move.STALLED],
         readiness,
         room=rollout.window(present, limits) - len(admitted),
         most=stalled_room,
@@ -160,20 +129,17 @@ def _admitted(
     return (*at_once, *admitted)
 
 
-def _decided(  # noqa: PLR0913  # as `plan`
+def _decided(
     records: Mapping[Slug, DeviceRecord],
     placements: Placements,
-    spec_hashes: Mapping[str, str],
-    *,
+    goals: Goals,
     resting: AbstractSet[Slug],
-    homes: BackendAssignment,
-    changes: Changes,
-    stalled: Stalled,
-    reach: Reachability,
 ) -> tuple[int, list[Action]]:
     """The number of present devices, and the next actions of each device that needs any."""
     decided: list[Action] = []
     present = 0
+    hashes, trials, homes = goals.spec_hashes, goals.trials, goals.homes
+    silent, requested = goals.reach.silent, goals.requested
     for slug, record in records.items():
         found = placements.get(slug, ())
         if record.presence is _PRESENT:
@@ -183,16 +149,18 @@ def _decided(  # noqa: PLR0913  # as `plan`
                 if (
                     only.state is _RUNNING
                     and only.epoch == record.epoch
-                    and only.spec_hash == spec_hashes.get(record.device.agent_class)
+                    and only.spec_hash
+                    == (trials.get(slug) or hashes.get(record.device.agent_class))
                     and homes.is_at_goal(only, record)
-                    and slug not in reach.silent
+                    and slug not in silent
+                    and slug not in requested
                 ):
                     continue
         elif not found:
             continue
         if slug in resting:
             continue
-        decided.extend(decide(record, found, spec_hashes, homes, changes, stalled, reach))
+        decided.extend(decide(record, found, goals))
     return present, decided
 
 
@@ -208,15 +176,7 @@ def is_safe(start: Action, record: DeviceRecord, found: tuple[Placement, ...]) -
     )
 
 
-def decide(
-    record: DeviceRecord,
-    found: tuple[Placement, ...],
-    spec_hashes: Mapping[str, str],
-    homes: BackendAssignment = NEVER_MIGRATED,
-    changes: Changes = no_words,
-    stalled: Stalled = none_stalled,
-    reach: Reachability = UNKNOWN,
-) -> Iterator[Action]:
+def decide(record: DeviceRecord, found: tuple[Placement, ...], goals: Goals) -> Iterator[Action]:
     """The next actions for one device (rules 1 to 4)."""
     live = [p for p in found if p.state is not _DEAD]
     if record.presence is not _PRESENT:
@@ -233,20 +193,12 @@ def decide(
                 f"epoch {placement.epoch} is {older} than the registry's {record.epoch}",
             )
     if current:
-        yield from _keep(record, current, spec_hashes, homes, changes, stalled, reach)
-    elif not live and record.device.agent_class in spec_hashes:
-        yield _start(record, found, homes)
+        yield from _keep(record, current, goals)
+    elif not live and record.device.agent_class in goals.spec_hashes:
+        yield _start(record, found, goals.homes)
 
 
-def _keep(
-    record: DeviceRecord,
-    current: list[Placement],
-    spec_hashes: Mapping[str, str],
-    homes: BackendAssignment,
-    changes: Changes,
-    stalled: Stalled,
-    reach: Reachability,
-) -> Iterator[Action]:
+def _keep(record: DeviceRecord, current: list[Placement], goals: Goals) -> Iterator[Action]:
     # Two placements at one epoch should not exist. If a scheduler made them, all replicas, and the backend
     # that removes the others, must keep the same one: the oldest. Which one is accepted does not count,
     # because replicas may learn of it at different times. A stop can't be undone, so a stopping placement
@@ -255,28 +207,49 @@ def _keep(
     for placement in current[1:]:
         yield from _retire(record, placement, "another placement has the same epoch")
     keeper = current[0]
-    wanted = spec_hashes.get(record.device.agent_class)
-    if wanted is None or keeper.state is PlacementState.STOPPING:
+    if goals.spec_hash(record) is None or keeper.state is PlacementState.STOPPING:
         return
-    # The first of these reasons counts.
-    is_stranded = stranded(keeper, reach)
-    home = "" if is_stranded else _elsewhere(record, keeper, homes)
-    is_stalled = "" if is_stranded or home else stalled(keeper)
-    reason = is_stranded or (f"it moves to {home}" if home else is_stalled)
-    if not reason and keeper.spec_hash == wanted:
+    why = _why_replace(record, keeper, goals)
+    if why is None:
         return
+    move, reason = why
     yield Action(
         kind=ActionKind.REPLACE,
         slug=record.slug,
         device_id=record.device.id,
-        reason=reason or _outdated(record, keeper, changes),
+        reason=reason,
         epoch=keeper.epoch,
         index=record.index,
         placement=keeper,
-        stalled=bool(is_stalled),
-        home=home,
-        at_once=bool(is_stranded),
+        move=move,
+        home=_elsewhere(record, keeper, goals.homes) if move is Move.MIGRATION else "",
     )
+
+
+def _why_replace(record: DeviceRecord, keeper: Placement, goals: Goals) -> tuple[Move, str] | None:
+    """The reason that comes first, in words; None = the placement is kept."""
+    if reason := stranded(keeper, goals.reach):
+        return Move.STRANDED, reason
+    reasons = dict(_reasons(record, keeper, goals))
+    if not reasons:
+        return None
+    first = min(reasons)
+    return first, reasons[first]
+
+
+def _reasons(record: DeviceRecord, keeper: Placement, goals: Goals) -> Iterator[tuple[Move, str]]:
+    request = goals.requested.get(record.slug)
+    if request is not None and request.concerns(keeper):
+        yield request.move, request.reason
+    if home := _elsewhere(record, keeper, goals.homes):
+        # One move is enough for both: the next epoch has the current spec.
+        yield Move.MIGRATION, f"it moves to {home}"
+        return
+    if reason := goals.stalled(keeper):
+        yield Move.STALLED, reason
+    if keeper.spec_hash != goals.spec_hash(record):
+        given_up = keeper.spec_hash in goals.given_up
+        yield Move.ROLLBACK if given_up else Move.ROLLOUT, _outdated(record, keeper, goals.changes)
 
 
 def _outdated(record: DeviceRecord, keeper: Placement, changes: Changes) -> str:

@@ -1,4 +1,4 @@
-"""Limits how many agents are replaced at a time."""
+"""Limits how many agents are replaced at a time, for whatever reason: the one window of the fleet."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from nomad_watchdog.core.actions import Action
+from nomad_watchdog.core.actions import Action, Move
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Limits
 
@@ -31,6 +31,10 @@ class Readiness:
     list."""
     turn: Callable[[Slug], bool] = lambda _slug: True
     """Whether a device that is to move to another scheduler may do so now (`core.migration.frontier`)."""
+    in_work: Callable[[Slug], bool] = lambda _slug: False
+    """Whether the replacement of a device's agent has begun: it has its room already."""
+    unwell: Callable[[Slug], bool] = lambda _slug: False
+    """Whether something is wrong with a device: its agent is replaced after those of healthy devices."""
     moving: int = 0
     """Number of devices that have been moved and whose agent is not ready yet."""
     moves_at_once: int = 0
@@ -48,10 +52,15 @@ def window(fleet: int, limits: Limits) -> int:
 def admit(
     candidates: Sequence[Action], readiness: Readiness, *, fleet: int, limits: Limits
 ) -> tuple[Action, ...]:
-    """The replacements that may begin now, in the order of their slugs."""
+    """The replacements that may begin now, the most urgent reasons first (`Move`)."""
     ordered = sorted(
-        (one for one in candidates if _class_of(one) not in readiness.halted),
-        key=lambda action: action.slug,
+        (one for one in candidates if not _is_halted(one, readiness)),
+        key=lambda one: (
+            not readiness.in_work(one.slug),
+            one.move,
+            readiness.unwell(one.slug),
+            one.slug,
+        ),
     )
     most = window(fleet, limits)
     room = most - readiness.unready - readiness.soaking
@@ -84,5 +93,7 @@ def give_up(
     return tuple(admitted)
 
 
-def _class_of(action: Action) -> str:
-    return action.placement.agent_class if action.placement is not None else ""
+def _is_halted(action: Action, readiness: Readiness) -> bool:
+    """Whether the class of an agent is halted. A node is drained all the same: its agents would end there."""
+    name = action.placement.agent_class if action.placement is not None else ""
+    return name in readiness.halted and action.move is not Move.DRAIN

@@ -7,8 +7,9 @@ from dataclasses import asdict, replace
 from typing import Final
 
 from nomad_watchdog.core.actions import ActionKind
+from nomad_watchdog.core.goals import Changes, no_words
 from nomad_watchdog.core.holds import hold_id
-from nomad_watchdog.core.planner import Changes, Plan, no_words
+from nomad_watchdog.core.planner import Plan
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord, Health, Monotonic, Placement, Repairs, Report
 

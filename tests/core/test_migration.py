@@ -17,7 +17,7 @@ from nomad_watchdog.core.rollout import Readiness
 from nomad_watchdog.errors import ConflictError
 from nomad_watchdog.ids import Shard, Slug, shard_of, slug_of
 from nomad_watchdog.model import DeviceRecord, Limits, Placement, PlacementState, WallTime
-from tests.core.world import HASHES, placement, record
+from tests.core.world import GOALS, placement, record
 
 BACKENDS = ("a", "b", "c")
 NAMES = tuple(f"d{n}" for n in range(12))
@@ -75,7 +75,7 @@ def shard(slug: Slug) -> Shard:
 def test_an_epoch_has_one_home(fleet: Fleet) -> None:
     """A start or a move on another scheduler than the record's always gets a higher epoch."""
     homes, records, placements = fleet
-    for action in planner.plan(records, placements, HASHES, Limits(), homes=homes).actions:
+    for action in planner.plan(records, placements, replace(GOALS, homes=homes), Limits()).actions:
         one = records[action.slug]
         if action.kind is ActionKind.START and action.home != homes.of(one):
             assert action.epoch > one.epoch
@@ -89,7 +89,7 @@ def test_only_a_move_that_is_under_way_moves_anything(fleet: Fleet) -> None:
     """An agent is moved only by the newest move that covers its device, from that move's source to its destination;
     never while it is paused, and never from a lost node."""
     homes, records, placements = fleet
-    for action in planner.plan(records, placements, HASHES, Limits(), homes=homes).actions:
+    for action in planner.plan(records, placements, replace(GOALS, homes=homes), Limits()).actions:
         if action.kind is not ActionKind.REPLACE:
             continue
         move = homes.move_of(records[action.slug])
@@ -115,7 +115,12 @@ def test_no_more_move_at_a_time_than_may(
         moves_at_once=at_once,
     )
     plan = planner.plan(
-        records, placements, HASHES, limits, readiness=readiness, homes=homes, confirmed=frozenset()
+        records,
+        placements,
+        replace(GOALS, homes=homes),
+        limits,
+        readiness=readiness,
+        confirmed=frozenset(),
     )
     begun = [a for a in plan.actions if a.kind is ActionKind.REPLACE]
     assert len(begun) <= max(0, (at_once or 5) - moving)
@@ -131,7 +136,10 @@ def test_the_frontier_is_the_lowest_shard_that_can_go_on(fleet: Fleet) -> None:
     free = {
         shard(a.slug)
         for a in planner.plan(
-            records, placements, HASHES, Limits(replace_at_once=100, breaker_min=100), homes=homes
+            records,
+            placements,
+            replace(GOALS, homes=homes),
+            Limits(replace_at_once=100, breaker_min=100),
         ).actions
         if a.kind is ActionKind.REPLACE
     }
@@ -236,8 +244,10 @@ def test_an_epoch_that_may_be_on_its_way_is_repeated_where_it_belongs() -> None:
     move = Migration("m", "north", "south", WallTime(0.0), "", done=True)
     homes = BackendAssignment("north", "north", (move,), frozenset({"north", "south"}))
     back = record("x", epoch=5)
-    (action,) = planner.decide(back, (), HASHES, homes)
+    (action,) = planner.decide(back, (), replace(GOALS, homes=homes))
     assert (action.kind, action.epoch, action.home) == (ActionKind.START, 5, "north")
     # If the agent was seen to end, no start is outstanding, and the next one goes to the new scheduler.
-    (action,) = planner.decide(back, (placement("x", 5, PlacementState.DEAD),), HASHES, homes)
+    (action,) = planner.decide(
+        back, (placement("x", 5, PlacementState.DEAD),), replace(GOALS, homes=homes)
+    )
     assert (action.epoch, action.home) == (6, "south")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nomad_watchdog.core import pauses, planner
 from nomad_watchdog.core.pauses import Pause, Target
 from nomad_watchdog.model import Limits, PlacementState, WallTime
-from tests.core.world import HASHES, OLD_SPEC, World, placement, record
+from tests.core.world import GOALS, OLD_SPEC, World, placement, record
 
 NAMES = [f"d{n}" for n in range(8)]
 targets = st.builds(
@@ -50,7 +50,7 @@ def worlds(draw: st.DrawFn) -> World:
 
 
 def plan(world: World, resting: frozenset[str] = frozenset()) -> planner.Plan:
-    return planner.plan(world.records, world.placements, HASHES, Limits(), resting=resting)
+    return planner.plan(world.records, world.placements, GOALS, Limits(), resting=resting)
 
 
 @given(worlds(), st.sets(st.sampled_from(NAMES)))
@@ -59,8 +59,8 @@ def test_nothing_is_planned_for_a_paused_device(world: World, names: set[str]) -
     resting = frozenset(r.slug for r in world.records.values() if str(r.device.id) in names)
     limits = Limits(breaker_min=1000, replace_at_once=1000)
 
-    free = planner.plan(world.records, world.placements, HASHES, limits)
-    held = planner.plan(world.records, world.placements, HASHES, limits, resting=resting)
+    free = planner.plan(world.records, world.placements, GOALS, limits)
+    held = planner.plan(world.records, world.placements, GOALS, limits, resting=resting)
 
     assert not {a.slug for a in held.actions} & resting
     assert held.actions == tuple(a for a in free.actions if a.slug not in resting)

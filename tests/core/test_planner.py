@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from nomad_watchdog.core import planner
 from nomad_watchdog.core.actions import Action, ActionKind
+from nomad_watchdog.core.goals import Goals
 from nomad_watchdog.core.migration import NEVER_MIGRATED
 from nomad_watchdog.core.planner import Plan, plan, stop_key
 from nomad_watchdog.core.rollout import Readiness
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import DeviceRecord, Limits, PlacementState, Presence, WallTime
-from tests.core.world import HASHES, OLD_SPEC, SPEC, World, placement, record
+from tests.core.world import GOALS, OLD_SPEC, SPEC, World, placement, record
 
 WIDE = Limits(breaker_min=10_000, replace_at_once=10_000)
 NAMES = [f"device-{n}" for n in range(6)]
@@ -52,7 +53,7 @@ def build(known: dict, unknown: dict) -> World:
 
 
 def decide(world: World, limits: Limits = WIDE, **more: object) -> Plan:
-    return plan(world.records, world.placements, HASHES, limits, **more)  # type: ignore[arg-type]
+    return plan(world.records, world.placements, GOALS, limits, **more)  # type: ignore[arg-type]
 
 
 @settings(max_examples=300, deadline=None)
@@ -156,7 +157,7 @@ def test_order_of_the_inputs_does_not_matter(
     chance.shuffle(records)
     chance.shuffle(found)
 
-    assert plan(dict(records), dict(found), HASHES, WIDE) == first
+    assert plan(dict(records), dict(found), GOALS, WIDE) == first
 
 
 @settings(max_examples=200, deadline=None)
@@ -211,7 +212,7 @@ def test_an_unknown_class_changes_nothing() -> None:
     """Without a spec for the class nothing is started, and running agents are left alone."""
     world = World([record("a"), record("b", epoch=1)], [placement("b", 1, spec="whatever")])
 
-    assert plan(world.records, world.placements, {}, WIDE).actions == ()
+    assert plan(world.records, world.placements, Goals({}), WIDE).actions == ()
 
 
 def test_a_lost_answer_is_asked_for_again_at_the_same_epoch() -> None:
@@ -255,7 +256,7 @@ def test_s7_a_record_that_cannot_be_read_stops_nobody() -> None:
     found = {name: (placement(name, 1),) for name in ("poisoned", "stray")}
     placements = {runs[0].slug: runs for runs in found.values()}
     poisoned, stray = (runs[0].slug for runs in found.values())
-    made = plan({}, placements, HASHES, Limits(), resting=frozenset({poisoned}))
+    made = plan({}, placements, GOALS, Limits(), resting=frozenset({poisoned}))
 
     assert [action.slug for action in made.actions] == [stray]
 
@@ -275,7 +276,7 @@ def test_agents_that_never_got_ready_make_way_for_the_next_version(fleet: int, b
     made = plan(
         world.records,
         world.placements,
-        HASHES,
+        GOALS,
         limits,
         readiness=Readiness(bad, stuck.__contains__),
     )

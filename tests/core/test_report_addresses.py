@@ -7,13 +7,13 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.actions import ActionKind
+from nomad_watchdog.core.actions import ActionKind, Move
 from nomad_watchdog.core.planner import plan
 from nomad_watchdog.core.report_addresses import MOST, Reachability, is_at, living, stranded
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Limits, PlacementState
 from nomad_watchdog.schedulers.agent_document import addressed, api_of
-from tests.core.world import HASHES, OLD_SPEC, SPEC, World, placement, record
+from tests.core.world import GOALS, OLD_SPEC, SPEC, World, placement, record
 
 URLS = [f"http://10.0.0.{number}:9670" for number in range(1, 5)]
 FILE = "/artifacts/watchdog-agent.pyz"
@@ -67,9 +67,9 @@ def test_only_agents_that_depend_on_a_replica_that_is_gone_are_replaced_for_it(
     an agent that depends on a missing replica is replaced whatever the roll-out's window."""
     world, silent = world_of(fleet)
     made = plan(
-        world.records, world.placements, HASHES, NARROW, reach=Reachability(there, silent)
+        world.records, world.placements, replace(GOALS, reach=Reachability(there, silent)), NARROW
     )  # fmt: skip
-    replaced = {action.slug for action in made.actions if action.at_once}
+    replaced = {action.slug for action in made.actions if action.move is Move.STRANDED}
     waiting = {
         PlacementState.PENDING,
         PlacementState.STARTING,
@@ -84,7 +84,7 @@ def test_only_agents_that_depend_on_a_replica_that_is_gone_are_replaced_for_it(
         )
         assert (slug in replaced) == wanted
     for action in made.actions:
-        if action.at_once:
+        if action.move is Move.STRANDED:
             assert action.kind is ActionKind.REPLACE
             assert "no replica is at" in action.reason
 
@@ -96,9 +96,14 @@ def test_without_the_list_of_replicas_the_plan_is_as_if_there_were_no_addresses(
 ) -> None:
     """A replica without a reliable list of replicas replaces no agent for its address."""
     world, silent = world_of(fleet)
-    without = plan(world.records, world.placements, HASHES, NARROW)
+    without = plan(world.records, world.placements, GOALS, NARROW)
     assert (
-        plan(world.records, world.placements, HASHES, NARROW, reach=Reachability(silent=silent))
+        plan(
+            world.records,
+            world.placements,
+            replace(GOALS, reach=Reachability(silent=silent)),
+            NARROW,
+        )
         == without
     )
 
@@ -111,13 +116,18 @@ def test_a_replacement_ends_the_dependence(fleet: list, there: frozenset[str]) -
     for turn in range(20):
         quiet = silent if turn == 0 else frozenset()
         made = plan(
-            world.records, world.placements, HASHES, Limits(), reach=Reachability(there, quiet)
+            world.records,
+            world.placements,
+            replace(GOALS, reach=Reachability(there, quiet)),
+            Limits(),
         )
         for action in made.actions:
             world.apply(action)
         world.settle()
     assert (
-        plan(world.records, world.placements, HASHES, Limits(), reach=Reachability(there)).actions
+        plan(
+            world.records, world.placements, replace(GOALS, reach=Reachability(there)), Limits()
+        ).actions
         == ()
     )
 

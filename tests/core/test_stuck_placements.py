@@ -7,12 +7,12 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.actions import ActionKind
+from nomad_watchdog.core.actions import ActionKind, Move
 from nomad_watchdog.core.planner import Plan, plan
 from nomad_watchdog.core.rollout import Readiness
 from nomad_watchdog.core.stuck_placements import BACKOFF_S, MAX_DOUBLINGS, WAITING, StuckPlacements
 from nomad_watchdog.model import Limits, Monotonic, Placement, PlacementState, WallTime
-from tests.core.world import HASHES, OLD_SPEC, World, placement, record
+from tests.core.world import GOALS, OLD_SPEC, World, placement, record
 
 MAX_S = 180.0
 NAMES = [f"device-{n}" for n in range(8)]
@@ -35,9 +35,11 @@ def passing(waits: StuckPlacements, found: list[Placement], at: float, **more: o
     return plan(
         world.records,
         world.placements,
-        HASHES,
+        replace(
+            GOALS,
+            stalled=lambda one: "no progress" if waits.is_stalled(one, MAX_S, now) else "",
+        ),
         Limits(),
-        stalled=lambda one: "no progress" if waits.is_stalled(one, MAX_S, now) else "",
         **more,  # type: ignore[arg-type]
     )
 
@@ -129,7 +131,7 @@ def test_only_what_makes_no_progress_is_replaced_and_no_more_than_there_is_room_
     due = [one for one in some if one.state in WAITING and not one.queued and one.slug not in alive]
     assert len(replaced) == min(room, len(due))
     assert {a.slug for a in replaced} <= {one.slug for one in due}
-    assert all(a.stalled and a.reason == "no progress" for a in replaced)
+    assert all(a.move is Move.STALLED and a.reason == "no progress" for a in replaced)
     live = {one.slug for one in some if one.state is not PlacementState.DEAD}
     assert not live & {a.slug for a in made.actions if a.kind is ActionKind.START}
 
@@ -168,4 +170,4 @@ def test_a_roll_out_that_waits_for_its_turn_does_not_keep_what_is_stalled() -> N
     full = Readiness(unready=100, halted=frozenset({"default"}))
     assert not passing(waits, [one], 10.0, stalled_room=5, readiness=full).actions
     (action,) = passing(waits, [one], 1_000.0, stalled_room=5, readiness=full).actions
-    assert action.stalled
+    assert action.move is Move.STALLED

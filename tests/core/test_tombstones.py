@@ -15,6 +15,7 @@ from nomad_watchdog.controllers.agents.executor import ActionExecutor
 from nomad_watchdog.controllers.agents.fence import Fence
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.core import planner, tombstones
+from nomad_watchdog.core.goals import Goals
 from nomad_watchdog.core.placement_gc import TOMBSTONE_REST_S, PlacementGc
 from nomad_watchdog.core.tombstones import EpochFloor
 from nomad_watchdog.errors import ConflictError
@@ -34,7 +35,7 @@ from tests.simulation.virtual_time import VirtualClock
 T = TypeVar("T")
 PUMP = Device(DeviceId("pump"), SPEC.agent_class, "127.0.0.1")
 SLUG = slug_of(PUMP.id)
-HASHES = {SPEC.agent_class: SPEC.spec_hash}
+GOALS = Goals({SPEC.agent_class: SPEC.spec_hash})
 MAX_SCHEDULES = 5_000
 
 
@@ -116,7 +117,7 @@ class World:
             if known is None or known.presence is Presence.ABSENT or known.epoch > self.peak:
                 break
             done = await Fence(executor.fleet, executor.leases).pass_all(
-                list(planner.decide(known, (), HASHES))
+                list(planner.decide(known, (), GOALS))
             )
             if any(isinstance(one, DeviceRecord) for one in done):
                 break

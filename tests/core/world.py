@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from nomad_watchdog.core import presence
 from nomad_watchdog.core.actions import Action, ActionKind
+from nomad_watchdog.core.goals import Goals
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import (
     Device,
@@ -20,7 +21,7 @@ from nomad_watchdog.model import (
 CLASS = "default"
 SPEC = "spec-new"
 OLD_SPEC = "spec-old"
-HASHES = {CLASS: SPEC}
+GOALS = Goals({CLASS: SPEC})
 
 
 def record(name: str, *, epoch: int = 0, present: bool = True, instance: str = "") -> DeviceRecord:

@@ -22,6 +22,7 @@ from typing import Any, Final
 from nomad_watchdog.core import acceptance, planner, presence, tombstones
 from nomad_watchdog.core.acceptance import AcceptanceKind
 from nomad_watchdog.core.actions import ActionKind
+from nomad_watchdog.core.goals import Goals
 from nomad_watchdog.core.mass_stop_breaker import MassStopBreaker
 from nomad_watchdog.core.planner import Stop
 from nomad_watchdog.core.tombstones import EpochFloor
@@ -61,7 +62,7 @@ BURY: Final = 4
 """In hand: the epoch of a tombstone that is to be deleted, now that the floor is raised."""
 NAMES: Final = ("a", "b")
 CLASS: Final = "default"
-HASHES: Final = {CLASS: "h"}
+GOALS: Final = Goals({CLASS: "h"})
 LIMITS: Final = Limits(breaker_min=1, breaker_fraction=0.0)
 NO_BREAKER: Final = Limits(breaker_min=99)
 NO_VIEW: Final[View] = ((), (), 0, 0, ())
@@ -203,7 +204,7 @@ def planned(
     records = {SLUGS[i]: record_of(i, rec) for i, (rec, _) in enumerate(seen) if rec}
     placements = {SLUGS[i]: placements_of(i, jobs) for i, (_, jobs) in enumerate(seen) if jobs}
     limits = LIMITS if breaker else NO_BREAKER  # as an argument it would be hashed each time
-    made = planner.plan(records, placements, HASHES, limits, confirmed=_stops(confirmed))
+    made = planner.plan(records, placements, GOALS, limits, confirmed=_stops(confirmed))
     actions = tuple(
         (
             START if action.kind is ActionKind.START else STOP,

@@ -12,6 +12,7 @@ from nomad_watchdog.controllers.agents.executor import ActionExecutor
 from nomad_watchdog.controllers.agents.fence import Fence
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.core import planner
+from nomad_watchdog.core.goals import Goals
 from nomad_watchdog.core.tombstones import EpochFloor
 from nomad_watchdog.errors import DamagedError, UserError
 from nomad_watchdog.fleet.fleet import Fleet
@@ -24,7 +25,7 @@ from tests.registry.test_backup import fill, whole
 from tests.simulation import fakes
 from tests.simulation.simulator import SPEC
 
-HASHES = {SPEC.agent_class: SPEC.spec_hash}
+GOALS = Goals({SPEC.agent_class: SPEC.spec_hash})
 
 
 def fence_of(executor: ActionExecutor) -> Fence:
@@ -99,7 +100,7 @@ async def test_s2_a_replica_that_knows_no_floor_gives_no_epoch_again(store: Stor
     slug, highest = slug_of(device.id), 0
     for life in range(1, 4):
         await second.records.register([device])
-        action = planner.decide(second.records[slug], (), HASHES)
+        action = planner.decide(second.records[slug], (), GOALS)
         (record,) = await fence_of(performer_of(second)).pass_all(list(action))
         assert isinstance(record, DeviceRecord)
         assert record.epoch > highest
@@ -124,12 +125,12 @@ async def test_s9_a_damaged_floor_costs_the_first_starts_only(registry: Registry
     await fleet.records.register(devices[:1])
     executor = performer_of(fleet)
     slugs = [slug_of(device.id) for device in devices]
-    await fence_of(executor).pass_all(list(planner.decide(fleet.records[slugs[0]], (), HASHES)))
+    await fence_of(executor).pass_all(list(planner.decide(fleet.records[slugs[0]], (), GOALS)))
     bound = replace(fleet.records[slugs[0]], instance="i-1")
     fleet.records.learn([one for one in await fleet.records.commit([bound]) if one is not None])
     await fleet.records.register(devices[1:])
     assert await registry.commit_document(FLOOR, RegistryDocument(b"{", 0))
-    batch = [one for slug in slugs for one in planner.decide(fleet.records[slug], (), HASHES)]
+    batch = [one for slug in slugs for one in planner.decide(fleet.records[slug], (), GOALS)]
     done, failed = await fence_of(executor).pass_all(batch)
     assert isinstance(done, DeviceRecord)
     assert done.epoch == 2

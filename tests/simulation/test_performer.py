@@ -14,6 +14,7 @@ from nomad_watchdog.controllers.agents.executor import FENCE_S, ActionExecutor
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.core import planner
 from nomad_watchdog.core.actions import Action, ActionKind
+from nomad_watchdog.core.goals import Goals
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, Slug
@@ -58,7 +59,7 @@ async def start_two(first_takes_s: float) -> list[str]:
     hashes = {SPEC.agent_class: SPEC.spec_hash}
     actions: list[Action] = []
     for record in fleet.records.values():
-        actions.extend(planner.decide(record, (), hashes))
+        actions.extend(planner.decide(record, (), Goals(hashes)))
     await executor.perform(actions)
     assert len(cluster.jobs) == done.count("ok")
     return done
@@ -91,7 +92,7 @@ async def calls_into_a_storm(dead: str, devices: int, lasts_s: float) -> int:
     hashes = {SPEC.agent_class: SPEC.spec_hash}
 
     def wish(slug: Slug) -> None:
-        for action in planner.decide(fleet.records[slug], (), hashes):
+        for action in planner.decide(fleet.records[slug], (), Goals(hashes)):
             queue.put(slug, action)
 
     executor = ActionExecutor(
@@ -157,7 +158,7 @@ async def starts_before(urgent: bool) -> int:
     *storm, single = fleet.records.values()
 
     def wish(record: DeviceRecord, *, urgent: bool) -> None:
-        for action in planner.decide(record, (), {SPEC.agent_class: SPEC.spec_hash}):
+        for action in planner.decide(record, (), Goals({SPEC.agent_class: SPEC.spec_hash})):
             queue.put(record.slug, action, urgent=urgent)
 
     for record in storm:
@@ -200,7 +201,7 @@ async def started_without_record(kind: ActionKind) -> tuple[list[str], int]:
     )
     await fleet.records.register([Device(DeviceId("pump"), SPEC.agent_class, "127.0.0.1")])
     (record,) = fleet.records.values()
-    (action,) = planner.decide(record, (), {SPEC.agent_class: SPEC.spec_hash})
+    (action,) = planner.decide(record, (), Goals({SPEC.agent_class: SPEC.spec_hash}))
     fleet.records.reset({}, fleet.records.reached)
     await executor.perform([replace(action, kind=kind)])
     return done, len(cluster.jobs)

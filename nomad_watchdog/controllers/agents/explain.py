@@ -147,15 +147,7 @@ class LoopStatus:
         record = self.fleet.records.get(slug)
         found = self.fleet.placements.get(slug, ())
         steps = list(
-            planner.decide(
-                record,
-                found,
-                self.classes.hashes,
-                self.migrations.homes(),
-                self.classes.changes,
-                self.plan_builder.stalled,
-                self.plan_builder.reach(),
-            )
+            planner.decide(record, found, self.plan_builder.goals())
             if record is not None
             else planner.decide_stray(found)
         )

@@ -5,6 +5,7 @@ No I/O: the views are the fleet's, and `core.planner` decides.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nomad_watchdog.controllers.agents.capacity import CapacityMonitor
@@ -12,17 +13,20 @@ from nomad_watchdog.controllers.agents.prepared_classes import PreparedClasses
 from nomad_watchdog.controllers.held_changes import report_hold
 from nomad_watchdog.controllers.migration import MigrationController
 from nomad_watchdog.core import planner, rollout
-from nomad_watchdog.core.actions import Action
+from nomad_watchdog.core.actions import Action, Move
+from nomad_watchdog.core.goals import Goals
 from nomad_watchdog.core.holds import STOPS
 from nomad_watchdog.core.mass_stop_breaker import MassStopBreaker
+from nomad_watchdog.core.moves import Requested, combined
 from nomad_watchdog.core.planner import Plan, Stop
 from nomad_watchdog.core.report_addresses import Reachability
 from nomad_watchdog.core.rollout import Readiness
 from nomad_watchdog.core.stuck_placements import StuckPlacements
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.fleet.serializers import plan_json
+from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.model import Placement, PlacementState, Presence
+from nomad_watchdog.model import Placement, PlacementState, Presence, VerdictState
 from nomad_watchdog.replicas.ownership import ShardOwnership
 
 
@@ -41,12 +45,15 @@ class PlanBuilder:
     """How long placements have made no progress."""
     last: Plan = field(default_factory=lambda: Plan(()))
     """The plan of the last pass."""
+    sources: list[Callable[[], Requested]] = field(default_factory=list)
+    """Controllers that ask for placements to be left."""
+    is_active: Callable[[Slug], bool] = lambda _slug: False
+    """Whether an action of a device has begun."""
 
     def make(self, confirmed: frozenset[Stop]) -> Plan:
         """Decide for every device of ours; the `confirmed` stops are not held."""
         fleet = self.fleet
         records, placements = self.ownership.of(fleet.records), self.ownership.of(fleet.placements)
-        homes = self.migrations.homes()
         resting = (
             fleet.presence.resting() | fleet.records.unreadable | self.migrations.unsure(records)
         )
@@ -56,22 +63,37 @@ class PlanBuilder:
             self.classes.rollouts.soaking(),
             self.classes.rollouts.halted() | self.classes.behind(),
             ready=fleet.agents.has_ready_agent,
+            in_work=self.is_active,
+            unwell=lambda slug: fleet.verdicts.last(slug)[0].state is not VerdictState.WATCHED,
         )
-        readiness = self.migrations.with_moves(readiness, homes, resting, self.classes.hashes)
+        readiness = self.migrations.with_moves(
+            readiness, self.migrations.homes(), resting, self.classes.hashes
+        )
         return planner.plan(
             records,
             placements,
-            self.classes.hashes,
+            self.goals(),
             fleet.limits,
             readiness=readiness,
             confirmed=confirmed,
             resting=resting,
-            homes=homes,
+            stalled_room=0 if self.capacity.no_room else self._stalled_room(),
+        )
+
+    def goals(self) -> Goals:
+        """What the agents should be now."""
+        return Goals(
+            self.classes.hashes,
+            homes=self.migrations.homes(),
             changes=self.classes.changes,
             stalled=self.stalled,
-            stalled_room=0 if self.capacity.no_room else self._stalled_room(),
             reach=self.reach(),
+            requested=self.requested(),
         )
+
+    def requested(self) -> Requested:
+        """The placements that controllers ask to leave."""
+        return combined(*(source() for source in self.sources))
 
     def stalled(self, placement: Placement) -> str:
         """Why a placement that waits is given up, in words; "" = it is not, or not yet."""
@@ -134,12 +156,12 @@ class PlanBuilder:
         plan = self.last
         if any(one.slug == action.slug for one in plan.actions):
             return ""
-        if action.at_once and not plan.held:
+        if action.move is Move.STRANDED and not plan.held:
             return ""
         fleet, name = self.fleet, action.placement.agent_class if action.placement else ""
         if plan.held:
             return "waits: no agent is replaced while stops are held"
-        if action.stalled:
+        if action.move is Move.STALLED:
             if full := self.capacity.no_room:
                 return f"waits for room: {full}"
             most, every_s = rollout.window(self._present(), fleet.limits), fleet.limits.start_max_s

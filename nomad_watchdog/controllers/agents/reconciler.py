@@ -28,7 +28,7 @@ from nomad_watchdog.controllers.condition_writer import ConditionWriter
 from nomad_watchdog.controllers.migration import MigrationController
 from nomad_watchdog.controllers.rollout import POLL_S
 from nomad_watchdog.core import planner
-from nomad_watchdog.core.actions import Action, ActionKind, ActionOutcome
+from nomad_watchdog.core.actions import Action, ActionKind, ActionOutcome, Move
 from nomad_watchdog.core.planner import Plan
 from nomad_watchdog.errors import TransientError, WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
@@ -83,8 +83,9 @@ class Reconciler:
             fleet, scheduler, self.ownership, metrics, self._read_all_again
         )
         self.plan_builder = PlanBuilder(
-            fleet, self.ownership, self.classes, metrics, self.migrations, self.capacity
-        )
+            fleet, self.ownership, self.classes, metrics, self.migrations, self.capacity,
+            is_active=self.queue.is_active,
+        )  # fmt: skip
         self.breaker = self.plan_builder.breaker
         self.hosts = HostWatcher(fleet)
         self.conditions = ConditionWriter(fleet, self.ownership, leases)
@@ -210,7 +211,7 @@ class Reconciler:
             return
         if self.migrations.unsure({record.slug: record}):
             return
-        for action in planner.decide(record, found, self.classes.hashes, self.migrations.homes()):
+        for action in planner.decide(record, found, self.plan_builder.goals()):
             if action.kind is ActionKind.START:
                 self._enqueue(action, urgent=True)
 
@@ -277,7 +278,8 @@ class Reconciler:
             if self.breaker.wants_second_read:
                 await self._second_read()
             starts = any(
-                a.kind is ActionKind.START or a.stalled for a in self.plan_builder.last.actions
+                a.kind is ActionKind.START or a.move is Move.STALLED
+                for a in self.plan_builder.last.actions
             )
             if (starts or self.capacity.is_short()) and await self.capacity.read():
                 self.wake()
@@ -329,7 +331,7 @@ class Reconciler:
         match outcome:
             case ActionOutcome.OK:
                 now = self.fleet.clock.monotonic()
-                if action.stalled:
+                if action.move is Move.STALLED:
                     self.plan_builder.waiting.given_up(action.slug, now)
                 if began is not None and action.kind is ActionKind.START:
                     self.metrics.event_to_dispatch(now - began)
