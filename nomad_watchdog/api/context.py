@@ -18,6 +18,7 @@ from nomad_watchdog.api.routing import Route
 from nomad_watchdog.api.services import ConfigReloader, Operator
 from nomad_watchdog.controllers.expiry import ExpiryController
 from nomad_watchdog.controllers.migration_requests import MigrationRequests
+from nomad_watchdog.controllers.rollout_requests import RolloutRequests
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.pools.controller import PoolController
@@ -52,6 +53,7 @@ class Context:
     reloads: ConfigReloader | None = None
     """Reloads the configuration; None if there is none."""
     migrations: MigrationRequests | None = None
+    rollouts: RolloutRequests | None = None
     """Moves agents between schedulers; None without a reconciler."""
     page_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     page: tuple[float, str] = (float("-inf"), "")

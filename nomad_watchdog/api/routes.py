@@ -24,6 +24,7 @@ from nomad_watchdog.api import (
     plan,
     pools,
     reload,
+    rollouts,
     status_page,
     webhook,
 )
@@ -201,6 +202,7 @@ ROUTES: Final = (
             ("undo", migrations.undo, "Move the agents back"),
         )
     ),
+    *rollouts.ROUTES,
     Route(
         "GET",
         "/v1/departures",

@@ -169,6 +169,12 @@ class MigrateIn(Strict):
         return Target(frozenset(self.devices), self.agent_class or "", dict(self.labels))
 
 
+class RolloutIn(Strict):
+    """A request to a roll-out."""
+
+    by: Annotated[str, Field(max_length=64), AfterValidator(printable)] = ""
+
+
 class ConfirmIn(Strict):
     """Which held stops or departures are approved: `held.id` of the plan."""
 

@@ -167,6 +167,40 @@ class MigrationBegun(_MigrationBegun, total=False):
     by_shard: dict[str, int]
 
 
+RolloutAnswer = TypedDict(
+    "RolloutAnswer",
+    {
+        "class": str,
+        "version": str,
+        "proven": str,
+        "state": str,
+        "reason": str,
+        "step": str,
+        "devices": int,
+        "on_version": int,
+        "change": str,
+    },
+)
+"""The roll-out of a class."""
+
+
+class RolloutsAnswer(TypedDict):
+    items: list[RolloutAnswer]
+    problem: str
+
+
+class PastRollout(TypedDict):
+    at: float
+    version: str
+    outcome: str
+    by: str
+    why: str
+
+
+class PastRollouts(TypedDict):
+    items: list[PastRollout]
+
+
 class _Pool(TypedDict):
     name: str
     configured: bool

@@ -34,6 +34,7 @@ VERBS: Final[dict[str, tuple[str, str]]] = {
     "apply": ("plan:apply", "Apply the pending changes, including roll-outs."),
     "stops": ("stops:stops", "List or approve stops that are on hold."),
     "departures": ("departures:departures", "List or approve departures that are on hold."),
+    "rollouts": ("rollouts:rollouts", "Follow and control roll-outs."),
     "migrate": ("migrate:migrate", "Move agents to another scheduler."),
     "pools": ("pools:pools", "List, scale and remove worker pools."),
     "pause": ("pauses:pause", "Pause all actions for devices."),

@@ -21,6 +21,7 @@ from nomad_watchdog import __version__
 from nomad_watchdog.config import escalation
 from nomad_watchdog.config.escalation import EscalationSettings, LokiSettings
 from nomad_watchdog.config.probes import ON_HOST, GatewaySettings, ProbeSettings
+from nomad_watchdog.config.rollouts import RolloutStrategySettings
 from nomad_watchdog.config.types import (
     Absolute,
     Block,
@@ -203,6 +204,7 @@ class AgentClassSettings(Block):
         RepairPolicyTable.alone_s.default
     )
     on: dict[Name, BackendOverrides] = Field(default_factory=dict)
+    rollout: RolloutStrategySettings | None = None
 
     def suspect_s(self) -> float:
         """Maximum time that an agent of this class can suspect its device, in seconds: each missed round of the

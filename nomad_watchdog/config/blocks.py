@@ -106,13 +106,6 @@ class MassChangeSettings(Block):
     fraction: Fraction = 0.10
 
 
-class RolloutSettings(Block):
-    at_once: Annotated[int, Field(ge=1)] = 5
-    fraction: Fraction = 0.10
-    soak: Seconds = 0.0
-    deaths: Annotated[int, Field(ge=1)] = 3
-
-
 class IncidentSettings(Block):
     min: Annotated[int, Field(ge=2)] = 3
     fraction: Fraction = 0.20

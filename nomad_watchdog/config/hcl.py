@@ -29,6 +29,8 @@ NAMED: Final = frozenset({"agent_class", "agent_pool", "token", "device", "on"})
 """Blocks whose label is a name; they become a mapping."""
 KINDS: Final = frozenset({"probe", "confirm", "repair", "sink", "metric"})
 """Blocks whose label is a kind; they become a list, in the order of the file."""
+LISTED: Final = frozenset({"step"})
+"""Blocks without a label that become a list, in the order of the file."""
 
 MAX_BYTES: Final = 1024 * 1024
 """Maximum length of a file, in characters; the parser takes about 1 ms per line."""
@@ -123,11 +125,12 @@ def _block(
     name, *labels = (str(label.serialize(_options())) for label in block.labels)
     wanted = 1 if name in NAMED | KINDS else 0
     where: Path = (*path, name)
-    if wanted and len(labels) != wanted:
-        message = f'has {len(labels)} labels; write  {name} "NAME" {{ ... }}'
+    if (wanted or name in LISTED) and len(labels) != wanted:
+        label = ' "NAME"' if wanted else ""
+        message = f"has {len(labels)} labels; write  {name}{label} {{ ... }}"
         document.problems.append(Problem(where, message, line))
         return
-    if name in KINDS:
+    if name in KINDS | LISTED:
         blocks = data.setdefault(name, [])
         if not isinstance(blocks, list):
             message = f"given twice; the first is on line {document.line_of(where)}"
@@ -135,7 +138,8 @@ def _block(
             return
         where = (*where, len(blocks))
         document.lines[where] = line
-        blocks.append({"kind": labels[0], **_body(block.body, where, document)})
+        kind = {"kind": labels[0]} if name in KINDS else {}
+        blocks.append({**kind, **_body(block.body, where, document)})
         return
     # An unexpected label becomes an unknown setting: pydantic reports what is allowed.
     holder, key = (data.setdefault(name, {}), labels[0]) if labels else (data, name)

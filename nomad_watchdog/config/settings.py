@@ -33,9 +33,9 @@ from nomad_watchdog.config.blocks import (
     PresenceSettings,
     RegistrySettings,
     RetrySettings,
-    RolloutSettings,
 )
 from nomad_watchdog.config.pools import PoolSettings
+from nomad_watchdog.config.rollouts import RolloutSettings
 from nomad_watchdog.config.settings_text import flat
 from nomad_watchdog.config.types import (
     Block,
@@ -45,6 +45,7 @@ from nomad_watchdog.config.types import (
     Text,
     certificates,
 )
+from nomad_watchdog.core.rollout_steps import Strategy
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.model import AgentSpec, Limits, PresenceRules, Variant
 from nomad_watchdog.schedulers import agent_zipapp
@@ -189,6 +190,13 @@ class Settings(Block):
                 flap_half_life_s=self.presence.flap_half_life,
             ),
         )
+
+    def strategies(self) -> dict[str, Strategy]:
+        """How the versions of each class are rolled out."""
+        return {
+            name: (kind.rollout or self.rollout).strategy()
+            for name, kind in self.agent_class.items()
+        }
 
     def specs(self) -> dict[str, AgentSpec]:
         """One spec per class. Raises UserError if a template file can't be read."""
@@ -348,7 +356,7 @@ def _described(kind: AgentClassSettings, template: object) -> dict[str, str]:
     found = {
         name: value
         for name, value in flat(kind, hide_text=True).items()
-        if name != "ttl" and not name.startswith("on.")
+        if name != "ttl" and not name.startswith(("on.", "rollout"))
     }
     text = str(template)
     if not text.startswith(BUILT_IN):

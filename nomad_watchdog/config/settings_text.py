@@ -50,8 +50,8 @@ def _parts(place: str, value: object) -> Iterator[tuple[str, object]]:
         for one in value:
             kind = str(getattr(one, "kind", ""))
             seen[kind] += 1
-            number = f"#{seen[kind]}" if seen[kind] > 1 else ""
-            yield f"{place}.{kind}{number}", one
+            number = f"#{seen[kind]}" if seen[kind] > 1 or not kind else ""
+            yield (f"{place}.{kind}" if kind else place) + number, one
     else:
         yield place, value
 

@@ -1,84 +1,132 @@
-"""Roll-outs: which spec each class has now, and back to the last proven one when agents of the new one die.
+"""Roll-outs: which specs each class has now, and back to the proven one when the new one is bad.
 
-The registry stores one small document per class: the last spec that was proven, and the hash of the one that was given
-up. Every replica applies it and observes the agents of new versions; only the leader judges and writes.
+The registry stores one small document per class (`rollout_state`). Every replica applies it and observes the agents of
+new versions; only the leader judges and writes. A class without steps gets a new spec at once, window by window
+(`core.rollout_soak`); with steps, only the devices that have their turn (`staged_rollout`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Annotated, Final
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Final
 
-from pydantic import BeforeValidator, TypeAdapter
-
-from nomad_watchdog.core.rollout_soak import ObservedRun, Soak, SoakLimits
+from nomad_watchdog.controllers.rollout_events import DONE, STARTED, STEP, report, report_given_up
+from nomad_watchdog.controllers.rollout_soaks import VersionSoaks
+from nomad_watchdog.controllers.rollout_state import (
+    PastRollout,
+    RolloutState,
+    document_format,
+    restored,
+)
+from nomad_watchdog.controllers.staged_rollout import StagedRollout
+from nomad_watchdog.core import rollout_progress
+from nomad_watchdog.core.actions import Action, ActionOutcome, Move
+from nomad_watchdog.core.rollout_progress import Progress
+from nomad_watchdog.core.rollout_soak import Soak, SoakLimits
+from nomad_watchdog.core.rollout_steps import AT_ONCE, Strategy
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.model import AgentSpec, PlacementState, Presence
-from nomad_watchdog.registry.document import Document, DocumentFormat
+from nomad_watchdog.model import AgentSpec, DeviceRecord, Monotonic
+from nomad_watchdog.registry.document import Document
 from nomad_watchdog.replicas.leases import Leases
 from nomad_watchdog.replicas.ownership import is_leader
-from nomad_watchdog.schedulers import job_templates
-from nomad_watchdog.schedulers.agent_document import spec_fields, stored_spec
 
 log = logging.getLogger(__name__)
 
 POLL_S: Final = 1.0
 READ_EVERY_S: Final = 5.0
-"""Maximum time until another replica applies what the leader wrote."""
-_UP: Final = (PlacementState.RUNNING, PlacementState.LOST)
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutState:
-    """What the registry stores for a class."""
-
-    good: Annotated[AgentSpec | None, BeforeValidator(spec_fields)] = None
-    template: str = ""
-    """Digest of the template of the proven spec: its text is not stored."""
-    bad: str = ""
-    """Hash of the spec that was given up."""
-    why: str = ""
-
-
-_STATE: Final = TypeAdapter(RolloutState)
+"""Maximum time until another replica applies what the leader wrote; during a roll-out in steps, POLL_S."""
+SAVE_SOAK_S: Final = 10.0
+"""Soak time that is lost at most when another replica becomes the leader, seconds; less for a short soak."""
 
 
 class RolloutController:
-    """The specs in force. `configured`: as in the configuration."""
+    """The specs in force. `configured`: as in the configuration; `strategies`: by class, others roll out at once."""
 
     def __init__(
-        self, fleet: Fleet, configured: Mapping[str, AgentSpec], leases: Leases, metrics: Metrics
+        self,
+        fleet: Fleet,
+        configured: Mapping[str, AgentSpec],
+        leases: Leases,
+        metrics: Metrics,
+        strategies: Mapping[str, Strategy] | None = None,
     ) -> None:
         self._fleet = fleet
         self._configured = dict(configured)
+        self._strategies = dict(strategies or {})
         self._leases = leases
         self._metrics = metrics
         self._limits = SoakLimits(fleet.limits.soak_s, fleet.limits.soak_deaths)
         self._documents: dict[str, Document[RolloutState]] = {}
-        self._soaks: dict[str, Soak] = {}
+        self._soaks = VersionSoaks(fleet)
+        self._staged: dict[str, StagedRollout] = {}
         self._read_at = float("-inf")
+        self._polled_at: Monotonic | None = None
         self._in_force_now = dict(configured)
         self._halted = frozenset(self._configured) if self.on else frozenset()
         """All classes until the documents have been read: until then it is not known which versions were given up."""
         self.problem = ""
         """Why the documents can't be read now; what was read before stays in force."""
-        fleet.views.add_status(self.status)
 
     @property
     def on(self) -> bool:
         """Whether new versions have to prove themselves."""
-        return self._limits.soak_s > 0
+        return self._limits.soak_s > 0 or any(map(self._has_steps, self._configured))
+
+    def _has_steps(self, name: str) -> bool:
+        return bool(self.strategy(name).steps)
+
+    def strategy(self, name: str) -> Strategy:
+        """How the versions of a class are rolled out."""
+        return self._strategies.get(name, AT_ONCE)
 
     def specs(self) -> dict[str, AgentSpec]:
-        """Agent class → the spec in force."""
+        """Agent class → the spec in force. During a roll-out in steps, the proven one."""
         return self._in_force_now
+
+    def trial_specs(self) -> dict[str, AgentSpec]:
+        """Agent class → the spec that is rolled out in steps."""
+        return {
+            name: one.spec
+            for name, one in self._staged.items()
+            if one.spec is not self._in_force_now.get(name) and not self.is_given_up(name)
+        }
+
+    def trials(self) -> dict[Slug, str]:
+        """Devices that have had their turn → hash of the spec that they should have."""
+        return {slug: spec for one in self._staged.values() for slug, spec in one.trials.items()}
+
+    def given_up(self) -> frozenset[str]:
+        """Hashes of the configured specs that were given up."""
+        return frozenset(
+            spec.spec_hash for name, spec in self._configured.items() if self.is_given_up(name)
+        )
+
+    def spec_for(self, record: DeviceRecord, move: Move | None = None) -> AgentSpec | None:
+        """The spec with which an agent of this device is started now, or replaced in place for this reason; None = its
+        class is not configured."""
+        name = record.device.agent_class
+        staged = self._staged.get(name)
+        if staged is not None and staged.starts_with_it(record.slug, move):
+            return staged.spec
+        return self._in_force_now.get(name)
+
+    def action_ended(self, action: Action, outcome: ActionOutcome, _took_s: float) -> None:
+        """An action has ended."""
+        record = self._fleet.records.get(action.slug)
+        staged = self._staged.get(record.device.agent_class) if record is not None else None
+        if staged is not None:
+            staged.action_ended(action, outcome)
+
+    def refuse(self, refused: Mapping[str, str]) -> None:
+        """What the scheduler said of the specs on trial: hash → why it can't be prepared for it."""
+        for one in self._staged.values():
+            one.refused = refused.get(one.spec.spec_hash, "")
 
     @property
     def configured(self) -> Mapping[str, AgentSpec]:
@@ -89,13 +137,21 @@ class RolloutController:
         """Agent class → the hash of its configured spec."""
         return {name: spec.spec_hash for name, spec in self._configured.items()}
 
-    def configure(self, configured: Mapping[str, AgentSpec]) -> None:
-        """Apply these configured specs and the current limits of the fleet. Where new versions have to prove
-        themselves, a class that is new or changed waits until it is known which versions were given up."""
+    def configure(
+        self, configured: Mapping[str, AgentSpec], strategies: Mapping[str, Strategy] | None = None
+    ) -> None:
+        """Apply these configured specs, these strategies (None: as before) and the current limits of the fleet. Where
+        new versions have to prove themselves, a class that is new or changed waits until it is known which versions
+        were given up."""
         changed = {n for n, spec in configured.items() if self._configured.get(n) != spec}
         self._configured = dict(configured)
+        self._strategies = dict(self._strategies if strategies is None else strategies)
         self._limits = SoakLimits(self._fleet.limits.soak_s, self._fleet.limits.soak_deaths)
-        self._soaks = {n: s for n, s in self._soaks.items() if n in configured and n not in changed}
+        kept = configured.keys() - changed
+        self._soaks.keep(kept)
+        self._staged = {
+            n: s for n, s in self._staged.items() if n in kept and s.strategy == self.strategy(n)
+        }
         self._read_at = float("-inf")
         if self.on:
             self._in_force_now = {
@@ -117,70 +173,86 @@ class RolloutController:
         self._halted = frozenset(
             name
             for name, spec in self._configured.items()
-            if self._is_given_up(name) and self._in_force_now[name] is spec
+            if self.is_given_up(name) and self._in_force_now[name] is spec
         )
-        self._metrics.rollouts_given_up(sum(map(self._is_given_up, self._configured)))
+        for name, spec in self._configured.items():
+            self._follow(name, spec)
+        given_up = sum(map(self.is_given_up, self._configured))
+        going = sum(not self.is_given_up(name) for name in self._staged)
+        self._metrics.rollouts.classes(given_up=given_up, in_progress=going)
 
     async def _in_force(self, name: str, configured: AgentSpec) -> AgentSpec:
-        state = self._state(name)
-        back = state.good if self._is_given_up(name) else None
-        if back is None:
+        state = self.state(name)
+        is_new = state.good is not None and state.good.spec_hash != configured.spec_hash
+        if not (self.is_given_up(name) or (is_new and self._has_steps(name))):
             return configured
-        # The stored spec has only the fields that older versions know; the text of an equal template is ours.
-        for text in (configured.text, ""):
-            one = replace(
-                back, text=text if back.template == configured.template else "", on=configured.on
-            )
-            if await asyncio.to_thread(_digest, one) == state.template:
-                return one
-        return configured
+        return await asyncio.to_thread(restored, state, configured) or configured
 
-    def _is_given_up(self, name: str) -> bool:
-        return self._state(name).bad == self._configured[name].spec_hash
+    def _is_staged(self, name: str) -> bool:
+        """Whether a spec of the class is rolled out in steps: there is a proven one that the others keep."""
+        configured = self._configured[name]
+        return self._has_steps(name) and self._in_force_now[name] is not configured
 
-    def _state(self, name: str) -> RolloutState:
-        return self._document(name).value
+    def _follow(self, name: str, spec: AgentSpec) -> None:
+        """Apply the progress of a roll-out in steps. It begins at the first step before that is stored."""
+        if not self._is_staged(name):
+            self._staged.pop(name, None)
+        else:
+            staged = self._staged.get(name)
+            if staged is None or staged.spec != spec:
+                staged = self._staged[name] = StagedRollout(self._fleet, spec, self.strategy(name))
+            if self.is_given_up(name):
+                staged.give_up(keep=not staged.strategy.back)
+            else:
+                staged.follow(self.progress(name))
+        self._publish_trials()
 
-    def _document(self, name: str) -> Document[RolloutState]:
+    def progress(self, name: str) -> Progress:
+        """How far the configured spec of a class has come in its roll-out in steps."""
+        spec, stored = self._configured[name], self.state(name).progress
+        if stored is not None and stored.spec == spec.spec_hash:
+            return stored
+        return Progress(spec.spec_hash, spec.version, began=self._fleet.clock.wall())
+
+    def _publish_trials(self) -> None:
+        """Tell the fleet which outages count with a roll-out, and which devices are not to be repaired."""
+        rollouts: dict[Slug, str] = {}
+        unrepaired: set[Slug] = set()
+        for name, one in self._staged.items():
+            if self.is_given_up(name):
+                continue
+            text = f"roll-out of version {one.spec.version} of class {name}"
+            rollouts |= dict.fromkeys(one.outages(), text)
+            if not one.strategy.repairs:
+                unrepaired |= one.has_spec()
+        self._fleet.trials.rollouts = rollouts
+        self._fleet.trials.without_repairs = frozenset(unrepaired)
+
+    def state(self, name: str) -> RolloutState:
+        """What the registry stores of a class, as last read."""
+        return self.document(name).value
+
+    def document(self, name: str) -> Document[RolloutState]:
+        """The document of a class."""
         if name not in self._documents:
             self._documents[name] = Document(self._fleet.registry, document_format(name))
         return self._documents[name]
 
+    def staged(self, name: str) -> StagedRollout | None:
+        """The roll-out in steps of a class; None = there is none."""
+        return self._staged.get(name)
+
     def soaking(self) -> int:
-        """Number of agents of new versions that are ready now and have not proved themselves yet. An agent that
-        reports before the scheduler lists it counts, unless it is known to run an older version."""
-        return sum(
-            slug not in soak.lasted
-            and self._fleet.agents.has_ready_agent(slug)
-            and not self._is_old(slug, self._configured[name])
-            for name, soak in self._soaks.items()
-            for slug in self._wanted(name)
-        )
+        """As `VersionSoaks.soaking`."""
+        return self._soaks.soaking(self._configured)
 
-    def _is_old(self, slug: Slug, spec: AgentSpec) -> bool:
-        record = self._fleet.records[slug]
-        return any(
-            one.epoch == record.epoch and one.spec_hash != spec.spec_hash
-            for one in self._fleet.placements.get(slug, ())
-        )
+    def soak(self, name: str) -> Soak | None:
+        """The agents of a version that is rolled out without steps; None = there is none."""
+        return self._soaks.of(name)
 
-    def status(self) -> dict[str, object]:
-        """For the status: roll-outs in progress and versions that were given up; empty where `on` is false."""
-        if not self.on:
-            return {}
-        rollouts: dict[str, object] = {}
-        for name, spec in self._configured.items():
-            state, soak = self._state(name), self._soaks.get(name)
-            if soak is None and not self._is_given_up(name):
-                continue
-            rollouts[name] = {
-                "wished": spec.version,
-                "in_force": self._in_force_now[name].version,
-                "soaking": soak.soaking() if soak is not None else 0,
-                "died": len(soak.died) if soak is not None else 0,
-                "given_up": state.why if self._is_given_up(name) else "",
-            }
-        return {"rollouts": rollouts}
+    def is_given_up(self, name: str) -> bool:
+        """Whether the configured spec of a class was given up."""
+        return self.state(name).bad == self._configured[name].spec_hash
 
     # -- the documents in the registry ----------------------------------------------------------------
 
@@ -192,12 +264,13 @@ class RolloutController:
         before = self._room()
         try:
             now = self._fleet.clock.monotonic()
-            if now - self._read_at >= READ_EVERY_S:
-                await self._read()
+            if now - self._read_at >= (POLL_S if self._staged else READ_EVERY_S):
+                await self.read()
                 self._read_at = now
             if self._fleet.readiness.ready:
                 for name, spec in self._configured.items():
                     await self._watch(name, spec)
+            self._polled_at = now
         except WatchdogError as error:
             if not self.problem:
                 log.warning("roll-outs not judged", extra={"reason": str(error)})
@@ -206,17 +279,23 @@ class RolloutController:
             self.problem = ""
         return before != self._room()
 
-    def _room(self) -> tuple[frozenset[str], dict[str, int]]:
+    def _room(self) -> tuple[object, ...]:
         """Changes when there is room for more replacements."""
-        return self._halted, {name: len(soak.lasted) for name, soak in self._soaks.items()}
+        return (
+            self._halted,
+            self._soaks.lasted(),
+            {name: frozenset(one.trials) for name, one in self._staged.items()},
+            self._in_force_now,
+        )
 
-    async def _read(self) -> None:
+    async def read(self) -> None:
+        """Read the documents and apply them. Raises what the registry raises."""
         for name in self._configured:
-            await self._document(name).refresh()
+            await self.document(name).refresh()
         await self._update()
 
     async def _write(self, name: str, state: RolloutState) -> bool:
-        if not await self._document(name).replace(state):
+        if not await self.document(name).replace(state):
             self._read_at = float("-inf")  # another leader was faster: read what it wrote
             return False
         await self._update()
@@ -225,106 +304,96 @@ class RolloutController:
     # -- watching and judging -------------------------------------------------------------------
 
     async def _watch(self, name: str, spec: AgentSpec) -> None:
-        state = self._state(name)
+        state = self.state(name)
         settled = state.good is not None and state.good.spec_hash == spec.spec_hash
-        if settled or self._is_given_up(name):
-            self._soaks.pop(name, None)
+        if settled or self.is_given_up(name):
+            self._soaks.end(name)
+            self._follow(name, spec)
             return
-        wanted = frozenset(self._wanted(name))
-        soak = self._soaks.setdefault(name, Soak(self._limits))
-        soak.look(self._runs(spec, wanted), wanted, self._fleet.clock.monotonic())
+        if self._is_staged(name):
+            await self._watch_steps(name, spec)
+            return
+        soak, wanted = self._soaks.look(spec, self._limits)
         if is_leader(self._leases):
             await self._judge(spec, soak, wanted)
 
     async def _judge(self, spec: AgentSpec, soak: Soak, wanted: frozenset[Slug]) -> None:
         name = spec.agent_class
-        state = self._state(name)
+        state = self.state(name)
         # There is no version to go back to before the first one, so it is never given up.
         if soak.is_bad(len(wanted)) and state.good is not None:
-            await self._give_up(name, spec, state, soak)
-        elif wanted and soak.is_good(wanted):
-            proved = RolloutState(good=spec, template=await asyncio.to_thread(_digest, spec))
-            if await self._write(name, proved) and state.good is not None:
-                self._report(name, "rollout.done", f"version {spec.version} is on all devices")
-
-    async def _give_up(self, name: str, spec: AgentSpec, state: RolloutState, soak: Soak) -> None:
-        why = (
-            f"agents of {len(soak.died)} devices ended within {self._limits.soak_s:g} s after they "
-            "were ready"
-        )
-        if not await self._write(name, replace(state, bad=spec.spec_hash, why=why)):
-            return
-        back = self._in_force_now[name]
-        if back is spec:
-            self._report(
-                name,
-                "rollout.halted",
-                f"version {spec.version}: {why}; the template of the version before has changed, so "
-                "there is no way back to it",
+            why = (
+                f"agents of {len(soak.died)} devices ended within {self._limits.soak_s:g} s after they "
+                "were ready"
             )
+            await self.give_up(name, spec, why)
+        elif wanted and soak.is_good(wanted):
+            await self._prove(name, spec)
+
+    async def _watch_steps(self, name: str, spec: AgentSpec) -> None:
+        self._follow(name, spec)
+        staged, progress = self._staged[name], self.progress(name)
+        staged.observe()
+        if not is_leader(self._leases):
+            return
+        if progress is self.state(name).progress:
+            await self._judge_steps(name, staged, progress)
         else:
-            text = f"version {spec.version}: {why}; back to version {back.version}"
-            self._report(name, "rollout.rolled_back", text)
+            await self._begin(name, progress)
 
-    def _report(self, name: str, kind: str, text: str) -> None:
-        log.warning(text, extra={"agent_class": name, "kind": kind})
-        fleet = self._fleet
-        fleet.events.note_fleet(kind, f"class {name}, {text}", {"class": name})
+    async def _begin(self, name: str, progress: Progress) -> None:
+        """Store that the roll-out of a spec is at its first step, whatever was rolled out before."""
+        first = self._with_unwell(name, replace(progress, since=progress.began))
+        if await self._write(name, replace(self.state(name), progress=first)):
+            steps = len(self.strategy(name).steps)
+            report(self._fleet, name, STARTED, f"version {progress.version}, in {steps} steps")
 
-    def _wanted(self, name: str) -> Iterator[Slug]:
-        for slug, record in self._fleet.records.items():
-            if record.presence is Presence.PRESENT and record.device.agent_class == name:
-                yield slug
+    def _with_unwell(self, name: str, progress: Progress) -> Progress:
+        """The progress of a step that begins, with the devices that are not well now."""
+        step = StagedRollout(self._fleet, self._configured[name], self.strategy(name))
+        step.follow(progress)
+        marks, crowded = step.unwell()
+        return replace(progress, unwell=marks, crowded=crowded)
 
-    def _runs(self, spec: AgentSpec, wanted: frozenset[Slug]) -> Iterator[ObservedRun]:
-        fleet = self._fleet
-        for slug in wanted:
-            record = fleet.records[slug]
-            for one in fleet.placements.get(slug, ()):
-                if (
-                    one.state in _UP
-                    and one.epoch == record.epoch
-                    and one.spec_hash == spec.spec_hash
-                ):
-                    yield ObservedRun(
-                        slug,
-                        one.epoch,
-                        ",".join(one.instances),
-                        one.restarts,
-                        one.node,
-                        ready=fleet.agents.has_ready_agent(slug),
-                        lost=one.state is PlacementState.LOST,
-                    )
+    async def _judge_steps(self, name: str, staged: StagedRollout, progress: Progress) -> None:
+        seen, strategy, spec = staged.observed, staged.strategy, staged.spec
+        if why := rollout_progress.why_bad(strategy, seen):
+            await self.give_up(name, spec, why)
+            return
+        now = self._fleet.clock.monotonic()
+        lasted_s = 0.0 if self._polled_at is None else now - self._polled_at
+        known = replace(progress, soaked_s=staged.soaked_s)
+        if not staged.going:
+            return
+        after = rollout_progress.advance(strategy, known, seen, staged.turns.groups, lasted_s)
+        if (after.step, after.group) == (progress.step, progress.group):
+            staged.soaked_s = after.soaked_s
+            soak_s = strategy.steps[progress.step].soak_s
+            if abs(after.soaked_s - progress.soaked_s) >= min(SAVE_SOAK_S, soak_s / 10):
+                await self._write(name, replace(self.state(name), progress=after))
+            return
+        if after.step >= len(strategy.steps):
+            await self._prove(name, spec)
+            return
+        after = replace(self._with_unwell(name, after), since=self._fleet.clock.wall())
+        passed = rollout_progress.in_words(strategy, progress, staged.turns)
+        if await self._write(name, replace(self.state(name), progress=after)):
+            report(self._fleet, name, STEP, f"version {spec.version}: {passed} has passed")
 
+    async def _prove(self, name: str, spec: AgentSpec) -> None:
+        state = self.state(name)
+        proved = await asyncio.to_thread(state.proved, spec)
+        if state.good is not None:
+            now = self._fleet.clock.wall()
+            proved = proved.remembering(PastRollout(spec.version, spec.spec_hash, "done", now))
+        if await self._write(name, proved) and state.good is not None:
+            report(self._fleet, name, DONE, f"version {spec.version} is on all devices")
 
-def _digest(spec: AgentSpec) -> str:
-    """Of the template's text; "" when it can't be read."""
-    try:
-        text = job_templates.load(spec.template, spec.text).text
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-    except WatchdogError:
-        return ""
-
-
-def document_format(agent_class: str) -> DocumentFormat[RolloutState]:
-    """Of the document that stores the roll-out state of this class."""
-    return DocumentFormat(
-        name=f"rollout-{hashlib.sha256(agent_class.encode()).hexdigest()[:16]}",
-        empty=RolloutState(),
-        parse=_STATE.validate_python,
-        serialize=_serialized,
-        repair="the roll-out is judged without it",
-        replaceable=True,
-    )
-
-
-def _serialized(state: RolloutState) -> dict[str, object]:
-    # Older versions reject a spec with fields that they do not know.
-    fields: dict[str, object] = _STATE.dump_python(state, mode="json", exclude={"good"})
-    if state.good is None:
-        return fields | {"good": None}
-    unknown_before = ("settings", "text", "on")
-    good = {
-        name: value for name, value in stored_spec(state.good).items() if name not in unknown_before
-    }
-    return fields | {"good": good}
+    async def give_up(self, name: str, spec: AgentSpec, why: str, by: str = "") -> None:
+        """Give up a spec, for this reason. Raises what the registry raises."""
+        now = self._fleet.clock.wall()
+        past = PastRollout(spec.version, spec.spec_hash, "aborted", now, why, by)
+        state = replace(self.state(name), bad=spec.spec_hash, why=why).remembering(past)
+        if await self._write(name, state):
+            keep = name in self._staged and not self.strategy(name).back
+            report_given_up(self._fleet, spec, self._in_force_now[name], why, keep=keep)

@@ -88,6 +88,10 @@ class Soak:
             if seen.ready_at is not None and now - seen.ready_at >= self.limits.soak_s:
                 self.lasted.add(slug)
 
+    def excuse(self, slug: Slug) -> None:
+        """The agent of a device is replaced on purpose: that it ends says nothing about the version."""
+        self._seen.pop(slug, None)
+
     def _too_soon(self, seen: _Seen, now: Monotonic) -> bool:
         ready_at = seen.ready_at
         return ready_at is not None and now - ready_at < self.limits.soak_s and not seen.lost

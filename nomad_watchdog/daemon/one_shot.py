@@ -331,6 +331,7 @@ async def _read_once(
         SoleOwner(replica=f"{COMMAND}-{secrets.token_hex(4)}", others=await _configs(settings)),
         unreadable=unreadable,
         place=settings.placer(),
+        strategies=settings.strategies(),
     )
     await read_all(reconciler, bring=bring)
     return reconciler

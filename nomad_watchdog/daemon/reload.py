@@ -179,12 +179,15 @@ class Reloader:
         try:
             in_force = self.reconciler.classes.in_force
             waits = bool(unreadable or self.reconciler.classes.unprepared or in_force.differs)
+            strategies = wanted.strategies()
+            waits = waits or strategies != before.strategies()
             if waits or limits != was or specs != in_force.configured:
                 await self.reconciler.classes.configure(
                     specs,
                     read_specs=lambda: asyncio.to_thread(wanted.readable_specs),
                     unreadable=unreadable,
                     place=place,
+                    strategies=strategies,
                 )
         except BaseException:
             self.scheduler.adapt_by(before.spec_on)

@@ -28,6 +28,7 @@ from nomad_watchdog.controllers.expiry import ExpiryController
 from nomad_watchdog.controllers.inventory import InventoryController
 from nomad_watchdog.controllers.migration_requests import MigrationRequests
 from nomad_watchdog.controllers.registry_writes import RegistryWrites
+from nomad_watchdog.controllers.rollout_requests import RolloutRequests
 from nomad_watchdog.daemon import preflight, systemd
 from nomad_watchdog.daemon.factory import (
     consul_client,
@@ -157,6 +158,7 @@ async def _control_plane(
                 read_specs=lambda: asyncio.to_thread(settings.readable_specs),
                 unreadable=unreadable,
                 place=settings.placer(),
+                strategies=settings.strategies(),
             )
             pools = (
                 PoolController(fleet, metrics, leases, driver, settings.agent_pool)
@@ -231,6 +233,10 @@ class _ControlPlane:
         app[CONTEXT].pools = self.pools
         app[CONTEXT].migrations = MigrationRequests(
             self.reconciler.fleet, self.reconciler.migrations
+        )
+        classes = self.reconciler.classes
+        app[CONTEXT].rollouts = RolloutRequests(
+            self.reconciler.fleet, classes.rollouts, classes.changes, classes.changed.emit
         )
         return app
 

@@ -22,10 +22,11 @@ from nomad_watchdog.fleet.readiness import FleetReadiness
 from nomad_watchdog.fleet.reconcile_loop import NoLoop, ReconcileLoop
 from nomad_watchdog.fleet.records import RecordCache, RecordChange
 from nomad_watchdog.fleet.reports import ReportReceiver
+from nomad_watchdog.fleet.trials import TrialDevices
 from nomad_watchdog.fleet.verdicts import VerdictTracker
 from nomad_watchdog.fleet.views import FleetViews
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import Limits, Placement
+from nomad_watchdog.model import DeviceRecord, Limits, Placement
 from nomad_watchdog.registry import Registry
 
 
@@ -55,7 +56,8 @@ class Fleet:
         self.presence = PresenceView(
             self.records, self.placements, self.events, clock, limits.presence
         )
-        paused_by = self.presence.paused_by
+        self.trials = TrialDevices()
+        paused_by = self._set_aside
         incidents = IncidentTracker(self.events, limits, clock, paused_by)
         self.recorder = EventRecorder(self.events, incidents, limits, clock, paused_by)
         self.verdicts = VerdictTracker(
@@ -84,6 +86,11 @@ class Fleet:
         self.views = FleetViews(self)
         self._loop: ReconcileLoop = NoLoop()
         self.records.changed.connect(self._records_changed)
+
+    def _set_aside(self, record: DeviceRecord) -> str:
+        """Why a device is part of no incident: the ID of its pause, or a roll-out that it is on trial in; "" = it may
+        be."""
+        return self.presence.paused_by(record) or self.trials.of(record.slug)
 
     @property
     def registry(self) -> Registry:

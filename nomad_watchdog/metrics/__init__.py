@@ -24,6 +24,7 @@ from nomad_watchdog.metrics.labels import (
     SchedulerErrorKind,
     known,
 )
+from nomad_watchdog.metrics.rollouts import RolloutMetrics
 from nomad_watchdog.model import PlacementState, Unheard, VerdictState
 
 _FAST: Final = (0.0005, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -64,7 +65,7 @@ class Metrics:
             "stalled_placements", "Placements without progress for longer than agents.start_max."
         )
         self._incidents = self._gauge("incidents_open", "Open incidents by group.", "group")
-        self._given_up = self._gauge("rollouts_given_up", "Classes whose new version was given up.")
+        self.rollouts = RolloutMetrics(self._gauge)
         self._migration = self._gauge(
             "migration_devices", "Devices of the migration in progress.", "state"
         )
@@ -324,10 +325,6 @@ class Metrics:
     def expired(self, count: int) -> None:
         """Count devices that expired for lack of heartbeats."""
         self._expired.inc(count)
-
-    def rollouts_given_up(self, count: int) -> None:
-        """Number of classes whose roll-out was given up or halted."""
-        self._given_up.set(count)
 
     def migration(self, moved: int, on_way: int, waiting: int) -> None:
         """Numbers of devices that have moved and are healthy, that are being moved, and that wait."""

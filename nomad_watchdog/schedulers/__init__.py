@@ -7,7 +7,7 @@ alike. `nomad_watchdog.testing.conformance` is the contract as a test suite, whi
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Final, Protocol
@@ -119,11 +119,18 @@ class Scheduler(Protocol):
     capabilities: Capabilities
 
     async def prepare(
-        self, specs: Collection[AgentSpec], *, shards: Collection[Shard] | None = None
+        self,
+        specs: Collection[AgentSpec],
+        *,
+        shards: Collection[Shard] | None = None,
+        trials: Collection[AgentSpec] = (),
     ) -> Mapping[str, str]:
         """Prepare to place these specs (register parent jobs, check templates). Idempotent; the specs of the last
         call replace earlier ones. Returns agent class → why it cannot be prepared (for example, an invalid
         template). The other classes are ready.
+
+        `trials`: at most one more spec for each class, which a roll-out in steps tries on some of its devices. In the
+        answer its hash stands for it. Callers omit the argument if there is none.
 
         `shards`: write objects that all replicas share only for these shards, so that the holders of different
         shards never write the same object; None = all shards."""
@@ -161,6 +168,14 @@ class Scheduler(Protocol):
     async def close(self) -> None:
         """Release connections. Agents keep running."""
         ...
+
+
+def named(
+    specs: Iterable[AgentSpec], trials: Iterable[AgentSpec]
+) -> Iterator[tuple[str, AgentSpec]]:
+    """All specs, each with the name that the answer of `Scheduler.prepare` uses for it."""
+    yield from ((spec.agent_class, spec) for spec in specs)
+    yield from ((spec.spec_hash, spec) for spec in trials)
 
 
 async def unchanged_since(scheduler: Scheduler, snapshot: Snapshot) -> bool:

@@ -27,9 +27,14 @@ class TokenIssuingScheduler:
         self.name, self.capabilities = inner.name, inner.capabilities
 
     async def prepare(
-        self, specs: Collection[AgentSpec], *, shards: Collection[Shard] | None = None
+        self,
+        specs: Collection[AgentSpec],
+        *,
+        shards: Collection[Shard] | None = None,
+        trials: Collection[AgentSpec] = (),
     ) -> Mapping[str, str]:
-        return await self.inner.prepare(specs, shards=shards)
+        more = {"trials": trials} if trials else {}
+        return await self.inner.prepare(specs, shards=shards, **more)
 
     async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
         """As `Scheduler.ensure`; raises TerminalError when there is no key."""

@@ -70,6 +70,7 @@ class MultiScheduler:
         self._parts: dict[str, Scheduler] = {usual: make(usual)}
         self._required = frozenset({usual})
         self._specs: list[AgentSpec] | None = None
+        self._trials: list[AgentSpec] = []
         self._shards: Collection[Shard] | None = None
         """Of the last call of `prepare`."""
         self._opening = asyncio.Lock()
@@ -115,8 +116,7 @@ class MultiScheduler:
                 part = self._make(name)
                 try:
                     if self._specs is not None:
-                        adapted = self._adapted(name, self._specs)
-                        refused = await part.prepare(adapted, shards=self._shards)
+                        refused = await self._prepare(name, part)
                         _check_all(refused if whole else {})
                 except BaseException:
                     await part.close()
@@ -140,17 +140,27 @@ class MultiScheduler:
             await part.close()
 
     async def prepare(
-        self, specs: Collection[AgentSpec], *, shards: Collection[Shard] | None = None
+        self,
+        specs: Collection[AgentSpec],
+        *,
+        shards: Collection[Shard] | None = None,
+        trials: Collection[AgentSpec] = (),
     ) -> Mapping[str, str]:
-        self._specs, self._shards = list(specs), shards
+        self._specs, self._shards, self._trials = list(specs), shards, list(trials)
         await self._open_all()
         refused: dict[str, str] = {}
         for name, part in self._parts.items():
-            answer = await part.prepare(self._adapted(name, specs), shards=shards)
-            for agent_class, why in (answer or {}).items():
+            answer = await self._prepare(name, part)
+            for agent_class, why in answer.items():
                 place = f"on {name}: " if len(self._parts) > 1 else ""
                 refused.setdefault(agent_class, f"{place}{why}")
         return refused
+
+    async def _prepare(self, name: str, part: Scheduler) -> Mapping[str, str]:
+        """Have one backend prepared for the specs of the last `prepare`."""
+        specs, trials = self._adapted(name, self._specs or ()), self._adapted(name, self._trials)
+        more = {"trials": trials} if trials else {}
+        return await part.prepare(specs, shards=self._shards, **more) or {}
 
     async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
         home = record.home or self.base
@@ -293,10 +303,10 @@ class MultiScheduler:
 
     def _adapt(self, name: str, spec: AgentSpec) -> AgentSpec:
         # Called for each start, nearly always with the same spec.
-        last = self._adapted_last.get((name, spec.agent_class))
+        last = self._adapted_last.get((name, spec.spec_hash))
         if last is None or last[0] is not spec:
             last = spec, self._adapt_spec(name, spec)
-            self._adapted_last[name, spec.agent_class] = last
+            self._adapted_last[name, spec.spec_hash] = last
         return last[1]
 
     def _adapted(self, name: str, specs: Iterable[AgentSpec]) -> list[AgentSpec]:

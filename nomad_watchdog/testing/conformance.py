@@ -12,6 +12,7 @@ import unicodedata
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Final
 
 from nomad_watchdog.errors import TransientError
@@ -40,6 +41,27 @@ async def prepare_is_idempotent(rig: Rig) -> None:
             await other.close()
         after = await bench.running(record)
         assert after.ref == before.ref, "a second prepare replaced a running placement"
+
+
+async def a_class_can_have_a_second_spec(rig: Rig) -> None:
+    """Of two specs of a class each device gets its own, and an epoch that was started with one of them is not started
+    again with the other (S2)."""
+    async with bench_of(rig) as bench:
+        trial = replace(
+            bench.spec, spec_hash=f"{bench.spec.spec_hash[:8]}trial", version="0.0.0-trial"
+        )
+        await bench.scheduler.prepare([bench.spec], trials=[trial])
+        usual, tried = bench.device(), bench.device()
+        await bench.scheduler.ensure(usual, Epoch(1), bench.spec)
+        await bench.scheduler.ensure(tried, Epoch(1), trial)
+        before = await bench.running(tried)
+        found = (await bench.running(usual)).spec_hash, before.spec_hash
+        assert found == (bench.spec.spec_hash, trial.spec_hash), f"the placements have {found}"
+        await bench.scheduler.ensure(tried, Epoch(1), bench.spec)
+        after = await bench.running(tried)
+        assert after.ref == before.ref, "one epoch was started with both specs"
+        running = await rig.processes(tried.slug)
+        assert len(running) == 1, f"one epoch that was started with both specs has {running}"
 
 
 async def ensure_shows_in_snapshot(rig: Rig) -> None:
@@ -325,6 +347,7 @@ CHECKS: Final[dict[str, Check]] = {
     check.__name__: check
     for check in (
         prepare_is_idempotent,
+        a_class_can_have_a_second_spec,
         ensure_shows_in_snapshot,
         ensure_twice_is_one,
         ensure_raced_is_one,

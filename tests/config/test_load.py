@@ -16,6 +16,7 @@ from nomad_watchdog.config.load import load
 from nomad_watchdog.config.pools import MetricSettings
 from nomad_watchdog.config.probes import GatewaySettings, ProbeSettings
 from nomad_watchdog.config.problems import model_of
+from nomad_watchdog.config.rollouts import RolloutStepSettings
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.units import parse_duration, parse_size
@@ -251,6 +252,7 @@ def test_docs_name_every_setting_and_no_other() -> None:
         wanted |= {f"{name}.{inner}" for inner in block.model_fields} if block else {name}
     assert {f"agent_class.{name}" for name in AgentClassSettings.model_fields} <= wanted
     wanted |= {f"on.{name}" for name in BackendOverrides.model_fields}
+    wanted |= {f"step.{name}" for name in RolloutStepSettings.model_fields}
     wanted |= {f"probe.{name}" for name in ProbeSettings.model_fields}
     wanted |= {f"metric.{name}" for name in MetricSettings.model_fields}
     wanted |= {f"gateway.{name}" for name in GatewaySettings.model_fields}
@@ -261,6 +263,35 @@ def test_docs_name_every_setting_and_no_other() -> None:
     wanted |= {f"token.{name}" for name in TokenSettings.model_fields}
     text = (DOCS / "configuration.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `([a-z_.]+)` \|", text, re.MULTILINE)) == wanted
+
+
+def test_the_example_of_roll_outs_is_valid(tmp_path: Path) -> None:
+    """The HCL example of docs/rollouts.md passes the check, each block on one line, and its steps are complete."""
+    text = (DOCS / "rollouts.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```hcl\n(.*?)```", text, re.DOTALL)
+    (strategy,) = load(write(tmp_path, example)).strategies().values()
+    assert [one.soak_s for one in strategy.steps] == [600.0, 1800.0, 0.0, 0.0]
+    assert [one.by for one in strategy.steps] == ["", "", "", "site"]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("step { count = 0 }", "rollout > step[0] > count"),
+        ("step {\n count = 1\n fraction = 0.5\n }", "give count or fraction, not both"),
+        ("step {\n pause = true\n count = 1\n }", "has no devices"),
+        ('step "x" { count = 1 }', "write  step { ... }"),
+        ('step = "x"', "expected a list of a block"),
+        ("step { fraction = 0 }", "rollout > step[0] > fraction"),
+        ('allow = ["Mo 9-16"]', "'Mo 9-16' is not a weekly time"),
+        ('on_abort = "stop"', "rollout > on_abort"),
+        ("step {\n selector = 5\n }", "rollout > step[0] > selector"),
+    ],
+)
+def test_what_is_no_roll_out(tmp_path: Path, text: str, why: str) -> None:
+    """Each is refused with its place in the file."""
+    with pytest.raises(UserError, match=re.escape(why)):
+        load(write(tmp_path, f"rollout {{\n {text}\n}}\n"))
 
 
 def test_the_example_of_the_docs_is_valid(tmp_path: Path) -> None:

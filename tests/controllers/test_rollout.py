@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import os
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -102,14 +104,15 @@ async def test_the_judge_goes_back_and_the_others_follow(stage: Stage) -> None:
     assert (judge.halted(), judge.soaking(), judge.specs()["default"].version) == (set(), 6, "2")
     await stage.run("2", restarts=1)
     await judge.poll()
-    assert judge.specs()["default"] == stage.spec("1")
+    first = replace(stage.spec("1"), text=stage.template.read_text())
+    assert judge.specs()["default"] == first
     assert stage.events() == ["rollout.rolled_back"]
     assert GIVEN_UP in stage.metrics.render().decode()
     assert other.specs()["default"].version == "2"
     stage.site.clock.now += READ_EVERY_S
     for follower in (other, stage.rollouts("2"), stage.rollouts("2", Onlooker())):
         await follower.poll()
-        assert follower.specs()["default"] == stage.spec("1")
+        assert follower.specs()["default"] == first
     third = stage.rollouts("3")
     await third.poll()
     assert (third.specs()["default"].version, third.halted()) == ("3", set())
@@ -138,9 +141,24 @@ async def test_a_replica_that_judges_nothing_counts_what_soaks(stage: Stage) -> 
     assert stage.events() == []
 
 
+async def test_the_template_of_the_proven_version_is_kept(stage: Stage) -> None:
+    """The way back has the text that the template had, although its file has another one now."""
+    await stage.run("1")
+    await stage.lasts(stage.rollouts("1"))
+    stage.template.write_text("job { }")
+    judge = stage.rollouts("2")
+    await stage.run("2")
+    await judge.poll()
+    await stage.run("2", restarts=1)
+    await judge.poll()
+    assert (judge.halted(), judge.specs()["default"].version) == (set(), "1")
+    assert judge.specs()["default"].text == "job {}"
+
+
 async def test_without_its_template_there_is_no_way_back(stage: Stage) -> None:
-    """If the template of the previous version has a different text now, the roll-out stops where it is, and the event
-    says so; a later version that lasts completes."""
+    """If the template of the previous version was too long to be stored and has a different text now, the roll-out
+    stops where it is, and the event says so; a later version that lasts completes."""
+    stage.template.write_bytes(base64.b64encode(os.urandom(20_000)))
     await stage.run("1")
     await stage.lasts(stage.rollouts("1"))
     stage.template.write_text("job { }")

@@ -48,10 +48,12 @@ class Picky(FakeScheduler):
 
     error: Exception | None = None
 
-    async def prepare(self, specs: Any, *, shards: Any = None) -> Mapping[str, str]:
+    async def prepare(
+        self, specs: Any, *, shards: Any = None, trials: Any = ()
+    ) -> Mapping[str, str]:
         if self.error is not None:
             raise self.error
-        return await super().prepare(specs, shards=shards)
+        return await super().prepare(specs, shards=shards, trials=trials)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
 from nomad_watchdog.registry import CommitGuard, RegistryDocument, RegistrySnapshot, check_document
 from nomad_watchdog.registry.codec import Decoder, decode, encode
-from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot
+from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot, named
 from tests.simulation.cluster import Cluster, News
 
 __all__ = ["Cluster", "FakeRegistry", "FakeScheduler", "Line", "Store"]
@@ -226,9 +226,12 @@ class FakeScheduler:
         specs: Collection[AgentSpec],
         *,
         shards: Collection[Shard] | None = None,  # a class is prepared as a whole
+        trials: Collection[AgentSpec] = (),
     ) -> Mapping[str, str]:
         refused = {
-            one.agent_class: one.variables[REFUSED] for one in specs if REFUSED in one.variables
+            name: one.variables[REFUSED]
+            for name, one in named(specs, trials)
+            if REFUSED in one.variables
         }
         names = sorted(one.agent_class for one in specs if one.agent_class not in refused)
         await self._line.call("scheduler.prepare", lambda: self._cluster.prepare(names))

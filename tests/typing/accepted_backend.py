@@ -27,9 +27,13 @@ class MemoryScheduler:
         self._changed = asyncio.Event()
 
     async def prepare(
-        self, specs: Collection[AgentSpec], *, shards: Collection[Shard] | None = None
+        self,
+        specs: Collection[AgentSpec],
+        *,
+        shards: Collection[Shard] | None = None,
+        trials: Collection[AgentSpec] = (),
     ) -> Mapping[str, str]:
-        del shards
+        del shards, trials
         return {spec.agent_class: "has no template" for spec in specs if not spec.template}
 
     async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:

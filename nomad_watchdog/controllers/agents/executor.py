@@ -17,7 +17,7 @@ from nomad_watchdog import failpoints
 from nomad_watchdog.controllers.agents.fence import Fence, Fenced
 from nomad_watchdog.controllers.agents.retry_budget import RetryBudget
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
-from nomad_watchdog.core.actions import Action, ActionKind, ActionOutcome
+from nomad_watchdog.core.actions import Action, ActionKind, ActionOutcome, Move
 from nomad_watchdog.core.circuit_breaker import CircuitBreaker
 from nomad_watchdog.errors import (
     FencedError,
@@ -85,6 +85,9 @@ class ActionExecutor:
     """Called at each start; returns the spec with what holds only at that moment, such as the replicas' addresses."""
     ended: Signal[[Action, ActionOutcome, float]] = field(default_factory=Signal)
     """An action has ended: how, and how long it took, seconds."""
+    spec_for: Callable[[DeviceRecord, Move | None], AgentSpec | None] | None = None
+    """The spec with which an agent of a device is started now, or replaced in place for this reason; None = its class
+    is not configured. Without it, that of its class."""
     expectations: dict[Slug, Expectation] = field(default_factory=dict)
     stops: dict[str, tuple[Action, Monotonic]] = field(default_factory=dict)
     """By the ref of the placement: stops that were answered, and when."""
@@ -240,16 +243,21 @@ class ActionExecutor:
             and self.scheduler.capabilities.replaces_in_place
         ):
             assert record is not None
-            await self._start(record)
+            await self._start(record, action.move)
         elif action.placement is not None:
             await self._ask(action.slug, self.scheduler.retire(action.placement, grace_s))
             failpoints.reached("K10")
             self.stops[action.placement.ref] = (action, self.fleet.clock.monotonic())
             self._mark_stopping(action)
 
-    async def _start(self, record: DeviceRecord) -> None:
+    async def _start(self, record: DeviceRecord, move: Move | None = None) -> None:
+        """`move`: why the agent is replaced in place; None = it is started."""
         now = self.fleet.clock.monotonic()
-        spec = self.specs.get(record.device.agent_class)
+        spec = (
+            self.specs.get(record.device.agent_class)
+            if self.spec_for is None
+            else self.spec_for(record, move)
+        )
         if spec is None:
             raise TerminalError(f"agent class {record.device.agent_class!r} is not configured")
         budget = self.budgets.setdefault(record.slug, RetryBudget())

@@ -95,7 +95,14 @@ class PeriodicJobs:
         fleet, metrics = self.fleet, self.metrics
         fleet.verdicts.judge_all()
         paused = fleet.verdicts.paused_counts()
-        metrics.devices({s.value: n - paused[s] for s, n in fleet.verdicts.counts().items()})
+        tried = fleet.trials.outages(
+            (slug, fleet.verdicts.last(slug)[0].state)
+            for slug in fleet.trials.rollouts.keys() & fleet.records.keys()
+            if not fleet.presence.is_resting(slug)
+        )
+        counts = fleet.verdicts.counts()
+        metrics.devices({s.value: n - paused[s] - tried[s] for s, n in counts.items()})
+        metrics.rollouts.outages(tried.total())
         metrics.attendance(
             flapping=fleet.presence.heartbeats.flapping(fleet.clock.monotonic()),
             paused=paused.total(),

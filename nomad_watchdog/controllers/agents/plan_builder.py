@@ -84,6 +84,8 @@ class PlanBuilder:
         """What the agents should be now."""
         return Goals(
             self.classes.hashes,
+            trials=self.classes.trials(),
+            given_up=self.classes.rollouts.given_up(),
             homes=self.migrations.homes(),
             changes=self.classes.changes,
             stalled=self.stalled,

@@ -11,10 +11,13 @@ from contextlib import suppress
 from nomad_watchdog.config.spec_history import SpecHistory
 from nomad_watchdog.controllers.class_set import ClassSetController, OwnClasses, Place, unchanged
 from nomad_watchdog.controllers.rollout import RolloutController
+from nomad_watchdog.core.actions import Move
+from nomad_watchdog.core.rollout_steps import Strategy
 from nomad_watchdog.errors import TransientError, WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
+from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.model import AgentSpec
+from nomad_watchdog.model import AgentSpec, DeviceRecord
 from nomad_watchdog.replicas.leases import Leases
 from nomad_watchdog.replicas.ownership import ShardOwnership
 from nomad_watchdog.replicas.report_addresses import ReportAddresses
@@ -42,9 +45,10 @@ class PreparedClasses:
         read_specs: ReadSpecs | None = None,
         unreadable: Mapping[str, str] | None = None,
         place: Place = unchanged,
+        strategies: Mapping[str, Strategy] | None = None,
     ) -> None:
         """`unreadable`: agent class → why it has no spec; `read_specs` reads them again. `place`: as of
-        `class_set.OwnClasses`."""
+        `class_set.OwnClasses`. `strategies`: as of `RolloutController`."""
         self._fleet = fleet
         self._scheduler = scheduler
         self._leases = leases
@@ -53,13 +57,17 @@ class PreparedClasses:
         self.in_force = ClassSetController(
             fleet, leases, metrics, OwnClasses(dict(specs), dict(unreadable or {}), place)
         )
-        self.rollouts = RolloutController(fleet, specs, leases, metrics)
+        self.rollouts = RolloutController(fleet, specs, leases, metrics, strategies)
         self.history = SpecHistory(fleet.registry)
         # Other components hold these dictionaries: they are changed in place.
         self.specs = dict(specs)
         """By class: the specs that the scheduler was last asked to be prepared for."""
         self.hashes = {name: spec.spec_hash for name, spec in specs.items()}
         """By class: the hashes of the specs that the scheduler is prepared for."""
+        self._trials_asked: frozenset[str] = frozenset()
+        """Hashes of the specs on trial that the scheduler was last asked to be prepared for."""
+        self._trials_prepared: frozenset[str] = frozenset()
+        """Those of them that it is prepared for."""
         self.unprepared: dict[str, str] = dict(self.in_force.unreadable())
         """Agent class → why the scheduler can't be prepared for it. Its devices keep their agents and get none."""
         self.changed: Signal[[]] = Signal()
@@ -104,15 +112,22 @@ class PreparedClasses:
         longer configured. A spec that the scheduler refused is not among them."""
         specs, asked = self.rollouts.specs(), self.specs
         new = {n for n, s in specs.items() if n not in asked or asked[n].spec_hash != s.spec_hash}
-        return frozenset(new | (asked.keys() - specs.keys()))
+        trials = {
+            name
+            for name, spec in self.rollouts.trial_specs().items()
+            if spec.spec_hash not in self._trials_asked
+        }
+        return frozenset(new | (asked.keys() - specs.keys()) | trials)
 
-    def _follow(self, *, anew: bool = False) -> None:
+    def _follow(
+        self, *, anew: bool = False, strategies: Mapping[str, Strategy] | None = None
+    ) -> None:
         """Apply the specs that are in force. `anew`: the fleet's limits may have changed, too."""
         specs = self.in_force.specs()
         self._unreadable = self.in_force.unreadable()
         self._fleet.classes = frozenset(specs) | self._unreadable.keys()
         if anew or specs != self.rollouts.configured:
-            self.rollouts.configure(specs)
+            self.rollouts.configure(specs, strategies)
             self.repaired.emit()
             self.changed.emit()
 
@@ -137,6 +152,7 @@ class PreparedClasses:
         read_specs: ReadSpecs | None = None,
         unreadable: Mapping[str, str] | None = None,
         place: Place = unchanged,
+        strategies: Mapping[str, Strategy] | None = None,
     ) -> None:
         """Be configured with these specs from now on, without a restart; as in the constructor. What is in force
         then is decided as at a start (`core.config_precedence`).
@@ -159,7 +175,7 @@ class PreparedClasses:
                 raise
             self._read_specs = read_specs
             await self.in_force.configure(own)
-            self._follow(anew=True)
+            self._follow(anew=True, strategies=strategies)
             await self.history.read(self.in_force.specs().keys() - self.specs.keys())
             await self.rollouts.poll()
             in_force = self.rollouts.specs()
@@ -174,14 +190,32 @@ class PreparedClasses:
         self.changed.emit()
 
     def changes(self, agent_class: str, spec_hash: str) -> str:
-        """What the spec in force changes for an agent of this class and hash, in words."""
-        return self.history.change(agent_class, spec_hash, self.rollouts.specs().get(agent_class))
+        """What the spec that is in force or on trial changes for an agent of this class and hash, in words."""
+        specs = self.rollouts.specs() | self.rollouts.trial_specs()
+        return self.history.change(agent_class, spec_hash, specs.get(agent_class))
+
+    def trials(self) -> Mapping[Slug, str]:
+        """Devices that have had their turn in a roll-out → hash of its spec, where the scheduler is prepared for it."""
+        return {
+            slug: spec
+            for slug, spec in self.rollouts.trials().items()
+            if spec in self._trials_prepared
+        }
+
+    def spec_for(self, record: DeviceRecord, move: Move | None = None) -> AgentSpec | None:
+        """The spec with which an agent of this device is started now: one that the scheduler was asked to be prepared
+        for. `move`: why it is replaced in place, None = it is started. None = its class is not configured."""
+        found = self.rollouts.spec_for(record, move)
+        if found is not None and found.spec_hash in self._trials_prepared:
+            return found
+        return self.specs.get(record.device.agent_class)
 
     async def remember(self) -> None:
         """Store the specs in force from time to time, until cancelled, so that later changes can be described."""
         await self.history.read(self.specs)
         while True:
-            await self.history.remember(list(self.specs.values()))
+            trials = self.rollouts.trial_specs().values()
+            await self.history.remember([*self.specs.values(), *trials])
             await asyncio.sleep(self._fleet.limits.resync_s)
 
     # -- the scheduler --------------------------------------------------------------------------
@@ -238,7 +272,12 @@ class PreparedClasses:
         ours. As `Scheduler.prepare`."""
         terms, addresses = dict(self._leases.terms()), self.addresses.addresses()
         addressed = [self.addresses.adapt(spec) for spec in specs.values()]
-        refused = await self._scheduler.prepare(addressed, shards=terms.keys()) or {}
+        trials = [self.addresses.adapt(spec) for spec in self.rollouts.trial_specs().values()]
+        more = {"trials": trials} if trials else {}
+        refused = await self._scheduler.prepare(addressed, shards=terms.keys(), **more) or {}
+        self._trials_asked = frozenset(spec.spec_hash for spec in trials)
+        self._trials_prepared = self._trials_asked - refused.keys()
+        self.rollouts.refuse(refused)
         self._ownership.prepare(terms)
         self._prepared_with = addresses
         self._has_prepared = self._has_prepared or bool(terms)

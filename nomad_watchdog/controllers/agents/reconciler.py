@@ -30,6 +30,7 @@ from nomad_watchdog.controllers.rollout import POLL_S
 from nomad_watchdog.core import planner
 from nomad_watchdog.core.actions import Action, ActionKind, ActionOutcome, Move
 from nomad_watchdog.core.planner import Plan
+from nomad_watchdog.core.rollout_steps import Strategy
 from nomad_watchdog.errors import TransientError, WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.fleet.hosts import HostWatcher
@@ -63,8 +64,9 @@ class Reconciler:
         read_specs: ReadSpecs | None = None,
         unreadable: Mapping[str, str] | None = None,
         place: Place = unchanged,
+        strategies: Mapping[str, Strategy] | None = None,
     ) -> None:
-        """`unreadable`, `read_specs` and `place`: as of `PreparedClasses`."""
+        """`unreadable`, `read_specs`, `place` and `strategies`: as of `PreparedClasses`."""
         self.fleet = fleet
         self.scheduler = scheduler
         self.metrics = metrics
@@ -72,12 +74,13 @@ class Reconciler:
         self.ownership = ShardOwnership(leases)
         self.classes = PreparedClasses(
             fleet, scheduler, specs, metrics, leases, self.ownership,
-            read_specs=read_specs, unreadable=unreadable, place=place,
+            read_specs=read_specs, unreadable=unreadable, place=place, strategies=strategies,
         )  # fmt: skip
         self.capacity = CapacityMonitor(scheduler)
         self.queue: WorkQueue[Slug, Action] = WorkQueue(fleet.clock)
         self.executor = ActionExecutor(
-            fleet, scheduler, self.classes.specs, self.queue, self._done, leases, self.classes.addresses.adapt
+            fleet, scheduler, self.classes.specs, self.queue, self._done, leases, self.classes.addresses.adapt,
+            spec_for=self.classes.spec_for,
         )  # fmt: skip
         self.migrations = MigrationController(
             fleet, scheduler, self.ownership, metrics, self._read_all_again
@@ -109,6 +112,7 @@ class Reconciler:
         self._changed_at: dict[Slug, Monotonic] = {}
         self.classes.changed.connect(self.wake)
         self.classes.repaired.connect(self.executor.end_backoff)
+        self.executor.ended.connect(self.classes.rollouts.action_ended)
         fleet.attach(self)
         fleet.reports.judged.connect(metrics.report)
         fleet.views.add_status(self._loop_status.status)
@@ -338,15 +342,8 @@ class Reconciler:
                 self.informer.look_again({action.slug}, calm=self._is_final(action))
             case ActionOutcome.FENCED | ActionOutcome.FAILED:
                 self.wake()
-        log.debug(
-            "action done",
-            extra={
-                "slug": action.slug,
-                "action": action.kind.value,
-                "outcome": outcome.value,
-                "took_s": round(took_s, 4),
-            },
-        )
+        facts = {"slug": action.slug, "action": action.kind.value, "outcome": outcome.value}
+        log.debug("action done", extra=facts | {"took_s": round(took_s, 4)})
 
     def _is_final(self, action: Action) -> bool:
         """Whether no action follows: an agent was started for a present device, or stopped for one that has left."""

@@ -30,7 +30,7 @@ from nomad_watchdog.errors import (
 )
 from nomad_watchdog.ids import Shard, Slug, shard_of
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
-from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot
+from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot, named
 from nomad_watchdog.schedulers.kubernetes import _pods, _view, _watch, names
 from nomad_watchdog.schedulers.kubernetes import objects as _objects
 from nomad_watchdog.schedulers.kubernetes._nodes import Cordons
@@ -78,8 +78,7 @@ class KubernetesScheduler:
         chosen = settings or (client.settings if client else KubernetesAccess.discover())
         self._first = names.check_namespace(namespace or chosen.namespace or names.DOMAIN)
         self._client = client or KubernetesClient(chosen, self._clock)
-        self._spread = namespaces
-        self._known = namespaces
+        self._spread = self._known = namespaces
         self._shards = shards
         self._installation = names.label(installation, "installation")
         self._blocked_limit = blocked_limit
@@ -101,14 +100,15 @@ class KubernetesScheduler:
         specs: Collection[AgentSpec],
         *,
         shards: Collection[Shard] | None = None,  # noqa: ARG002  # classes have no objects
+        trials: Collection[AgentSpec] = (),
     ) -> Mapping[str, str]:
         built: dict[tuple[str, str], _objects.Built] = {}
         refused: dict[str, str] = {}
-        for spec in specs:
+        for name, spec in named(specs, trials):
             try:
                 built[spec.agent_class, spec.spec_hash] = _objects.build(spec)
             except UserError as error:
-                refused[spec.agent_class] = str(error)
+                refused[name] = str(error)
         known = await remember_namespaces(self._client, self._first, self._spread)
         if known != self._known:
             self._probe.forget()  # a namespace was added that has not been listed

@@ -32,7 +32,7 @@ from nomad_watchdog.model import (
     PlacementState,
     WallTime,
 )
-from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot
+from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot, named
 from nomad_watchdog.schedulers.local import _placement as steps
 from nomad_watchdog.schedulers.local import process
 from nomad_watchdog.schedulers.local._zygote import Parents
@@ -112,13 +112,14 @@ class LocalScheduler:
         specs: Collection[AgentSpec],
         *,
         shards: Collection[Shard] | None = None,  # noqa: ARG002  # nothing is shared
+        trials: Collection[AgentSpec] = (),
     ) -> Mapping[str, str]:
         refused: dict[str, str] = {}
-        for spec in specs:
+        for name, spec in named(specs, trials):
             try:
                 self.check_spec(spec)
             except UserError as error:
-                refused[spec.agent_class] = str(error)
+                refused[name] = str(error)
         await self._ready()
         return refused
 

@@ -29,7 +29,7 @@ from nomad_watchdog.errors import (
 )
 from nomad_watchdog.ids import Shard, Slug, shard_of
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement, PlacementState
-from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot, agent_document
+from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot, agent_document, named
 from nomad_watchdog.schedulers.nomad import jobs as _jobs
 from nomad_watchdog.schedulers.nomad._names import JobNames
 from nomad_watchdog.schedulers.nomad._snapshots import SnapshotReader
@@ -72,6 +72,8 @@ class NomadScheduler:
         self._client = client or NomadClient(settings or NomadAccess.from_env())
         self._blocked_limit = blocked_limit
         self._built: dict[tuple[str, str], Job] = {}
+        self._trials: dict[str, str] = {}
+        """Agent class → hash of its spec on trial."""
         self._nodes = NodeList(self._client)
         self._reader = SnapshotReader(
             self._client, self._names, self._nodes, clock or SystemClock(), installation
@@ -83,41 +85,59 @@ class NomadScheduler:
         _jobs.template_of(spec)
 
     async def prepare(
-        self, specs: Collection[AgentSpec], *, shards: Collection[Shard] | None = None
+        self,
+        specs: Collection[AgentSpec],
+        *,
+        shards: Collection[Shard] | None = None,
+        trials: Collection[AgentSpec] = (),
     ) -> Mapping[str, str]:
         await self._client.features(again=True)  # the servers may have been upgraded
         self._nodes.retry_denied()
         await self._reader.evaluate_forgotten()
         built: dict[tuple[str, str], Job] = {}
         refused: dict[str, str] = {}
-        for spec in specs:
+        self._trials = {spec.agent_class: spec.spec_hash for spec in trials}
+        for name, spec in named(specs, trials):
             try:
                 built[spec.agent_class, spec.spec_hash] = await self._prepare_one(spec, shards)
             except DeniedError:
                 raise  # the token lacks a right, and no class could be prepared with it
             except (UserError, TerminalError) as error:
-                refused[spec.agent_class] = str(error)
+                refused[name] = str(error)
         self._built = built
         return refused
 
     async def _prepare_one(self, spec: AgentSpec, shards: Collection[Shard] | None) -> Job:
         job = await _jobs.build(
-            self._client, spec, self._names.parent(spec.agent_class, 0), self._installation
+            self._client, spec, self._parent(spec, Shard(0)), self._installation
         )
         if self._strategy == "dispatch":
             addresses = agent_document.api_of(spec)
             for shard in map(Shard, range(self._shards)):
-                parent = self._names.parent(spec.agent_class, shard)
+                parent = self._parent(spec, shard)
                 self._names.parents.add(parent)
                 if shards is None or shard in shards:
                     await self._register_parent(job, parent, addresses)
         return job
 
+    def _parent(self, spec: AgentSpec, shard: Shard) -> str:
+        """The parent job of a spec. Raises UserError for a class name that is not allowed."""
+        usual = self._names.parent(spec.agent_class, shard)
+        on_trial = self._trials.get(spec.agent_class) == spec.spec_hash
+        return self._names.other(usual) if on_trial else usual
+
     async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
         if self._strategy == "register":
             return await self._ensure_registered(record, epoch, spec)
         shard = shard_of(record.slug, self._shards)
-        parent = self._names.parent(spec.agent_class, shard)
+        parent = self._parent(spec, shard)
+        other = self._names.other(parent)
+        if other in self._names.parents:
+            # A token protects only among the children of one parent: the epoch may have been started with another
+            # spec, and the answer lost (S2).
+            index, children = await self._children(other, record.slug, epoch)
+            if _unstopped(children):
+                return index
         meta = _jobs.meta(record, epoch, spec, shard)
         body = _jobs.dispatch_body(_jobs.payload(record, epoch, spec), meta)
         dispatched: Dispatched | None = None

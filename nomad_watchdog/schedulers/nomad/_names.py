@@ -1,6 +1,6 @@
 """Names of our jobs on Nomad, and the devices that they belong to.
 
-A parent is ``<prefix>[-<class>][-s<shard>]``, its child ``<parent>/dispatch-<slug>-<unix seconds>-<8 hex digits>``.
+A parent is ``<prefix>[-<class>][-s<shard>][_next]``, with `_next` for the spec that a roll-out in steps tries; its child ``<parent>/dispatch-<slug>-<unix seconds>-<8 hex digits>``.
 With the strategy `register` a device has the job ``<prefix>-<slug>``.
 """
 
@@ -14,6 +14,8 @@ from nomad_watchdog.ids import Slug, is_slug
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,62}")
 _SLUG_LENGTH: Final = 53
+_NEXT: Final = "_next"
+"""No class name contains this character."""
 
 
 class JobNames:
@@ -43,6 +45,11 @@ class JobNames:
         self._names[agent_class, shard] = name
         return name
 
+    def other(self, parent: str) -> str:
+        """The parent of the same class and shard for the spec on trial, or the usual one of that."""
+        usual = parent.removesuffix(_NEXT)
+        return usual if usual != parent else f"{parent}{_NEXT}"
+
     def of_device(self, slug: Slug) -> str:
         """The job of a device with the strategy `register`."""
         return f"{self.prefix}-{slug}"
@@ -53,7 +60,9 @@ class JobNames:
         return [*children, self.of_device(slug)]
 
     def is_ours(self, job_id: str) -> bool:
-        return job_id == self.prefix or job_id.startswith((f"{self.prefix}-", f"{self.prefix}/"))
+        return job_id == self.prefix or job_id.startswith(
+            (f"{self.prefix}-", f"{self.prefix}/", f"{self.prefix}{_NEXT}")
+        )
 
     def slug_in(self, job_id: str) -> Slug | None:
         """The device of one of our jobs; None for a parent and for the job of another installation."""

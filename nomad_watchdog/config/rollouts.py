@@ -1,0 +1,94 @@
+"""Settings of roll-outs: the steps of a class's versions, and when a version is taken back."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from nomad_watchdog.config.types import Block, Fraction, Positive, Seconds, Text
+from nomad_watchdog.core import allowed_times, rollout_steps
+from nomad_watchdog.core.rollout_steps import Strategy
+
+
+def checked_time(value: str) -> str:
+    """A weekly time. Raises ValueError."""
+    allowed_times.parse(value)
+    return value
+
+
+LabelPart = Annotated[str, Field(min_length=1, max_length=128)]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+class RolloutStepSettings(Block):
+    """One step: the devices that get the new version, and how long its agents must be ready."""
+
+    count: Annotated[int, Field(ge=1)] | None = None
+    fraction: Share | None = None
+    selector: dict[LabelPart, Text] = Field(default_factory=dict, max_length=32)
+    by: LabelPart | None = None
+    soak: Seconds = 0.0
+    pause: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> RolloutStepSettings:
+        if self.count is not None and self.fraction is not None:
+            raise ValueError("give count or fraction, not both")
+        if self.pause and (
+            self.count is not None
+            or self.fraction is not None
+            or self.selector
+            or self.by
+            or self.soak
+        ):
+            raise ValueError(
+                "a step with pause = true has no devices; put them in a step of their own"
+            )
+        return self
+
+    def step(self) -> rollout_steps.Step:
+        return rollout_steps.Step(
+            count=self.count or 0,
+            fraction=1.0 if self.fraction is None else self.fraction,
+            selector=self.selector,
+            by=self.by or "",
+            soak_s=self.soak,
+            pause=self.pause,
+        )
+
+
+class RolloutStrategySettings(Block):
+    """What a class may override."""
+
+    step: Annotated[tuple[RolloutStepSettings, ...], Field(max_length=32)] = ()
+    progress_deadline: Positive = 600.0
+    abort_share: Share = 0.20
+    abort_min: Annotated[int, Field(ge=1)] = 5
+    verdict_margin: Fraction = 0.10
+    well_before: Seconds = 600.0
+    on_abort: Literal["back", "halt"] = "back"
+    allow: Annotated[
+        tuple[Annotated[str, AfterValidator(checked_time)], ...], Field(max_length=32)
+    ] = ()
+    repairs: bool = False
+
+    def strategy(self) -> Strategy:
+        return Strategy(
+            steps=rollout_steps.complete(one.step() for one in self.step),
+            progress_deadline_s=self.progress_deadline,
+            abort_share=self.abort_share,
+            abort_min=self.abort_min,
+            verdict_margin=self.verdict_margin,
+            well_before_s=self.well_before,
+            back=self.on_abort == "back",
+            allow=tuple(map(allowed_times.parse, self.allow)),
+            repairs=self.repairs,
+        )
+
+
+class RolloutSettings(RolloutStrategySettings):
+    at_once: Annotated[int, Field(ge=1)] = 5
+    fraction: Fraction = 0.10
+    soak: Seconds = 0.0
+    deaths: Annotated[int, Field(ge=1)] = 3

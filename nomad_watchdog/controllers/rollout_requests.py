@@ -1,0 +1,322 @@
+"""What users can request of roll-outs: show, promote, pause, resume, abort, retry and undo them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from nomad_watchdog.controllers.rollout import RolloutController
+from nomad_watchdog.controllers.rollout_events import CHANGED, report, report_given_up
+from nomad_watchdog.controllers.rollout_state import PastRollout, RolloutState
+from nomad_watchdog.controllers.staged_rollout import StagedRollout
+from nomad_watchdog.core import allowed_times, rollout_progress
+from nomad_watchdog.core.rollout_progress import Progress
+from nomad_watchdog.errors import NotFoundError, PreconditionError
+from nomad_watchdog.fleet.fleet import Fleet
+from nomad_watchdog.model import AgentSpec, Presence, WallTime
+
+ABORTED_BY: Final = "aborted by"
+
+
+class RolloutRequests:
+    """The requests to one `RolloutController`."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        controller: RolloutController,
+        changes: Callable[[str, str], str],
+        changed: Callable[[], None],
+    ) -> None:
+        """`changes`: as of `core.goals.Goals`. `changed`: called when another spec may be in force."""
+        self._fleet = fleet
+        self._controller = controller
+        self._changes = changes
+        self._changed = changed
+        fleet.views.add_status(self.status)
+
+    # -- show -----------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, object]:
+        """For the status: roll-outs that are not complete; empty where new versions need no proof."""
+        if not self._controller.on:
+            return {}
+        controller = self._controller
+        names = [
+            name
+            for name in controller.configured
+            if self._words(name, controller.staged(name))[0] != "complete"
+        ]
+        return {
+            "rollouts": {
+                name: self.item(name) | {"wished": controller.configured[name].version}
+                for name in names
+            }
+        }
+
+    async def view(self) -> dict[str, object]:
+        """The roll-outs of all classes. Raises as `RolloutController.read`."""
+        if self._controller.on:
+            await self._controller.read()
+        names = sorted(self._controller.configured)
+        return {
+            "items": [self.item(name) for name in names],
+            "problem": self._controller.problem,
+        }
+
+    def item(self, name: str) -> dict[str, object]:
+        """The roll-out of one class. Raises NotFoundError for an unknown class."""
+        controller, spec = self._controller, self._spec(name)
+        state, staged = controller.state(name), controller.staged(name)
+        in_force, soak = controller.specs()[name], controller.soak(name)
+        given_up = controller.is_given_up(name)
+        on_spec = self._on_spec(spec)
+        found: dict[str, object] = {
+            "class": name,
+            "version": spec.version,
+            "spec": spec.spec_hash,
+            "proven": state.good.version if state.good is not None else "",
+            "in_force": in_force.version,
+            "devices": self._devices(name),
+            "on_version": on_spec,
+            "ready": staged.observed.ready if staged is not None else 0,
+            "soaking": soak.soaking() if soak is not None else 0,
+            "died": len(soak.died) if soak is not None else 0,
+            "bad": 0,
+            "given_up": state.why if given_up else "",
+            "step": "",
+            "number": 0,
+            "steps": 0,
+            "paused_by": "",
+            "change": self._change(state, spec),
+        }
+        if staged is not None:
+            found |= _step(staged, controller.progress(name))
+        return found | dict(zip(("state", "reason"), self._words(name, staged), strict=True))
+
+    def _words(self, name: str, staged: StagedRollout | None) -> tuple[str, str]:
+        """State and reason of a roll-out."""
+        controller = self._controller
+        state, spec = controller.state(name), controller.configured[name]
+        if controller.is_given_up(name):
+            keeps = name in controller.halted() or (staged and not staged.strategy.back)
+            return ("halted" if keeps else "aborted"), state.why
+        if name in controller.halted():
+            return "waiting", "until it is known which versions were given up"
+        if staged is not None:
+            return _staged_words(staged, controller.progress(name), self._fleet)
+        if controller.on and (state.good is None or state.good.spec_hash != spec.spec_hash):
+            return "running", "the version is on trial on all devices"
+        return "complete", ""
+
+    def history(self, name: str) -> dict[str, object]:
+        """Roll-outs that are over, the newest last. Raises NotFoundError."""
+        self._spec(name)
+        past = self._controller.state(name).past
+        return {
+            "items": [
+                {
+                    "version": one.version,
+                    "spec": one.spec,
+                    "outcome": one.outcome,
+                    "at": one.at,
+                    "why": one.why,
+                    "by": one.by,
+                }
+                for one in past
+            ]
+        }
+
+    # -- change ---------------------------------------------------------------------------------
+
+    async def control(self, name: str, what: str, by: str) -> dict[str, object]:
+        """`promote`, `promote-all`, `pause`, `resume`, `abort`, `retry` or `undo`; durable when it returns.
+
+        Raises NotFoundError for an unknown class, PreconditionError when the state of the roll-out does not allow
+        it."""
+        spec = self._spec(name)
+        controller = self._controller
+        await controller.read()
+        before = controller.state(name)
+        changed = await controller.document(name).update(
+            lambda state: self._controlled(name, spec, state, what, by)
+        )
+        await controller.read()
+        if changed:
+            self._report(name, spec, before, what, by)
+            self._changed()
+        return self.item(name)
+
+    def _controlled(
+        self, name: str, spec: AgentSpec, state: RolloutState, what: str, by: str
+    ) -> RolloutState:
+        match what:
+            case "abort":
+                return self._aborted(name, spec, state, by)
+            case "undo":
+                return self._undone(name, spec, state, by)
+            case "retry":
+                if state.bad != spec.spec_hash:
+                    raise PreconditionError(f"version {spec.version} was not given up")
+                return replace(state, bad="", why="")
+            case _:
+                progress = self._progress(name, spec, state)
+                return replace(state, progress=self._moved(name, progress, what, by))
+
+    def _progress(self, name: str, spec: AgentSpec, state: RolloutState) -> Progress:
+        progress = state.progress
+        if self._controller.staged(name) is None or progress is None:
+            raise PreconditionError(f"class {name} has no roll-out in steps in progress")
+        if state.bad == spec.spec_hash:
+            raise PreconditionError(
+                f"version {spec.version} was given up: {state.why}; see `retry`"
+            )
+        return progress
+
+    def _moved(self, name: str, progress: Progress, what: str, by: str) -> Progress:
+        staged = self._controller.staged(name)
+        assert staged is not None
+        strategy, last = staged.strategy, len(staged.strategy.steps) - 1
+        match what:
+            case "pause":
+                return replace(progress, paused_by=progress.paused_by or by)
+            case "resume":
+                if not progress.paused_by:
+                    raise PreconditionError(f"the roll-out of class {name} is not paused")
+                return replace(progress, paused_by="")
+            case "promote-all":
+                return replace(
+                    progress, step=last, group=None, soaked_s=0.0, promoted=True, paused_by=""
+                )
+            case _:
+                if progress.step >= last:
+                    return replace(progress, promoted=True, paused_by="")
+                return rollout_progress.promoted(strategy, progress, staged.turns.groups)
+
+    def _aborted(self, name: str, spec: AgentSpec, state: RolloutState, by: str) -> RolloutState:
+        if state.bad == spec.spec_hash:
+            raise PreconditionError(f"version {spec.version} was given up already: {state.why}")
+        if not self._in_progress(name, spec, state):
+            raise PreconditionError(
+                f"class {name} has no roll-out in progress; `undo` returns to the version before"
+            )
+        why = f"{ABORTED_BY} {by}"
+        past = PastRollout(spec.version, spec.spec_hash, "aborted", self._now(), why, by)
+        return replace(state, bad=spec.spec_hash, why=why).remembering(past)
+
+    def _undone(self, name: str, spec: AgentSpec, state: RolloutState, by: str) -> RolloutState:
+        if self._in_progress(name, spec, state):
+            return self._aborted(name, spec, state, by)
+        if state.bad == spec.spec_hash:
+            raise PreconditionError(f"version {spec.version} was given up already: {state.why}")
+        if state.before is None:
+            raise PreconditionError(
+                f"no version before {spec.version} is known for class {name}; configure it"
+            )
+        why = f"undone by {by}"
+        past = PastRollout(spec.version, spec.spec_hash, "undone", self._now(), why, by)
+        return state.undone(spec, why).remembering(past)
+
+    def _in_progress(self, name: str, spec: AgentSpec, state: RolloutState) -> bool:
+        """Whether a version is on trial that another one was proven before."""
+        return (
+            self._controller.on
+            and state.good is not None
+            and state.good.spec_hash != spec.spec_hash
+            and name in self._controller.configured
+        )
+
+    def _report(self, name: str, spec: AgentSpec, before: RolloutState, what: str, by: str) -> None:
+        controller = self._controller
+        if what in ("abort", "undo"):
+            back, state = controller.specs()[name], controller.state(name)
+            keep = not controller.strategy(name).back and what == "abort"
+            report_given_up(self._fleet, spec, back, state.why, keep=keep)
+            return
+        where = ""
+        if before.progress is not None and (staged := controller.staged(name)) is not None:
+            where = rollout_progress.in_words(
+                staged.strategy, controller.progress(name), staged.turns
+            )
+        text = f"version {spec.version}: {what} by {by}" + (f"; now {where}" if where else "")
+        report(self._fleet, name, CHANGED, text)
+
+    # -- parts ----------------------------------------------------------------------------------
+
+    def _now(self) -> WallTime:
+        return self._fleet.clock.wall()
+
+    def _spec(self, name: str) -> AgentSpec:
+        found = self._controller.configured.get(name)
+        if found is None:
+            known = ", ".join(sorted(self._controller.configured))
+            raise NotFoundError(f"there is no agent class {ascii(name)[:40]}; known: {known}")
+        return found
+
+    def _devices(self, name: str) -> int:
+        return sum(
+            record.presence is Presence.PRESENT and record.device.agent_class == name
+            for record in self._fleet.records.values()
+        )
+
+    def _on_spec(self, spec: AgentSpec) -> int:
+        """Devices whose agent at the record's epoch has the spec."""
+        records = self._fleet.records
+        return sum(
+            any(
+                one.spec_hash == spec.spec_hash and one.epoch == records[slug].epoch
+                for one in found
+            )
+            for slug, found in self._fleet.placements.items()
+            if slug in records
+        )
+
+    def _change(self, state: RolloutState, spec: AgentSpec) -> str:
+        """What the configured spec changes in the proven one, in words; "" = nothing, or not known."""
+        if state.good is None or state.good.spec_hash == spec.spec_hash:
+            return ""
+        return self._changes(spec.agent_class, state.good.spec_hash)
+
+
+def _step(staged: StagedRollout, progress: Progress) -> dict[str, object]:
+    seen = staged.observed
+    step = staged.strategy.steps[min(progress.step, len(staged.strategy.steps) - 1)]
+    return {
+        "step": rollout_progress.in_words(staged.strategy, progress, staged.turns),
+        "number": progress.step + 1,
+        "steps": len(staged.strategy.steps),
+        "step_devices": seen.members,
+        "tried": seen.tried,
+        "died": seen.died,
+        "bad": seen.bad,
+        "soaked_s": round(staged.soaked_s, 1),
+        "soak_s": step.soak_s,
+        "paused_by": progress.paused_by,
+        "began": progress.began,
+        "since": progress.since,
+    }
+
+
+def _staged_words(staged: StagedRollout, progress: Progress, fleet: Fleet) -> tuple[str, str]:
+    step = staged.strategy.steps[min(progress.step, len(staged.strategy.steps) - 1)]
+    if progress.paused_by:
+        return "paused", f"paused by {progress.paused_by}; `resume` goes on"
+    if step.pause:
+        return "paused", "waits for `nomad-watchdog rollouts promote`"
+    if staged.refused:
+        return "running", f"the scheduler can't be prepared for it: {staged.refused}"
+    now = fleet.clock.wall()
+    if not allowed_times.allowed(staged.strategy.allow, now):
+        opens = allowed_times.begins_next(staged.strategy.allow, now)
+        after = "" if opens is None else f", in {(opens - now) / 60:.0f} min"
+        times = ", ".join(one.text for one in staged.strategy.allow)
+        return "waiting", f"outside of rollout.allow ({times}){after}"
+    seen = staged.observed
+    if rollout_progress.is_ready(staged.strategy, seen):
+        left_s = max(0.0, step.soak_s - staged.soaked_s)
+        return (
+            "soaking",
+            f"{seen.ready} of {seen.members} agents are ready; {left_s:.0f} s of soak are left",
+        )
+    return "running", f"{seen.ready} of {seen.members} agents of the step are ready"
