@@ -26,6 +26,7 @@ from nomad_watchdog.schedulers.nomad._view import (
     looks_dead,
     placement,
     unevaluated,
+    wait_forgotten,
 )
 from nomad_watchdog.schedulers.nomad.nodes import NodeList
 from nomad_watchdog.schedulers.vanished import Vanished
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 _FEW: Final = 24
 """Maximum number of devices that are read one by one; for more the full list is cheaper."""
 _AT_ONCE: Final = 8
+AGAIN_S: Final = 10.0
+"""Minimum time between two evaluations of a job that we request, in seconds."""
 _Row = TypeVar("_Row", Allocation, Evaluation)
 
 
@@ -57,8 +60,8 @@ class SnapshotReader:
         self._listed = False
         self._index = 0
         self._first_dead: dict[str, float] = {}
-        self._unevaluated: dict[str, float] = {}
-        """Jobs without an evaluation, and the time when that was first seen."""
+        self._forgotten: dict[str, float] = {}
+        """Jobs that Nomad has forgotten to evaluate, and when we request an evaluation."""
         self._read: tuple[Snapshot, tuple[int, ...]] | None = None
         """The last full snapshot, and the indexes of the tables that it was read from. None while a second
         read may show something else although Nomad's tables did not change."""
@@ -91,13 +94,14 @@ class SnapshotReader:
         return indexes == read[1] and all(read[1]) and not changed
 
     async def evaluate_forgotten(self) -> None:
-        """Have Nomad evaluate the jobs that a crashed server left without an evaluation (L2)."""
-        due_by = self._clock.monotonic() - SECOND_LOOK_S
-        forgotten = [ref for ref, since in self._unevaluated.items() if since <= due_by]
+        """Have Nomad evaluate the jobs that a crashed server left without an evaluation (L2), and those whose wait
+        for a lost node it does not end (L1)."""
+        now = self._clock.monotonic()
+        forgotten = [ref for ref, due_at in self._forgotten.items() if due_at <= now]
         for ref in forgotten:
+            self._forgotten[ref] = now + AGAIN_S
             with suppress(NotFoundError):
                 await self._client.evaluate(ref)
-            self._unevaluated.pop(ref, None)
         if forgotten:
             log.warning("jobs without an evaluation", extra={"count": len(forgotten)})
 
@@ -132,7 +136,7 @@ class SnapshotReader:
         found = self._placements(jobs.body, allocs.body, evals.body)
         self._memory.remember(found, None)
         self._first_dead = {k: v for k, v in self._first_dead.items() if k in listed}
-        self._unevaluated = {k: v for k, v in self._unevaluated.items() if k in listed}
+        self._forgotten = {k: v for k, v in self._forgotten.items() if k in listed}
         read = Snapshot(found, jobs.index, closed_hosts=self._nodes.now.closed())
         settled = all(since <= settled_by for since in self._first_dead.values())
         self._read = (read, (jobs.index, allocs.index, evals.index)) if settled else None
@@ -208,18 +212,18 @@ class SnapshotReader:
             return None
 
     def _note_first_seen(self, job: Job, allocs: list[Allocation], evals: list[Evaluation]) -> bool:
-        """Remember since when a job looks dead or has no evaluation. Returns whether it has looked dead for at
-        least SECOND_LOOK_S."""
+        """Remember since when a job looks dead, and when it must be evaluated. Returns whether it has looked dead for
+        at least SECOND_LOOK_S."""
         now = self._clock.monotonic()
         settled = False
         if looks_dead(job, allocs, evals):
             settled = now - self._first_dead.setdefault(job["ID"], now) >= SECOND_LOOK_S
         else:
             self._first_dead.pop(job["ID"], None)
-        if unevaluated(job, allocs, evals):
-            self._unevaluated.setdefault(job["ID"], now)
+        if unevaluated(job, allocs, evals) or wait_forgotten(job, allocs, evals):
+            self._forgotten.setdefault(job["ID"], now + SECOND_LOOK_S)
         else:
-            self._unevaluated.pop(job["ID"], None)
+            self._forgotten.pop(job["ID"], None)
         return settled
 
 

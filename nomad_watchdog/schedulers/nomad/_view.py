@@ -135,6 +135,22 @@ def unevaluated(job: Job, allocs: Sequence[Allocation], evals: Sequence[Evaluati
     return job.get("Status") == "pending" and not job.get("Stop") and not allocs and not evals
 
 
+def wait_forgotten(job: Job, allocs: Sequence[Allocation], evals: Sequence[Evaluation]) -> bool:
+    """Whether an agent on a node that does not answer is waited for, and Nomad has nothing left that ends the wait.
+    `evals`: the job's pending and blocked evaluations.
+
+    Nomad schedules one evaluation for the end of `max_client_disconnect`, but measures the end from a slightly later
+    moment (`createTimeoutLaterEvals`, `Allocation.Expired`). If that evaluation runs before the end, it changes
+    nothing and is not repeated: without another one the allocation stays `unknown`, even if its node is purged."""
+    return (
+        not job.get("Stop")
+        and not evals
+        and any(
+            one["ClientStatus"] == "unknown" and one.get("DesiredStatus") == "run" for one in allocs
+        )
+    )
+
+
 def _replaced(allocs: Sequence[Allocation], newest: Allocation) -> int:
     """Number of earlier allocations that failed, without those that a drain moved to another node."""
     earlier = (one for one in allocs if one is not newest)
