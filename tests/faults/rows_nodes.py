@@ -53,10 +53,13 @@ async def on_the_second(world: World, count: int) -> list[str]:
     stake="S1 S3 L1",
     lane="alone",
     deadline_s=300.0,
-    agent_settings='start_max = "30s"',
+    agent_settings='start_max = "60s"',
     variables='lost_after = "8s"',
 )
 async def node_purged(world: World) -> None:
+    """Nomad may forget to replace an agent (row 45-forgotten), and is then reminded up to 20 s later. The scheduler must
+    not know any of the agents before the first is given up, so `start_max` is longer than that and the 15 s after
+    which an agent counts as unknown to it."""
     template = world.root / "migrates.nomad.hcl"
     text = (JOBS / "device-watchdog.nomad.hcl").read_text()
     template.write_text(text.replace("sticky = true", MIGRATES))
@@ -80,7 +83,7 @@ async def node_purged(world: World) -> None:
     world.overlap_s = 15.0
     world.notes.append("an agent of a purged node may overlap its successor until its next report")
     await nomad.restart(1)
-    await until(lambda: not before & world.pids(), 90.0, "the old agents have ended")
+    await until(lambda: not before & world.pids(), 120.0, "the old agents have ended")
     await world.settle()
     await _said_why(world, names)
 
@@ -105,9 +108,61 @@ async def _said_why(world: World, names: list[str]) -> None:
     _, page = await world.call("GET", "/v1/events?limit=1000")
     said = {e["device"]: e["text"] for e in page["items"] if e["kind"] == "plan.replace"}
     world.notes.append(f"{len(said)} of {len(names)} agents were given up")
-    words = "without progress, longer than 30 s (agents.start_max)"
+    words = "without progress, longer than 60 s (agents.start_max)"
     if not said or not all(words in text for text in said.values()):
         raise BrokenRowError(f"the reasons of the replacements are {said}")
+
+
+@row(
+    "45-forgotten",
+    "a Nomad client is killed, its node is purged, and Nomad loses the evaluation that was to replace its agents, which "
+    "live on",
+    stake="S1 S3 L1",
+    lane="alone",
+    variables='lost_after = "15s"',
+)
+async def replacement_forgotten(world: World) -> None:
+    """A loaded Nomad server loses it by itself: if it evaluates the job some milliseconds before `lost_after` is over,
+    it changes nothing, and never evaluates the job again once the node is purged."""
+    names = await on_the_second(world, 4)
+    nomad, before = world.servers.nomad, world.pids()
+    old = (await nodes(world))["-1"]["ID"]
+    await nomad.kill(1)
+    await until(lambda: _are_unknown(world, len(names)), 60.0, "Nomad waits for all agents")
+    await _lose_evaluations(world, len(names))
+    await nomad.request("POST", f"/v1/node/{old}/purge")
+    world.undisturbed(before, "L3")
+    # S3: Nomad has given up the node. The old agent ends when its next report is refused (HTTP 410).
+    world.overlap_s = 15.0
+    world.notes.append("an agent of a purged node may overlap its successor until its next report")
+    await until(lambda: not before & world.pids(), UP_S, "the old agents have ended")
+    await nomad.restart(1)
+    await nomad.wait_ready()
+    await world.settle()
+
+
+async def _are_unknown(world: World, count: int) -> bool:
+    found = await world.servers.nomad.request("GET", "/v1/allocations")
+    return sum(one["ClientStatus"] == "unknown" for one in found) == count
+
+
+async def _lose_evaluations(world: World, count: int) -> None:
+    """Delete the evaluations that Nomad has scheduled for the time when `lost_after` is over."""
+    nomad, path = world.servers.nomad, "/v1/operator/scheduler/configuration"
+    config = (await nomad.request("GET", path))["SchedulerConfig"]
+    # Nomad deletes evaluations only while it handles none.
+    await nomad.request("PUT", path, {**config, "PauseEvalBroker": True})
+    try:
+        found = [
+            one["ID"]
+            for one in await nomad.request("GET", "/v1/evaluations?status=pending")
+            if one["TriggeredBy"] == "max-disconnect-timeout"
+        ]
+        if len(found) != count:
+            raise BrokenRowError(f"Nomad has scheduled {len(found)} of {count} evaluations")
+        await nomad.request("DELETE", "/v1/evaluations", {"EvalIDs": found})
+    finally:
+        await nomad.request("PUT", path, {**config, "PauseEvalBroker": False})
 
 
 @row(
