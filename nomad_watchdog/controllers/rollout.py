@@ -66,6 +66,7 @@ class RolloutController:
         self._soaks = VersionSoaks(fleet)
         self._staged: dict[str, StagedRollout] = {}
         self._read_at = float("-inf")
+        self._heard_from = fleet.clock.monotonic() + fleet.limits.report_stale_s
         self._polled_at: Monotonic | None = None
         self._in_force_now = dict(configured)
         self._halted = frozenset(self._configured) if self.on else frozenset()
@@ -338,7 +339,7 @@ class RolloutController:
             return
         if progress is self.state(name).progress:
             await self._judge_steps(name, staged, progress)
-        else:
+        elif not staged.unheard() or self._fleet.clock.monotonic() > self._heard_from:
             await self._begin(name, progress)
 
     async def _begin(self, name: str, progress: Progress) -> None:

@@ -85,8 +85,10 @@ class StagedRollout:
         open_now = allowed(self.strategy.allow, self.fleet.clock.wall())
         self.going = not (progress.paused_by or self.refused) and open_now
         current = self.turns.current - self._soak.died.keys()
-        if not self.going:
-            current &= self.has_spec()
+        has = self.has_spec()
+        # After a start of the control plane nothing is known of a device until its agent reports: replaced before that,
+        # it would be no evidence.
+        current = current & has if not self.going else current - (self.unheard() - has - self.begun)
         turn = self.turns.passed | current
         self.trials = dict.fromkeys(turn, self.spec.spec_hash)
 
@@ -172,6 +174,11 @@ class StagedRollout:
         marks = set(progress.unwell)
         known = frozenset() if progress.crowded else self.turns.current
         self._well = {slug: rollout_progress.mark(slug) not in marks for slug in known}
+
+    def unheard(self) -> frozenset[Slug]:
+        """Devices of the step that nothing is known of yet."""
+        starting = VerdictState.STARTING
+        return frozenset(slug for slug in self.turns.current if self._state(slug) is starting)
 
     def outages(self) -> Iterator[Slug]:
         """Devices whose outages count with the roll-out: those with the spec that were well before."""
