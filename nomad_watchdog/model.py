@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, NewType
 
+from nomad_watchdog.host_pressure import HostPressure
 from nomad_watchdog.ids import DeviceId, Slug
 
 Monotonic = NewType("Monotonic", float)
@@ -277,6 +278,7 @@ class Report:
     state_age_s: float = 0.0
     """Duration of the state when it was reported, seconds, by the agent's clock; 0 = it has just begun, or the agent is
     an older version."""
+    pressure: HostPressure | None = None
     received_at: Monotonic = Monotonic(0.0)
     """When this control plane accepted it."""
 

@@ -59,6 +59,8 @@ Report, ``POST {api}/v1/agents/report`` (version 1): the fields of `report`. Ans
 ``{"api": [...]}`` if there are several replicas: their addresses, for use when this one does not answer, and with
 ``{"condition": {"state": "offline|degraded", "age_s": 123.4, "reason": "...", "misses": 3}}`` if the device has
 a condition that began before this agent: the agent adopts it until one of its own probes has succeeded;
+and with ``{"pressure": true}`` to the few agents per host that are to read the pressure of their host: such an agent adds
+``pressure`` to each following report, until an answer comes without it;
 410 this agent is not, or no longer, accepted: stop and exit 0; with the error code ``departed`` the
 device itself has left: resolve its alerts first; 409 not decided yet: send the report again after
 ``Retry-After`` seconds; 429 and 5xx: retry later. Any other answer is a bug of this agent and is logged.
@@ -67,6 +69,10 @@ For a class with repairs, a report contains ``"repairs": {"active": "the current
 false, "dry_run": false, "attempts": [{"number": 1, "step": "interface eth1", "outcome": "running|verifying|recovered|
 no help|unable|failed|interrupted|dry run", "reason": "...", "age_s": 3.2}]}``, and its ``state`` is ``repairing``
 while a step runs or its effect is being verified.
+
+`pressure` is ``{"cpu": {"avg10": 1.5, "avg60": 0.8}, "memory": {...}, "io": {...}, "unreadable": "reason"}``: the share
+of time, 0 to 100 percent, in which at least one task of the host waited for the resource, from the line ``some`` in
+``/proc/pressure``. A resource that cannot be read is missing, and ``unreadable`` states why.
 
 Exit codes: 0 only after a 410; 128+n on signal n; 64 for an invalid configuration;
 70 for a crash.
@@ -94,6 +100,20 @@ if TYPE_CHECKING:
         dry_run: bool
         attempts: list[dict[str, object]]
 
+    class Stall(TypedDict):
+        """Share of the last 10 and 60 seconds in which a task waited for a resource, percent."""
+
+        avg10: float
+        avg60: float
+
+    class HostPressure(TypedDict, total=False):
+        """The pressure of the agent's host. A resource that cannot be read is missing."""
+
+        cpu: Stall
+        memory: Stall
+        io: Stall
+        unreadable: str
+
     class Report(TypedDict):
         """One report."""
 
@@ -117,6 +137,7 @@ if TYPE_CHECKING:
         gateway: NotRequired[str]
         gateway_dead: NotRequired[bool]
         repairs: NotRequired[RepairReport]
+        pressure: NotRequired[HostPressure]
 
 
 VERSION: Final = 1

@@ -36,11 +36,16 @@ async def receive_report(request: web.Request) -> web.StreamResponse:
     fleet = request.app[CONTEXT].fleet
     result = await fleet.reports.receive(report)
     if result.kind is AcceptanceKind.ACCEPTED:
-        return json_response({"accepted": True, **_replicas(request), **_condition(fleet, report)})
+        return json_response(_accepted(request, fleet, report))
     if result.kind is AcceptanceKind.REFUSED:
         code = wire.DEPARTED if result.departed else "refused"
         return error_response(410, code, result.reason)
     return error_response(409, "unsure", result.reason, {"Retry-After": str(RETRY_S)})
+
+
+def _accepted(request: web.Request, fleet: Fleet, report: Report) -> dict[str, object]:
+    asks = {"pressure": True} if fleet.pressures.asks(report.slug) else {}
+    return {"accepted": True, **_replicas(request), **_condition(fleet, report), **asks}
 
 
 def _condition(fleet: Fleet, report: Report) -> dict[str, object]:

@@ -16,6 +16,7 @@ from nomad_watchdog.api import (
     events,
     heartbeats,
     holds,
+    hosts,
     migrations,
     openapi,
     pagination,
@@ -260,6 +261,13 @@ ROUTES: Final = (
         "Agents in the order of their devices' ids",
         {200: AnyOut},
         query=pagination.LIST_QUERY,
+    ),
+    Route(
+        "GET",
+        "/v1/hosts",
+        hosts.list_hosts,
+        "Hosts with their agents, state and pressure, by name",
+        {200: AnyOut},
     ),
     Route(
         "GET",

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from nomad_watchdog.api.pressure_schema import HostPressureIn
 from nomad_watchdog.config.pools import MAX_WORKERS
 from nomad_watchdog.core.pauses import Target
 from nomad_watchdog.device_address import endpoint
@@ -231,6 +232,9 @@ def _known_state(state: object) -> object:
     return AgentState(state) if state in _STATES else AgentState.SUSPECT
 
 
+_CONVERTED: Final = {"v", "device_id", "epoch", "agent_class", "repairs", "pressure"}
+
+
 class ReportIn(BaseModel):
     """A report of an agent (watchdog_agent.wire, version 1). Unknown fields are ignored: during an upgrade agents may
     be newer than the control plane."""
@@ -257,6 +261,7 @@ class ReportIn(BaseModel):
     gateway: Annotated[str, Field(max_length=ADDRESS_CHARS), AfterValidator(printable)] = ""
     gateway_dead: bool = False
     state_age_s: Annotated[float, Field(ge=0, le=MAX_AGE_S, allow_inf_nan=False)] = 0.0
+    pressure: HostPressureIn | None = None
 
     def report(self) -> Report:
         """As `Report`."""
@@ -266,7 +271,8 @@ class ReportIn(BaseModel):
             device_id=device_id,
             epoch=Epoch(self.epoch),
             repairs=None if self.repairs is None else self.repairs.repairs(),
-            **self.model_dump(exclude={"v", "device_id", "epoch", "agent_class", "repairs"}),
+            pressure=None if self.pressure is None else self.pressure.pressure(),
+            **self.model_dump(exclude=_CONVERTED),
         )
 
 

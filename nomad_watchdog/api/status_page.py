@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Iterable
 from html import escape
 from typing import Final
 
@@ -12,11 +13,14 @@ from aiohttp import web
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.pagination import check_query, scan
 from nomad_watchdog.fleet.fleet import Fleet
+from nomad_watchdog.fleet.host_view import HostRow
 from nomad_watchdog.fleet.views import DeviceView
+from nomad_watchdog.host_pressure import Resource
 from nomad_watchdog.model import Presence, VerdictState
 
 MAX_ROWS: Final = 200
 MAX_INCIDENTS: Final = 20
+MAX_HOSTS: Final = 50
 RENDER_EVERY_S: Final = 1.0
 """Minimum interval between two renderings, each of which reads the whole fleet."""
 
@@ -88,9 +92,37 @@ async def _rendered(fleet: Fleet) -> str:
         f'{ready}</p><dl>{tiles}</dl>{_incidents(fleet)}<table><thead><tr><th scope="col">Device</th>'
         '<th scope="col">Verdict</th><th scope="col">Since</th><th scope="col">Reason</th>'
         '<th scope="col">Address</th><th scope="col">Node</th></tr></thead><tbody>'
-        f"{''.join(_row(view) for view in views[:MAX_ROWS])}</tbody></table>{empty}{more}"
+        f"{''.join(_row(view) for view in views[:MAX_ROWS])}</tbody></table>{empty}{more}{_hosts(fleet)}"
         "</body></html>"
     )
+
+
+def _hosts(fleet: Fleet) -> str:
+    """The hosts with the highest pressure first, then by name."""
+    rows = fleet.hosts.rows()
+    rows.sort(key=_highest, reverse=True)
+    names = ("Host", "Agents", "State", *(f"{one.value} pressure" for one in Resource))
+    heads = "".join(f'<th scope="col">{name}</th>' for name in names)
+    lines = "".join(map(_host_row, rows[:MAX_HOSTS]))
+    rest = len(rows) - MAX_HOSTS
+    more = f"<p>{rest} more hosts are not listed here.</p>" if rest > 0 else ""
+    if not rows:
+        return ""
+    return (
+        "<h2>Hosts</h2><p>Pressure: share of the last 10 and 60 seconds in which a task waited for the resource.</p>"
+        f"<table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>{more}"
+    )
+
+
+def _highest(row: HostRow) -> float:
+    found = (row.pressure.of(one) for one in Resource) if row.pressure is not None else ()
+    return max((one.avg60 for one in found if one is not None), default=-1.0)
+
+
+def _host_row(row: HostRow) -> str:
+    stalls = [None if row.pressure is None else row.pressure.of(one) for one in Resource]
+    texts = ("unknown" if one is None else f"{one.avg10:.1f} % {one.avg60:.1f} %" for one in stalls)
+    return _cells((row.name, str(row.agents), row.state, *texts))
 
 
 def _incidents(fleet: Fleet) -> str:
@@ -113,13 +145,18 @@ def _no_agent(reason: str) -> str:
 
 def _row(view: DeviceView) -> str:
     node = view.placement.node if view.placement is not None else ""
-    cells = (
-        view.record.device.id,
-        view.verdict.state.value,
-        f"{view.since_s:.0f} s",
-        view.verdict.reason,
-        view.record.device.address,
-        node,
+    return _cells(
+        (
+            view.record.device.id,
+            view.verdict.state.value,
+            f"{view.since_s:.0f} s",
+            view.verdict.reason,
+            view.record.device.address,
+            node,
+        )
     )
+
+
+def _cells(cells: Iterable[str]) -> str:
     # <bdi>: text in another direction must not reverse the rest of the row.
     return f"<tr>{''.join(f'<td><bdi>{escape(cell)}</bdi></td>' for cell in cells)}</tr>"

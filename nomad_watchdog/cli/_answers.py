@@ -227,6 +227,24 @@ class PoolsAnswer(TypedDict):
     keeper: bool
 
 
+class StallAnswer(TypedDict):
+    avg10: float
+    avg60: float
+
+
+class HostAnswer(TypedDict):
+    host: str
+    agents: int
+    state: str
+    pressure: dict[str, StallAnswer | None] | None
+    age_s: float | None
+    unreadable: str
+
+
+class HostsAnswer(TypedDict):
+    items: list[HostAnswer]
+
+
 class _ProbeAnswer(TypedDict):
     probe: str
     ok: bool

@@ -36,6 +36,7 @@ VERBS: Final[dict[str, tuple[str, str]]] = {
     "departures": ("departures:departures", "List or approve departures that are on hold."),
     "rollouts": ("rollouts:rollouts", "Follow and control roll-outs."),
     "migrate": ("migrate:migrate", "Move agents to another scheduler."),
+    "hosts": ("hosts:hosts", "List the hosts of the agents with their pressure."),
     "pools": ("pools:pools", "List, scale and remove worker pools."),
     "pause": ("pauses:pause", "Pause all actions for devices."),
     "resume": ("pauses:resume", "End a pause."),

@@ -16,6 +16,8 @@ from nomad_watchdog.fleet.agent_readiness import (
 )
 from nomad_watchdog.fleet.event_recorder import EventRecorder
 from nomad_watchdog.fleet.events import FleetEvents
+from nomad_watchdog.fleet.host_pressures import HostPressures
+from nomad_watchdog.fleet.host_view import HostView
 from nomad_watchdog.fleet.incidents import IncidentTracker
 from nomad_watchdog.fleet.presence import PresenceView
 from nomad_watchdog.fleet.readiness import FleetReadiness
@@ -83,6 +85,11 @@ class Fleet:
             self.events,
             clock,
         )
+        self.pressures = HostPressures(
+            self.records, self.placements, clock, lambda: self.limits.report_stale_s
+        )
+        self.reports.applied.connect(self.pressures.reported)
+        self.hosts = HostView(self.placements, self.pressures, clock)
         self.views = FleetViews(self)
         self._loop: ReconcileLoop = NoLoop()
         self.records.changed.connect(self._records_changed)

@@ -34,7 +34,7 @@ class HostWatcher:
         """Take the closed hosts of a full snapshot."""
         if self._kinds is None:
             self._kinds = self._published()
-        self._closed = closed
+        self._closed = self._fleet.hosts.closed = closed
         for name, host in closed.items():
             kind = _BEGAN[host.draining]
             if self._kinds.get(name) != kind:

@@ -65,6 +65,8 @@ class ReportReceiver:
         """A report was received here: the kind of acceptance, or REPLACED."""
         self.accepted: Signal[[Report]] = Signal()
         """A report was accepted here, not by another replica."""
+        self.applied: Signal[[Report]] = Signal()
+        """A report was accepted, here or by another replica, and none overtook it."""
         records.changed.connect(self._records_changed)
 
     def attach(self, loop: ReconcileLoop) -> None:
@@ -199,6 +201,7 @@ class ReportReceiver:
             if report.ready:
                 self._recorder.ready(record)
         self._verdicts.judge(report.slug)
+        self.applied.emit(report)
 
 
 def _was_overtaken(report: Report, last: Report, since_s: float) -> bool:

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from nomad_watchdog import __version__
 from nomad_watchdog.core.actions import ActionKind
 from nomad_watchdog.core.incidents import GroupKind
+from nomad_watchdog.metrics.hosts import HostMetrics
 from nomad_watchdog.metrics.labels import (
     ACTIONS,
     OTHER,
@@ -39,10 +40,10 @@ class Metrics:
         self._make_agents()
         self._make_reconciler()
         self._make_registry()
-        self._make_presence()
-        self._make_configuration()
+        self._make_inputs()
         self._make_pools()
         self._make_api()
+        self.hosts = HostMetrics(self.registry)
         self._info = self._gauge("build_info", "Always 1; see the labels.", "version", "python")
         self._info.labels(__version__, platform.python_version()).set(1)
         self._routes: frozenset[str] = frozenset()
@@ -114,7 +115,7 @@ class Metrics:
             "events_left_out", "Events beyond the rate of one sender (device or token).", "sender"
         )
 
-    def _make_presence(self) -> None:
+    def _make_inputs(self) -> None:
         self._flapping = self._gauge(
             "flapping_devices", "Devices that connect and depart too often."
         )
@@ -127,8 +128,6 @@ class Metrics:
         self._conflicts = self._gauge(
             "inventory_conflicts", "Devices of inventories that another source has registered."
         )
-
-    def _make_configuration(self) -> None:
         self._config_problem = self._gauge("config_problem", "1: the last reload was rejected.")
         self._restart = self._gauge("config_needs_restart", "Settings that need a restart.")
         self._differs = self._gauge("config_differs", "1: other class specs are in force.")

@@ -127,6 +127,7 @@ REPORT = {
     "confirmed": False,
     "listen": "127.0.0.1:1",
     "state_age_s": 1.5,
+    "pressure": {"cpu": {"avg10": 1.5, "avg60": 0.8}, "unreadable": "u"},
 }
 DEVICE = {"id": "a", "address": "127.0.0.1", "class": "default", "labels": {"a": "b"}, "ttl": "1m"}
 EVENT = {

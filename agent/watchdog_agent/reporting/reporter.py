@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.loop import Loop
     from watchdog_agent.runtime.status_types import ReportCounts
     from watchdog_agent.runtime.types import Config, Log, Timer
-    from watchdog_agent.wire import Report
+    from watchdog_agent.wire import HostPressure, Report
 
 
 _LATER = (408, 409, 425, 429)
@@ -95,6 +95,8 @@ class Reporter:
         """Called when a call without an answer has set `isolated`."""
         self.on_condition: Callable[[object], None] = lambda _condition: None
         """Called with the device's condition, if an answer has one."""
+        self.pressure: Callable[[], HostPressure] | None = None
+        """Reads the host's pressure; None = the control plane does not ask for it."""
 
     @property
     def isolated(self) -> bool:
@@ -131,6 +133,7 @@ class Reporter:
             return
         self._unclaim()
         self._age()
+        self._add_pressure(self.waiting[0])
         url = self.urls[self.chosen % len(self.urls)]
         body = json.dumps(self.waiting[0]).encode()
         token = self.credential or read_token()
@@ -144,6 +147,14 @@ class Reporter:
         for one in self.waiting:
             one["state_age_s"] = round(one["state_age_s"] + now - self._aged_at, 3)
         self._aged_at = now
+
+    def _add_pressure(self, report: Report) -> None:
+        """Add the host's pressure, if it is asked for. It is read when the report is sent: the control plane takes the
+        time of arrival for that of the reading."""
+        if self.pressure is not None:
+            report["pressure"] = self.pressure()
+        else:
+            report.pop("pressure", None)
 
     def _unclaim(self) -> bool:
         """Return `isolated`; if true, clear `confirmed` in all queued reports."""
@@ -234,15 +245,25 @@ class Reporter:
             self.trouble = f"{where} answers its reports with {status}: {reason_of(body)}"
 
     def _apply(self, body: bytes) -> None:
-        """Apply the device's condition and the other replicas, if the answer has them."""
+        """Apply the device's condition and the other replicas, if the answer has them, and whether it asks for the
+        host's pressure."""
         try:
             answer = parsing.loads(body)
         except ValueError:
             return
         if isinstance(answer, dict):
             self._replicas(answer)
+            self._asked_for_pressure(answer.get("pressure") is True)
             if "condition" in answer:
                 self.on_condition(answer["condition"])
+
+    def _asked_for_pressure(self, asked: bool) -> None:
+        if not asked:
+            self.pressure = None
+        elif self.pressure is None:
+            from watchdog_agent.reporting import host_pressure
+
+            self.pressure = host_pressure.read
 
     def _replicas(self, answer: dict[str, list[str]]) -> None:
         """Store other replicas' addresses from an answer: they are tried after the configured ones when the current

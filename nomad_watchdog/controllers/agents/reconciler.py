@@ -115,6 +115,7 @@ class Reconciler:
         self.executor.ended.connect(self.classes.rollouts.action_ended)
         fleet.attach(self)
         fleet.reports.judged.connect(metrics.report)
+        metrics.hosts.ratios = fleet.hosts.ratios
         fleet.views.add_status(self._loop_status.status)
         fleet.views.add_explain(self._loop_status.explain)
 
