@@ -27,7 +27,7 @@ Path = tuple[str | int, ...]
 
 NAMED: Final = frozenset({"agent_class", "agent_pool", "token", "device", "on"})
 """Blocks whose label is a name; they become a mapping."""
-KINDS: Final = frozenset({"probe", "confirm", "repair", "sink", "metric"})
+KINDS: Final = frozenset({"probe", "confirm", "repair", "sink", "metric", "signal"})
 """Blocks whose label is a kind; they become a list, in the order of the file."""
 LISTED: Final = frozenset({"step"})
 """Blocks without a label that become a list, in the order of the file."""

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from nomad_watchdog import schedulers, secret_file_rules
 from nomad_watchdog.clients import hashicorp_environment
 from nomad_watchdog.config.blocks import ConsulSettings
-from nomad_watchdog.config.hcl import NAMED, HclDocument, Path, Problem, read
+from nomad_watchdog.config.hcl import KINDS, NAMED, HclDocument, Path, Problem, read
 from nomad_watchdog.config.problems import in_words, message, model_of, step_into
 from nomad_watchdog.config.renamed import RENAMED, use_new_names, variable_warning
 from nomad_watchdog.config.settings import FILE_NAME, PREFIX, Settings, state_dir
@@ -275,7 +275,7 @@ def variables() -> dict[str, tuple[str, ...]]:
         if block is None:
             ours[f"{PREFIX}{name.upper()}"] = (name,)
             continue
-        for setting in block.model_fields.keys() - NAMED:
+        for setting in block.model_fields.keys() - NAMED - KINDS:
             ours[f"{PREFIX}{name.upper()}_{setting.upper()}"] = (name, setting)
     return ours
 

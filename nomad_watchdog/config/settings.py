@@ -35,6 +35,7 @@ from nomad_watchdog.config.blocks import (
     RetrySettings,
 )
 from nomad_watchdog.config.pools import PoolSettings
+from nomad_watchdog.config.relief import ReliefSettings
 from nomad_watchdog.config.rollouts import RolloutSettings
 from nomad_watchdog.config.settings_text import flat
 from nomad_watchdog.config.types import (
@@ -45,6 +46,7 @@ from nomad_watchdog.config.types import (
     Text,
     certificates,
 )
+from nomad_watchdog.core.relief import ReliefRules
 from nomad_watchdog.core.rollout_steps import Strategy
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.model import AgentSpec, Limits, PresenceRules, Variant
@@ -78,6 +80,7 @@ class Settings(Block):
     retry: RetrySettings = RetrySettings()
     mass_change: MassChangeSettings = MassChangeSettings()
     rollout: RolloutSettings = RolloutSettings()
+    relief: ReliefSettings | None = None
     incident: IncidentSettings = IncidentSettings()
     events: EventSettings = EventSettings()
     resync: Annotated[Positive, Field(ge=1)] = 30.0
@@ -197,6 +200,10 @@ class Settings(Block):
             name: (kind.rollout or self.rollout).strategy()
             for name, kind in self.agent_class.items()
         }
+
+    def relief_rules(self) -> ReliefRules | None:
+        """None = no host is relieved."""
+        return self.relief.rules() if self.relief is not None else None
 
     def specs(self) -> dict[str, AgentSpec]:
         """One spec per class. Raises UserError if a template file can't be read."""

@@ -19,6 +19,7 @@ from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.config.settings_text import flat
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.controllers.inventory import InventoryController
+from nomad_watchdog.core.relief import ReliefRules
 from nomad_watchdog.core.settings_diff import differences
 from nomad_watchdog.daemon import systemd
 from nomad_watchdog.errors import WatchdogError
@@ -33,6 +34,7 @@ _WHOLE: Final = (
     "presence",
     "mass_change",
     "rollout",
+    "relief",
     "incident",
     "resync",
     "inventory",
@@ -112,6 +114,8 @@ class Reloader:
     """Set it to reload the configuration (SIGHUP)."""
     renew: Callable[[], None] = lambda: None
     """Also rereads the certificates."""
+    relieve: Callable[[ReliefRules | None], None] = lambda _rules: None
+    """Applies the rules of relief."""
     problem: str = ""
     """Why the last reload changed nothing; "" = it succeeded."""
     needs_restart: tuple[str, ...] = ()
@@ -197,6 +201,7 @@ class Reloader:
         self.authenticator.apply_settings_of(authenticator)
         self.inventory.configure(wanted.inventory, frozenset(wanted.agent_class))
         logging.getLogger().setLevel(wanted.log.level.upper())
+        self.relieve(wanted.relief_rules())
         self.settings = wanted
         return Reloaded(
             tuple(differences(described(before), described(wanted))),

@@ -28,6 +28,7 @@ from nomad_watchdog.controllers.expiry import ExpiryController
 from nomad_watchdog.controllers.inventory import InventoryController
 from nomad_watchdog.controllers.migration_requests import MigrationRequests
 from nomad_watchdog.controllers.registry_writes import RegistryWrites
+from nomad_watchdog.controllers.relief import ReliefController
 from nomad_watchdog.controllers.rollout_requests import RolloutRequests
 from nomad_watchdog.daemon import preflight, systemd
 from nomad_watchdog.daemon.factory import (
@@ -205,10 +206,11 @@ class _ControlPlane:
         except UserError:
             await runner.cleanup()
             raise
-        reloader = self._reloader(inventory, authenticator, listener)
+        relief = self._relief()
+        reloader = self._reloader(inventory, authenticator, listener, relief)
         app[CONTEXT].reloads = reloader
         log.info("serving", extra={"listen": settings.api.listen, "backend": settings.backend})
-        loops = [*replicators, departures.run, inventory.run, reloader.run]
+        loops = [*replicators, departures.run, inventory.run, reloader.run, relief.run]
         try:
             async with asyncio.TaskGroup() as group:
                 certificates = group.create_task(listener.follow())
@@ -260,8 +262,21 @@ class _ControlPlane:
         context.feed = events
         return [*loops, events.run], events
 
+    def _relief(self) -> ReliefController:
+        reconciler = self.reconciler
+        relief = ReliefController(
+            reconciler.fleet, reconciler.ownership, self.metrics, reconciler.wake
+        )
+        relief.configure(self.settings.relief_rules())
+        reconciler.plan_builder.sources.append(relief.requested)
+        return relief
+
     def _reloader(
-        self, inventory: InventoryController, authenticator: Authenticator, listener: ApiListener
+        self,
+        inventory: InventoryController,
+        authenticator: Authenticator,
+        listener: ApiListener,
+        relief: ReliefController,
     ) -> Reloader:
         return Reloader(
             self.settings,
@@ -273,6 +288,7 @@ class _ControlPlane:
             self.metrics,
             self.reload_requested,
             listener.renew.set,
+            relief.configure,
         )
 
     async def _reconcile_until(

@@ -2,30 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Final
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from nomad_watchdog.core.host_load import Load
+from nomad_watchdog.core.relief import Progress
 from nomad_watchdog.host_pressure import Resource
+from nomad_watchdog.metrics.labels import OTHER, known
 
 MAX_HOSTS: Final = 1_000
 """Maximum number of hosts with series."""
+
+RELIEF: Final = (
+    "begun",
+    "would_move",
+    *(one.value for one in Progress if one not in (Progress.WAITING, Progress.ON_WAY)),
+    OTHER,
+)
+"""What happened to a move: it began, would have begun in a dry run, or how it ended."""
 
 Ratio = tuple[str, Resource, float]
 """Host, resource, and the pressure on it, 0 to 1."""
 
 
 class HostMetrics(Collector):
-    """Read at each scrape, so that a host that is gone, or without a fresh reading, has no series."""
+    """The pressure is read at each scrape, so that a host that is gone, or without a fresh reading, has no series."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.ratios: Callable[[], Iterable[Ratio]] = tuple
         """Returns the fresh readings in the order of the hosts."""
         registry.register(self)
+        self._moves = Counter(
+            "nomad_watchdog_relief_moves",
+            "Moves from overloaded hosts.",
+            ("outcome",),
+            registry=registry,
+        )
+        self._moving = Gauge(
+            "nomad_watchdog_relief_moving",
+            "Moves from overloaded hosts in progress.",
+            registry=registry,
+        )
+        self._loads = Gauge(
+            "nomad_watchdog_relief_hosts",
+            "Hosts with a reading, by load.",
+            ("load",),
+            registry=registry,
+        )
+        for outcome in RELIEF:
+            self._moves.labels(outcome)
+        self.relief(0, {})
+
+    def relief_moves(self, outcome: str) -> None:
+        """Count a move by what happened to it."""
+        self._moves.labels(known(outcome, RELIEF)).inc()
+
+    def relief(self, moving: int, loads: Mapping[str, int]) -> None:
+        """Numbers of moves in progress and of hosts by load; 0 on a replica that does not decide."""
+        self._moving.set(moving)
+        for load in Load:
+            self._loads.labels(load.value).set(loads.get(load.value, 0))
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         """The series of one scrape."""

@@ -16,6 +16,7 @@ from nomad_watchdog.config.load import load
 from nomad_watchdog.config.pools import MetricSettings
 from nomad_watchdog.config.probes import GatewaySettings, ProbeSettings
 from nomad_watchdog.config.problems import model_of
+from nomad_watchdog.config.relief import SignalSettings
 from nomad_watchdog.config.rollouts import RolloutStepSettings
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.errors import UserError
@@ -260,6 +261,7 @@ def test_docs_name_every_setting_and_no_other() -> None:
     wanted |= {f"escalate.{name}" for name in EscalationSettings.model_fields}
     wanted |= {f"sink.{name}" for name in SinkSettings.model_fields}
     wanted |= {f"loki.{name}" for name in LokiSettings.model_fields}
+    wanted |= {f"signal.{name}" for name in SignalSettings.model_fields}
     wanted |= {f"token.{name}" for name in TokenSettings.model_fields}
     text = (DOCS / "configuration.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `([a-z_.]+)` \|", text, re.MULTILINE)) == wanted

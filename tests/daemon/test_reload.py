@@ -19,9 +19,12 @@ from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.controllers.expiry import ExpiryController
 from nomad_watchdog.controllers.inventory import InventoryController
+from nomad_watchdog.core.host_load import Thresholds
+from nomad_watchdog.core.relief import ReliefRules
 from nomad_watchdog.core.settings_diff import words
 from nomad_watchdog.daemon.reload import Reloader, applicable
 from nomad_watchdog.errors import TransientError, UserError
+from nomad_watchdog.host_pressure import Resource
 from nomad_watchdog.model import AgentSpec
 from nomad_watchdog.schedulers.multi import MultiScheduler
 from tests.api.conftest import ServedApi, served
@@ -368,3 +371,17 @@ def test_a_change_of_a_class_is_stated_in_words() -> None:
         assert words(before.settings, after.settings) == said
         assert (before.spec_hash == after.spec_hash) is (said == "")
     assert "s3cret" not in str(settings(variables={"key": "s3cret"}).settings)
+
+
+async def test_relief_is_applied_and_ends_with_its_block(service: Service) -> None:
+    """A new block `relief` is in force after the reload, and without the block no host is relieved any more."""
+    rules: list[ReliefRules | None] = []
+    service.reloader.relieve = rules.append
+    block = 'relief {\n  signal "cpu" {\n    high = 0.5\n    low = 0.1\n  }\n}'
+    service.write(rest=block)
+    done = await service.reloader.reload()
+    assert done.needs_restart == ()
+    assert [one.partition(" ")[0] for one in done.changed] == ["relief"]
+    service.write()
+    await service.reloader.reload()
+    assert rules == [ReliefRules({Resource.CPU: Thresholds(50.0, 10.0)}), None]

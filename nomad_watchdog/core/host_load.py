@@ -1,0 +1,98 @@
+"""(last track of a host, reading) → whether the host is overloaded, calm, or neither.
+
+Hysteresis: a number of consecutive readings above a high threshold make a host overloaded, and as many below a low
+one make it calm. Between the thresholds it stays what it was. Without a fresh reading its load is unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Final
+
+from nomad_watchdog.host_pressure import HostPressure, Resource
+from nomad_watchdog.model import Monotonic
+
+READING_S: Final = 10.0
+"""Minimum time between two readings that count: the kernel's average is over that time, so they are independent."""
+_NEVER: Final = Monotonic(float("-inf"))
+
+
+class Load(StrEnum):
+    """The load of a host."""
+
+    UNKNOWN = "unknown"
+    CALM = "calm"
+    OVERLOADED = "overloaded"
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """Of the pressure on one resource, percent of the last 10 seconds; `low` < `high`."""
+
+    high: float
+    low: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadTrack:
+    """What is known of one host."""
+
+    load: Load = Load.UNKNOWN
+    above: int = 0
+    """Consecutive readings above a high threshold."""
+    below: int = 0
+    """Consecutive readings with all resources below their low threshold."""
+    readings: int = 0
+    """Readings since the last move from the host ended."""
+    read_at: Monotonic = _NEVER
+    """When the last reading that counted was received."""
+    excess: float = 0.0
+    """Highest pressure in the last reading, as a multiple of its high threshold."""
+    worst: str = ""
+    """That pressure in words."""
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether agents may move there: calm, and the last reading does not show the opposite."""
+        return self.load is Load.CALM and not self.above
+
+    def after_move(self) -> LoadTrack:
+        """The track from the end of a move on: only later readings show whether it helped."""
+        return replace(self, above=0, readings=0)
+
+
+UNKNOWN: Final = LoadTrack()
+
+
+def observe(
+    track: LoadTrack,
+    pressure: HostPressure,
+    read_at: Monotonic,
+    thresholds: Mapping[Resource, Thresholds],
+    looks: int,
+) -> LoadTrack:
+    """The track after a fresh reading. `looks`: number of consecutive readings for a change, 1 or more.
+
+    The load is UNKNOWN if a resource that has thresholds was not read."""
+    if read_at - track.read_at < READING_S:
+        return track
+    above, below, excess, worst = False, True, 0.0, ""
+    for resource, limit in thresholds.items():
+        stall = pressure.of(resource)
+        if stall is None:
+            return LoadTrack(read_at=read_at)
+        above |= stall.avg10 >= limit.high
+        below &= stall.avg10 <= limit.low
+        if stall.avg10 / limit.high >= excess:
+            excess = stall.avg10 / limit.high
+            worst = f"{resource.value} pressure {stall.avg10:.0f} % (high: {limit.high:.0f} %)"
+    times_above = track.above + 1 if above else 0
+    times_below = track.below + 1 if below else 0
+    load = track.load
+    if times_above >= looks:
+        load = Load.OVERLOADED
+    elif times_below >= looks:
+        load = Load.CALM
+    return LoadTrack(load, times_above, times_below, track.readings + 1, read_at, excess, worst)
