@@ -197,6 +197,9 @@ class AgentSpec:
     """The class part of the agent's document (probes, repairs, intervals, addresses of API and Consul), as JSON values;
     `schedulers.agent_document` adds the device's part. It contains no secret as configured; `credentialed` adds the token
     of a single agent for its start."""
+    avoid: tuple[str, ...] = field(default=(), compare=False)
+    """Names of hosts that the scheduler should not choose at this start, if another one has room. Set per start and never
+    stored; `Capabilities.steers` states whether a backend uses it."""
 
 
 @dataclass(frozen=True, slots=True)

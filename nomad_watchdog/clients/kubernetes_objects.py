@@ -74,9 +74,24 @@ class Toleration(TypedDict, total=False):
     key: str
 
 
+class NodeAffinity(TypedDict, total=False):
+    preferredDuringSchedulingIgnoredDuringExecution: list[dict[str, object]] | None
+
+
+class Affinity(TypedDict, total=False):
+    nodeAffinity: NodeAffinity | None
+
+
+class Taint(TypedDict, total=False):
+    key: str
+    effect: str
+
+
 class PodSpec(TypedDict, total=False):
+    affinity: Affinity | None
     containers: list[Container] | None
     nodeName: str
+    nodeSelector: dict[str, str] | None
     readinessGates: list[dict[str, str]] | None
     restartPolicy: str
     tolerations: list[Toleration] | None
@@ -93,7 +108,7 @@ class DeploymentStrategy(TypedDict, total=False):
 
 
 class WorkloadSpec(PodSpec, total=False):
-    """Spec of a Pod, or of a Deployment or StatefulSet."""
+    """Spec of a Pod or a Node, or of a Deployment or StatefulSet."""
 
     podManagementPolicy: str
     replicas: int
@@ -101,7 +116,9 @@ class WorkloadSpec(PodSpec, total=False):
     selector: dict[str, dict[str, str]]
     serviceName: str
     strategy: DeploymentStrategy | None
+    taints: list[Taint] | None
     template: PodTemplate | None
+    unschedulable: bool
 
 
 class ObjectStatus(TypedDict, total=False):

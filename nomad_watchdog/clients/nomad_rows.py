@@ -74,6 +74,7 @@ class Task(TypedDict, total=False):
     Name: str
     Artifacts: list[Artifact] | None
     DispatchPayload: dict[str, str] | None
+    Driver: str
     Env: dict[str, str] | None
     KillTimeout: int | None
     LogConfig: LogConfig | None
@@ -108,6 +109,13 @@ class UpdateStrategy(TypedDict, total=False):
     MaxParallel: int
 
 
+class Affinity(TypedDict, total=False):
+    LTarget: str
+    RTarget: str
+    Operand: str
+    Weight: int
+
+
 class TaskGroup(TypedDict, total=False):
     Name: str
     Count: int | None
@@ -133,9 +141,12 @@ class Job(TypedDict, total=False):
     """A job as stored or parsed, or a row of ``/v1/jobs`` with its meta. A parsed job may lack even its ID."""
 
     ID: Required[str]
+    Affinities: list[Affinity] | None
+    Datacenters: list[str] | None
     JobModifyIndex: int
     Meta: dict[str, str] | None
     Name: str
+    NodePool: str
     ParameterizedJob: ParameterizedJob | None
     ParentID: str
     Periodic: object
@@ -185,6 +196,10 @@ class Dispatched(TypedDict, total=False):
     EvalID: str
 
 
+class DriverState(TypedDict, total=False):
+    Healthy: bool
+
+
 class NodeRow(TypedDict, total=False):
     """A row of ``/v1/nodes``, or the node of ``/v1/node/ID`` or of an event."""
 
@@ -194,6 +209,9 @@ class NodeRow(TypedDict, total=False):
     Drain: bool
     DrainStrategy: object
     SchedulingEligibility: str
+    Datacenter: str
+    Drivers: dict[str, DriverState] | None
+    NodePool: str
 
 
 class EventPayload(TypedDict, total=False):

@@ -27,6 +27,8 @@ class Capabilities:
     """`ensure` with a higher epoch replaces the running placement by itself, and there are never two at once."""
     restarts: bool = True
     """The backend restarts a crashed agent by itself, at the same epoch."""
+    steers: bool = False
+    """`ensure` makes the scheduler prefer hosts that are not in `AgentSpec.avoid`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +185,13 @@ async def unchanged_since(scheduler: Scheduler, snapshot: Snapshot) -> bool:
     and for a backend without a method `unchanged_since`. Raises as `Scheduler.snapshot`."""
     probe = getattr(scheduler, "unchanged_since", None)
     return probe is not None and bool(await probe(snapshot))
+
+
+async def open_hosts(scheduler: Scheduler) -> frozenset[str] | None:
+    """The names of the hosts that take new agents, including those without any; None = not known, as for a backend
+    without a method `open_hosts`. Raises as `Scheduler.snapshot`."""
+    read = getattr(scheduler, "open_hosts", None)
+    return None if read is None else await read()
 
 
 def check_spec(backend: str, spec: AgentSpec) -> None:

@@ -100,7 +100,9 @@ def serialize(document: Mapping[str, object], max_bytes: int) -> bytes:
 def stored_spec(spec: AgentSpec) -> dict[str, object]:
     """The fields of a spec as the registry stores them: the class's part of the agent's document as JSON text with
     sorted keys."""
-    return asdict(spec) | {"agent_config": to_text(spec.agent_config)}
+    fields = asdict(spec) | {"agent_config": to_text(spec.agent_config)}
+    del fields["avoid"]
+    return fields
 
 
 def spec_fields(stored: object) -> object:

@@ -13,7 +13,14 @@ from nomad_watchdog.core.agent_token import TokenClaim, issue
 from nomad_watchdog.errors import TerminalError
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
-from nomad_watchdog.schedulers import Capacity, Hint, Scheduler, Snapshot, unchanged_since
+from nomad_watchdog.schedulers import (
+    Capacity,
+    Hint,
+    Scheduler,
+    Snapshot,
+    open_hosts,
+    unchanged_since,
+)
 from nomad_watchdog.schedulers.agent_document import CREDENTIAL, with_fields
 from nomad_watchdog.secret_files import SecretFile
 from nomad_watchdog.secret_values import present
@@ -55,6 +62,9 @@ class TokenIssuingScheduler:
 
     async def unchanged_since(self, snapshot: Snapshot) -> bool:
         return await unchanged_since(self.inner, snapshot)
+
+    async def open_hosts(self) -> frozenset[str] | None:
+        return await open_hosts(self.inner)
 
     def watch(self) -> AsyncIterator[Hint]:
         return self.inner.watch()

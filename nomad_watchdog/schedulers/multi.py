@@ -14,9 +14,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
 
-from nomad_watchdog.errors import StaleError, TransientError, UserError, WatchdogError
+from nomad_watchdog.errors import (
+    ConflictError,
+    StaleError,
+    TransientError,
+    UserError,
+    WatchdogError,
+)
 from nomad_watchdog.ids import Shard, Slug
-from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
+from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers import (
     Capabilities,
     Capacity,
@@ -24,6 +30,7 @@ from nomad_watchdog.schedulers import (
     Scheduler,
     Snapshot,
     by_device,
+    open_hosts,
     unchanged_since,
 )
 
@@ -208,6 +215,22 @@ class MultiScheduler:
         )
         return all(answers) and self._parts is parts and not self.lacks
 
+    async def open_hosts(self) -> frozenset[str] | None:
+        """As `schedulers.open_hosts`, of the scheduler that runs the agents. Raises ConflictError while several do."""
+        read = self._read[1] if self._read is not None else {}
+        used = [
+            name
+            for name, snapshot in read.items()
+            if any(
+                one.state is not PlacementState.DEAD
+                for some in snapshot.placements.values()
+                for one in some
+            )
+        ]
+        if len(used) > 1:
+            raise ConflictError(f"agents run on several schedulers: {', '.join(sorted(used))}")
+        return await open_hosts(self._parts[used[0] if used else self.name])
+
     def _merged(self, snapshots: Mapping[str, Snapshot]) -> dict[Slug, tuple[Placement, ...]]:
         return by_device(
             one if name == self.name else replace(one, backend=name)
@@ -327,4 +350,5 @@ class MultiScheduler:
         return Capabilities(
             replaces_in_place=all(one.replaces_in_place for one in each),
             restarts=all(one.restarts for one in each),
+            steers=all(one.steers for one in each),
         )

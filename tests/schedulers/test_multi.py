@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from nomad_watchdog.errors import StaleError, TransientError, UserError
+from nomad_watchdog.errors import ConflictError, StaleError, TransientError, UserError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import AgentSpec, Epoch
-from nomad_watchdog.schedulers import Hint, Scheduler, Snapshot
+from nomad_watchdog.schedulers import Hint, Scheduler, Snapshot, open_hosts
 from nomad_watchdog.schedulers.multi import MultiScheduler
 from nomad_watchdog.testing.conformance import CHECKS
 from tests.core.world import record
@@ -78,6 +78,22 @@ async def test_an_agent_starts_where_its_record_says_and_is_stopped_where_it_is(
     assert not next(iter(both.clusters["north"].jobs.values())).stopped
     with pytest.raises(TransientError, match="west"):
         await both.moving.ensure(replace(here, home="west"), Epoch(2), SPEC)
+
+
+async def test_hosts_are_those_of_the_scheduler_that_runs_the_agents() -> None:
+    """As long as agents run on several of them, hosts can't be compared, and that is refused with their names."""
+    both = Both()
+    both.clusters["south"].nodes = {"s1": True, "s2": False}
+    await both.moving.prepare([SPEC])
+    await both.moving.open("south")
+    assert await open_hosts(both.moving) == {"n1", "n2"}
+    await both.moving.ensure(replace(record("b", epoch=1), home="south"), Epoch(1), SPEC)
+    await both.moving.snapshot()
+    assert await open_hosts(both.moving) == {"s1"}
+    await both.moving.ensure(record("a", epoch=1), Epoch(1), SPEC)
+    await both.moving.snapshot()
+    with pytest.raises(ConflictError, match="several schedulers: north, south"):
+        await open_hosts(both.moving)
 
 
 async def test_without_all_of_them_there_is_no_snapshot() -> None:

@@ -332,7 +332,8 @@ class Cluster:
         if not up:
             self._later((0.5, 1.0), self._place, job)
             return
-        self._run_on(job, self.chance.choice(up))
+        free = [name for name in up if name not in job.spec.avoid]
+        self._run_on(job, self.chance.choice(free or up))
 
     def _run_on(self, job: Job, node: str) -> None:
         job.run = Run(f"{self.chance.getrandbits(64):016x}", node)

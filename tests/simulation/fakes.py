@@ -212,7 +212,7 @@ class FakeScheduler:
     """A scheduler over a cluster in memory: restarts in place, moves agents of a lost node."""
 
     name = "fake"
-    capabilities = Capabilities()
+    capabilities = Capabilities(steers=True)
 
     def __init__(self, cluster: Cluster, line: Line | None = None, owner: str = "") -> None:
         self._cluster = cluster
@@ -266,6 +266,12 @@ class FakeScheduler:
             "scheduler.snapshot", lambda: self._cluster.listing(frozenset())
         )
         return snapshot is self._read and snapshot.index == index
+
+    async def open_hosts(self) -> frozenset[str]:
+        def up() -> frozenset[str]:
+            return frozenset(name for name, heard in self._cluster.nodes.items() if heard)
+
+        return await self._line.call("scheduler.snapshot", up)
 
     async def watch(self) -> AsyncIterator[Hint]:
         with self._cluster.news.ear() as ear:

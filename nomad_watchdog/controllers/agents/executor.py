@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
@@ -83,6 +83,8 @@ class ActionExecutor:
     leases: Leases = field(default_factory=SoleOwner)
     adapt: Callable[[AgentSpec], AgentSpec] = lambda spec: spec
     """Called at each start; returns the spec with what holds only at that moment, such as the replicas' addresses."""
+    avoids: list[Callable[[DeviceRecord], Collection[str]]] = field(default_factory=list)
+    """Called at each start: the hosts that controllers ask its scheduler to avoid (`AgentSpec.avoid`)."""
     ended: Signal[[Action, ActionOutcome, float]] = field(default_factory=Signal)
     """An action has ended: how, and how long it took, seconds."""
     spec_for: Callable[[DeviceRecord, Move | None], AgentSpec | None] | None = None
@@ -272,6 +274,8 @@ class ActionExecutor:
         self.fleet.recorder.dispatched(record.slug, record.epoch)
         failpoints.reached("K6")
         adapted = self.adapt(spec)
+        if avoid := {host for hosts in self.avoids for host in hosts(record)}:
+            adapted = replace(adapted, avoid=tuple(sorted(avoid)))
         index = await self._ask(record.slug, self.scheduler.ensure(record, record.epoch, adapted))
         failpoints.reached("K7")
         self.queue.delay(record.slug, budget.started(self.fleet.limits, now))

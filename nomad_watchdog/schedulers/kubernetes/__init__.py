@@ -33,7 +33,7 @@ from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
 from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot, named
 from nomad_watchdog.schedulers.kubernetes import _pods, _view, _watch, names
 from nomad_watchdog.schedulers.kubernetes import objects as _objects
-from nomad_watchdog.schedulers.kubernetes._nodes import Cordons
+from nomad_watchdog.schedulers.kubernetes._nodes import Cordons, open_nodes
 from nomad_watchdog.schedulers.kubernetes._secrets import AgentSecret, secret_name
 from nomad_watchdog.schedulers.kubernetes._unchanged import ChangeProbe
 from nomad_watchdog.schedulers.kubernetes.names import Kind, Ref
@@ -73,7 +73,7 @@ class KubernetesScheduler:
             raise UserError(
                 f"namespaces is {namespaces} and shards is {shards}; both must be at least 1"
             )
-        self.capabilities = Capabilities(replaces_in_place=True)
+        self.capabilities = Capabilities(replaces_in_place=True, steers=True)
         self._clock = clock or SystemClock()
         chosen = settings or (client.settings if client else KubernetesAccess.discover())
         self._first = names.check_namespace(namespace or chosen.namespace or names.DOMAIN)
@@ -132,13 +132,8 @@ class KubernetesScheduler:
             secret_body = _objects.token_secret(own, labels, credential) if own else None
             secret = AgentSecret(self._client, ref, secret_body)
             body = _objects.workload(
-                built,
-                record,
-                spec,
-                labels=labels,
-                document=document,
-                secret=own or built.token_secret,
-            )
+                built, record, spec, labels=labels, document=document, secret=own or built.token_secret
+            )  # fmt: skip
             try:
                 return await self._place(ref, body, spec, secret)
             except TransientError:
@@ -208,6 +203,10 @@ class KubernetesScheduler:
 
     async def unchanged_since(self, snapshot: Snapshot) -> bool:
         return await self._probe.unchanged_since(snapshot)
+
+    async def open_hosts(self) -> frozenset[str] | None:
+        """As `schedulers.open_hosts`; None without the right to list nodes."""
+        return await open_nodes(self._client, [one.pod["spec"] for one in self._built.values()])
 
     def watch(self) -> AsyncIterator[Hint]:
         return _watch.hints(self._client, self._namespaces, self._selector, self._cordons)

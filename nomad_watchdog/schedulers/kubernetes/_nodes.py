@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import aclosing
 from typing import Final
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
-from nomad_watchdog.errors import WatchdogError
+from nomad_watchdog.clients.kubernetes_objects import KubernetesObject, PodSpec
+from nomad_watchdog.errors import DeniedError, WatchdogError
 from nomad_watchdog.schedulers import ClosedHost
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,41 @@ _PATH: Final = "/api/v1/nodes"
 _CORDONED: Final = "spec.unschedulable=true"
 _PAUSE_S: Final = 30.0
 """Pause before the next watch after one that was denied or failed."""
+_KEEPS_OUT: Final = ("NoSchedule", "NoExecute")
+
+
+async def open_nodes(client: KubernetesClient, pods: Collection[PodSpec]) -> frozenset[str] | None:
+    """The names of the ready nodes that can take at least one of these pods, by its tolerations and node selector. Other
+    constraints of a template are not evaluated. Without pods every open node counts. None without the right to list
+    nodes. Raises as `KubernetesClient.list`."""
+    try:
+        found = await client.list(_PATH)
+    except DeniedError:
+        return None
+    return frozenset(
+        node["metadata"]["name"]
+        for node in found.items
+        if _is_ready(node) and (not pods or any(_takes(node, pod) for pod in pods))
+    )
+
+
+def _is_ready(node: KubernetesObject) -> bool:
+    conditions = (node.get("status") or {}).get("conditions") or []
+    ready = any(one.get("type") == "Ready" and one.get("status") == "True" for one in conditions)
+    return ready and not (node.get("spec") or {}).get("unschedulable")
+
+
+def _takes(node: KubernetesObject, pod: PodSpec) -> bool:
+    labels = node["metadata"].get("labels") or {}
+    taints = (node.get("spec") or {}).get("taints") or []
+    keys = {one.get("key", "") for one in pod.get("tolerations") or []}
+    tolerated = "" in keys  # a toleration without a key is one of every taint
+    return all(
+        labels.get(key) == value for key, value in (pod.get("nodeSelector") or {}).items()
+    ) and (
+        tolerated
+        or all(one.get("key") in keys for one in taints if one.get("effect") in _KEEPS_OUT)
+    )
 
 
 class Cordons:

@@ -6,7 +6,7 @@ import base64
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, cast
 
@@ -15,6 +15,7 @@ import yaml
 from nomad_watchdog.clients.kubernetes_objects import (
     EnvVar,
     KubernetesObject,
+    NodeAffinity,
     ObjectMeta,
     PodSpec,
     PodTemplate,
@@ -44,11 +45,14 @@ _MIB: Final = 1024 * 1024
 _MAX_DOCUMENT: Final = 72 * 1024
 """In base64 it stays below 128 KiB, Linux's limit of one environment variable."""
 
+_PREFERRED: Final = "preferredDuringSchedulingIgnoredDuringExecution"
 _POD: Final = {
     "metadata": {"labels": {}, "annotations": {}},
     "spec": {
         "containers": [{"name": str, "env": [{"name": str}], "volumeMounts": [{}]}],
         "tolerations": [{"key": str}],
+        "affinity": {"nodeAffinity": {_PREFERRED: [{}]}},
+        "nodeSelector": {},
         "volumes": [{}],
     },
 }
@@ -242,6 +246,8 @@ def workload(
     }
     pod["metadata"] = pod_meta
     _add_to_agent(pod["spec"], record, document, secret)
+    if spec.avoid:
+        _prefer_others(pod["spec"], spec.avoid)
     if built.kind == "pod":
         return {
             "apiVersion": "v1",
@@ -284,6 +290,20 @@ def _add_to_agent(pod: PodSpec, record: DeviceRecord, document: bytes, secret: s
     others = [one for one in agent.get("env") or [] if one.get("name") not in ours]
     own: list[EnvVar] = [{"name": name, "value": value} for name, value in ours.items()]
     agent["env"] = [*others, *own]
+
+
+def _prefer_others(pod: PodSpec, avoid: Collection[str]) -> None:
+    """Add a preference for nodes other than these, with the highest weight that Kubernetes allows."""
+    others = [{"key": "metadata.name", "operator": "NotIn", "values": [name]} for name in avoid]
+    affinity = pod.get("affinity") or {}
+    of_nodes = affinity.get("nodeAffinity") or {}
+    preferred = of_nodes.get("preferredDuringSchedulingIgnoredDuringExecution") or []
+    own: dict[str, object] = {"weight": 100, "preference": {"matchFields": others}}
+    changed: NodeAffinity = {
+        **of_nodes,
+        "preferredDuringSchedulingIgnoredDuringExecution": [*preferred, own],
+    }
+    pod["affinity"] = {**affinity, "nodeAffinity": changed}
 
 
 def token_secret(name: str, labels: Mapping[str, str], credential: str) -> KubernetesObject:

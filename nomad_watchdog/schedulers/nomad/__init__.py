@@ -33,9 +33,15 @@ from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot, ag
 from nomad_watchdog.schedulers.nomad import jobs as _jobs
 from nomad_watchdog.schedulers.nomad._names import JobNames
 from nomad_watchdog.schedulers.nomad._snapshots import SnapshotReader
+from nomad_watchdog.schedulers.nomad._steering import (
+    ParentSteering,
+    is_steered,
+    steered,
+    takers,
+)
 from nomad_watchdog.schedulers.nomad._view import SOURCE, age, identity, unplaced
 from nomad_watchdog.schedulers.nomad._watch import hints
-from nomad_watchdog.schedulers.nomad.nodes import NodeList
+from nomad_watchdog.schedulers.nomad.nodes import RIGHT, NodeList
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +70,7 @@ class NomadScheduler:
             raise UserError(f"nomad strategy {strategy!r}: allowed are dispatch and register")
         if shards < 1:
             raise UserError(f"shards is {shards}; must be at least 1")
-        self.capabilities = Capabilities(replaces_in_place=strategy == "register")
+        self.capabilities = Capabilities(replaces_in_place=strategy == "register", steers=True)
         self._strategy = strategy
         self._shards = shards
         self._installation = installation
@@ -75,9 +81,9 @@ class NomadScheduler:
         self._trials: dict[str, str] = {}
         """Agent class → hash of its spec on trial."""
         self._nodes = NodeList(self._client)
-        self._reader = SnapshotReader(
-            self._client, self._names, self._nodes, clock or SystemClock(), installation
-        )
+        clock = clock or SystemClock()
+        self._steering = ParentSteering(self._client, clock)
+        self._reader = SnapshotReader(self._client, self._names, self._nodes, clock, installation)
 
     @staticmethod
     def check_spec(spec: AgentSpec) -> None:
@@ -105,6 +111,7 @@ class NomadScheduler:
             except (UserError, TerminalError) as error:
                 refused[name] = str(error)
         self._built = built
+        self._steering.forget()
         return refused
 
     async def _prepare_one(self, spec: AgentSpec, shards: Collection[Shard] | None) -> Job:
@@ -138,6 +145,8 @@ class NomadScheduler:
             index, children = await self._children(other, record.slug, epoch)
             if _unstopped(children):
                 return index
+        built = self._built.get((spec.agent_class, spec.spec_hash))
+        await self._steering.steer(parent, built, spec.avoid)
         meta = _jobs.meta(record, epoch, spec, shard)
         body = _jobs.dispatch_body(_jobs.payload(record, epoch, spec), meta)
         dispatched: Dispatched | None = None
@@ -208,6 +217,14 @@ class NomadScheduler:
     async def unchanged_since(self, snapshot: Snapshot) -> bool:
         return await self._reader.unchanged_since(snapshot)
 
+    async def open_hosts(self) -> frozenset[str] | None:
+        """As `schedulers.open_hosts`; None without the right to read nodes."""
+        try:
+            found = await self._client.pages("/v1/nodes", RIGHT, {})
+        except DeniedError:
+            return None
+        return takers(found.body, self._built.values())
+
     def watch(self) -> AsyncIterator[Hint]:
         return hints(self._client, self._names, self._nodes)
 
@@ -254,7 +271,8 @@ class NomadScheduler:
                 )
             own, source = own_meta[SOURCE], meta.get(SOURCE, "")
             reachable = source == own or bool(own and is_at(source, addresses))
-            if meta.get("parent_hash") == own_meta["parent_hash"] and reachable:
+            is_same = meta.get("parent_hash") == own_meta["parent_hash"]
+            if is_same and reachable and not is_steered(found, job):
                 return
         await self._client.register({**job, "ID": job_id, "Name": job_id})
         log.info("parent job registered", extra={"job": job_id})
@@ -269,6 +287,7 @@ class NomadScheduler:
         job_id = self._names.of_device(record.slug)
         meta = _jobs.meta(record, epoch, spec, shard_of(record.slug, self._shards))
         job = _jobs.service_job(parent, job_id, _jobs.payload(record, epoch, spec), meta)
+        job = steered(job, spec.avoid)
         for _ in range(_TRIES):
             found = await self._client.job(job_id)
             if found is not None:

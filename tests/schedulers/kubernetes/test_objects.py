@@ -36,6 +36,23 @@ def agent_of(thing: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def test_a_start_prefers_other_nodes_than_those_to_avoid(repository: Path) -> None:
+    """The preference has the highest weight and is added to those of the template. Without nodes to avoid there is none."""
+    assert "affinity" not in made()["spec"]["template"]["spec"]
+    term = {"weight": 1, "preference": {"matchExpressions": [{"key": "ssd", "operator": "Exists"}]}}
+    kind = "preferredDuringSchedulingIgnoredDuringExecution"
+    document = yaml.safe_load((repository / "jobs/kubernetes/device-watchdog.yaml").read_text())
+    pod = document["spec"]["template"]["spec"]
+    pod["affinity"] = {"nodeAffinity": {kind: [term]}, "podAntiAffinity": {}}
+    spec = replace(SPEC, text=yaml.safe_dump(document), avoid=("n1", "n2"))
+    found = made(spec)["spec"]["template"]["spec"]["affinity"]
+    fields = [
+        {"key": "metadata.name", "operator": "NotIn", "values": [name]} for name in ("n1", "n2")
+    ]
+    own = {"weight": 100, "preference": {"matchFields": fields}}
+    assert found == {"nodeAffinity": {kind: [term, own]}, "podAntiAffinity": {}}
+
+
 def test_the_default_is_the_manifest_that_was_asked_for() -> None:
     """Image, resources, probes, strategy and DEVICE_ID equal those of the design's manifest."""
     thing = made()
