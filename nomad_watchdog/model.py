@@ -1,8 +1,7 @@
 """The data types that all layers use, from the API to the schedulers. Frozen, without I/O, cheap to compare.
 
-docs/architecture.md defines the terms: a device is what is watched; a placement is one run of its agent as a scheduler
-sees it; the epoch increases by one with each new placement, and the agent that has the registry's epoch is the
-accepted one (S1).
+docs/architecture.md defines the terms: a placement is one run of a device's agent as a scheduler sees it; the epoch
+increases by one with each, and the agent that has the registry's epoch is the accepted one (S1).
 """
 
 from __future__ import annotations
@@ -198,8 +197,7 @@ class AgentSpec:
     `schedulers.agent_document` adds the device's part. It contains no secret as configured; `credentialed` adds the token
     of a single agent for its start."""
     avoid: tuple[str, ...] = field(default=(), compare=False)
-    """Names of hosts that the scheduler should not choose at this start, if another one has room. Set per start and never
-    stored; `Capabilities.steers` states whether a backend uses it."""
+    """Hosts that this start should avoid (`Capabilities.steers`). Never stored."""
 
 
 @dataclass(frozen=True, slots=True)

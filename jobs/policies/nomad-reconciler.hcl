@@ -6,7 +6,8 @@ namespace "default" {
   capabilities = ["list-jobs", "read-job", "parse-job", "dispatch-job", "submit-job"]
 }
 
-# For the drained nodes and the exact version of the servers. Without it neither is reported.
+# For the drained nodes and the exact version of the servers. Without it neither is reported, and
+# a rebalance knows only nodes that have agents.
 node {
   policy = "read"
 }

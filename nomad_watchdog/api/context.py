@@ -18,6 +18,7 @@ from nomad_watchdog.api.routing import Route
 from nomad_watchdog.api.services import ConfigReloader, Operator
 from nomad_watchdog.controllers.expiry import ExpiryController
 from nomad_watchdog.controllers.migration_requests import MigrationRequests
+from nomad_watchdog.controllers.rebalance_requests import RebalanceRequests
 from nomad_watchdog.controllers.rollout_requests import RolloutRequests
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
@@ -53,8 +54,11 @@ class Context:
     reloads: ConfigReloader | None = None
     """Reloads the configuration; None if there is none."""
     migrations: MigrationRequests | None = None
-    rollouts: RolloutRequests | None = None
     """Moves agents between schedulers; None without a reconciler."""
+    rollouts: RolloutRequests | None = None
+    """Controls roll-outs; None without a reconciler."""
+    rebalances: RebalanceRequests | None = None
+    """Moves agents to hosts that have fewer; None without a reconciler."""
     page_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     page: tuple[float, str] = (float("-inf"), "")
     """When the status page was last rendered (monotonic seconds), and its text."""

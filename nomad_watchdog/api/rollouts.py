@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 from aiohttp import web
+from pydantic import AfterValidator, Field
 
 from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.auth import ACTOR
@@ -12,9 +13,16 @@ from nomad_watchdog.api.body import read
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.responses import json_response
 from nomad_watchdog.api.routing import Handler, Route
-from nomad_watchdog.api.schemas import AnyOut, RolloutIn
+from nomad_watchdog.api.schemas import AnyOut
 from nomad_watchdog.controllers.rollout_requests import RolloutRequests
+from nomad_watchdog.device_fields import Strict, printable
 from nomad_watchdog.errors import NotFoundError
+
+
+class RolloutIn(Strict):
+    """A request to a roll-out."""
+
+    by: Annotated[str, Field(max_length=64), AfterValidator(printable)] = ""
 
 
 def _rollouts(request: web.Request) -> RolloutRequests:

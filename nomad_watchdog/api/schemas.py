@@ -170,10 +170,22 @@ class MigrateIn(Strict):
         return Target(frozenset(self.devices), self.agent_class or "", dict(self.labels))
 
 
-class RolloutIn(Strict):
-    """A request to a roll-out."""
+class RebalanceIn(Strict):
+    """Which agents may move to hosts with fewer agents: all, or those of the devices that match all conditions."""
 
+    agent_class: Name | None = Field(None, alias="class")
+    labels: Labels = Field(default_factory=dict)
+    most: Annotated[int, Field(ge=0, le=100_000)] = Field(
+        0, alias="max", description="maximum number of devices to move; 0 = as many as needed"
+    )
     by: Annotated[str, Field(max_length=64), AfterValidator(printable)] = ""
+    dry_run: bool = Field(False, description="only report what would move")
+
+    def target(self) -> Target | None:
+        """Which devices; None = all."""
+        if not (self.agent_class or self.labels):
+            return None
+        return Target(agent_class=self.agent_class or "", labels=dict(self.labels))
 
 
 class ConfirmIn(Strict):

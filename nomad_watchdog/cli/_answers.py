@@ -201,6 +201,43 @@ class PastRollouts(TypedDict):
     items: list[PastRollout]
 
 
+class RebalanceState(TypedDict):
+    state: str
+
+
+class RebalanceAnswer(RebalanceState):
+    id: str
+    reason: str
+    by: str
+    target: PauseTarget
+    max: int
+    moved: int
+    on_way: int
+    waiting: int
+
+
+class _HostCount(TypedDict):
+    host: str
+    agents: int
+
+
+class HostCount(_HostCount, total=False):
+    after: int
+
+
+class RebalancesAnswer(TypedDict):
+    items: list[RebalanceAnswer]
+    hosts: list[HostCount]
+    problem: str
+
+
+class RebalanceBegun(RebalanceState):
+    id: str
+    to_move: int
+    steers: bool
+    hosts: list[HostCount]
+
+
 class _Pool(TypedDict):
     name: str
     configured: bool

@@ -37,6 +37,7 @@ VERBS: Final[dict[str, tuple[str, str]]] = {
     "rollouts": ("rollouts:rollouts", "Follow and control roll-outs."),
     "migrate": ("migrate:migrate", "Move agents to another scheduler."),
     "hosts": ("hosts:hosts", "List the hosts of the agents with their pressure."),
+    "rebalance": ("rebalance:rebalance", "Move agents to hosts that have fewer."),
     "pools": ("pools:pools", "List, scale and remove worker pools."),
     "pause": ("pauses:pause", "Pause all actions for devices."),
     "resume": ("pauses:resume", "End a pause."),

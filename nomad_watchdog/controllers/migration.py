@@ -218,7 +218,7 @@ class MigrationController:
             changed = await self.refresh()
             homes = self.homes()
             self._progress = self.progress(homes.active, homes) if homes.active else None
-            self._metrics.migration(*self._counts())
+            self._metrics.moving("migration", *self._counts())
             if homes.moves:
                 await self._judge(homes)
         except WatchdogError as error:

@@ -84,6 +84,8 @@ class Rebalance:
     """Marks (`mark`) of the devices whose move was requested, whether it has ended or not."""
     avoid: tuple[str, ...] = ()
     """Hosts that the scheduler should not choose for the agents that are being moved."""
+    arrived: int = 0
+    """Number of devices that have been moved."""
     useful: int = 0
     """Number of moves that ended on a host that was to get an agent."""
     useless: int = 0
@@ -94,6 +96,12 @@ class Rebalance:
     @property
     def is_over(self) -> bool:
         return self.state in OVER
+
+    @property
+    def left(self) -> int:
+        """Maximum number of further moves."""
+        asked = (self.most or MAX_MOVED) - self.arrived - len(self.going)
+        return max(0, min(asked, MAX_MOVED - len(self.moved)))
 
     def may_move(self, record: DeviceRecord) -> bool:
         """Whether it may move this device and has not done so."""
@@ -246,15 +254,14 @@ def step(
         return now
     if now.useless >= TRIES:
         return now if now.going else _useless(now, view)
-    left = min(now.most or MAX_MOVED, MAX_MOVED) - len(now.moved)
     # A scheduler that has not shown that it moves agents to hosts with room gets only a few to move.
     limit = window if now.useful and not now.useless else min(window, TRIES)
     planned = plan_moves(view.counts, view.movable, view.in_flight)
     room = max(planned.receive.values(), default=0)
-    free = min(limit - len(now.going), room - view.in_flight, left)
+    free = min(limit - len(now.going), room - view.in_flight, now.left)
     chosen = planned.leave[: max(0, free)]
     if not chosen and not now.going:
-        return _over(now, view, left, is_idle=is_idle)
+        return _over(now, view, is_idle=is_idle)
     new = {one.slug: Going(one.ref, one.epoch, one.node) for one in chosen}
     return replace(
         now,
@@ -289,7 +296,8 @@ def _settled(now: Rebalance, view: HostView) -> Rebalance:
         return now
     going = {slug: one for slug, one in now.going.items() if slug not in ended}
     avoid = now.avoid if going else ()
-    return replace(now, going=going, avoid=avoid, useful=useful, useless=useless)
+    arrived = now.arrived + len(view.arrived)
+    return replace(now, going=going, avoid=avoid, arrived=arrived, useful=useful, useless=useless)
 
 
 def _wanted(view: HostView) -> dict[str, int]:
@@ -312,12 +320,12 @@ def _useless(now: Rebalance, view: HostView) -> Rebalance:
     )
 
 
-def _over(now: Rebalance, view: HostView, left: int, *, is_idle: bool) -> Rebalance:
+def _over(now: Rebalance, view: HostView, *, is_idle: bool) -> Rebalance:
     """As it ends; unchanged while devices may still become movable."""
     if spread(view.counts) <= allowed(view.counts):
         return replace(now, state=RebalanceState.DONE, reason=_differ(view))
-    if left <= 0:
-        reason = f"{len(now.moved)} devices have been moved, the maximum; {_differ(view)}"
+    if not now.left:
+        reason = f"{now.arrived} devices have been moved, the maximum; {_differ(view)}"
         return replace(now, state=RebalanceState.DONE, reason=reason)
     least, most = min(view.counts.values()), allowed(view.counts)
     if not is_idle and any(view.counts[host] - least > most for host in view.waiting):

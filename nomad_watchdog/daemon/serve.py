@@ -27,6 +27,7 @@ from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.controllers.expiry import ExpiryController
 from nomad_watchdog.controllers.inventory import InventoryController
 from nomad_watchdog.controllers.migration_requests import MigrationRequests
+from nomad_watchdog.controllers.rebalance_requests import RebalanceRequests
 from nomad_watchdog.controllers.registry_writes import RegistryWrites
 from nomad_watchdog.controllers.relief import ReliefController
 from nomad_watchdog.controllers.rollout_requests import RolloutRequests
@@ -239,6 +240,9 @@ class _ControlPlane:
         classes = self.reconciler.classes
         app[CONTEXT].rollouts = RolloutRequests(
             self.reconciler.fleet, classes.rollouts, classes.changes, classes.changed.emit
+        )
+        app[CONTEXT].rebalances = RebalanceRequests(
+            self.reconciler.fleet, self.reconciler.rebalances
         )
         return app
 

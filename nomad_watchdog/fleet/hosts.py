@@ -21,6 +21,11 @@ class HostWatcher:
         """Closed host → the kind of its last event. None: nothing has been read since the start."""
         fleet.views.add_status(self.status)
 
+    @property
+    def closed(self) -> Mapping[str, ClosedHost]:
+        """By name."""
+        return self._closed
+
     def status(self) -> dict[str, object]:
         """For the status: each of these hosts, its state, and the number of agents there."""
         return {

@@ -67,9 +67,10 @@ class Metrics:
         )
         self._incidents = self._gauge("incidents_open", "Open incidents by group.", "group")
         self.rollouts = RolloutMetrics(self._gauge)
-        self._migration = self._gauge(
-            "migration_devices", "Devices of the migration in progress.", "state"
-        )
+        self._moving = {
+            what: self._gauge(f"{what}_devices", f"Devices of the {what} in progress.", "state")
+            for what in ("migration", "rebalance")
+        }
 
     def _make_reconciler(self) -> None:
         self._dispatches = self._counter(
@@ -97,9 +98,7 @@ class Metrics:
         self._holds = self._counter(
             "breaker_holds", "Times that the mass-change breaker put stops on hold."
         )
-        self._held = self._gauge(
-            "breaker_held", "1 while the mass-change breaker has stops on hold."
-        )
+        self._held = self._gauge("breaker_held", "1 while the breaker has stops on hold.")
 
     def _make_registry(self) -> None:
         self._commits = self._counter("registry_commits", "Records written.", "outcome")
@@ -142,7 +141,8 @@ class Metrics:
         self._open = self._gauge("api_connections", "Open connections of the API.", "state")
 
     def _start_at_zero(self) -> None:
-        self.migration(0, 0, 0)
+        for what in self._moving:
+            self.moving(what, 0, 0, 0)
         self.routes(())
         for metric, values in (
             (self._devices, VerdictState),
@@ -325,10 +325,10 @@ class Metrics:
         """Count devices that expired for lack of heartbeats."""
         self._expired.inc(count)
 
-    def migration(self, moved: int, on_way: int, waiting: int) -> None:
-        """Numbers of devices that have moved and are healthy, that are being moved, and that wait."""
+    def moving(self, what: str, moved: int, on_way: int, waiting: int) -> None:
+        """`migration` or `rebalance`: devices that have moved and are healthy, that are being moved, and that wait."""
         for state, count in (("moved", moved), ("on_way", on_way), ("waiting", waiting)):
-            self._migration.labels(state).set(count)
+            self._moving[what].labels(state).set(count)
 
     def departures_held(self, count: int) -> None:
         self._departures_held.set(count)

@@ -16,8 +16,8 @@ from nomad_watchdog.replicas.leases import Leases, Term
 
 _T = TypeVar("_T")
 LEADER_SHARD: Final = Shard(0)
-"""Its holder is the leader: it alone publishes the events of all replicas, judges roll-outs and migrations, and
-scales the pools. There is a shard 0 whatever the number of shards is."""
+"""Its holder is the leader: it alone publishes the events of all replicas, judges roll-outs and migrations,
+decides the moves of a rebalance, and scales the pools. There is a shard 0 whatever the number of shards is."""
 _MAX_KNOWN: Final = 1_000_000
 """Maximum number of slugs whose shard is cached; hashing one takes 2 µs."""
 

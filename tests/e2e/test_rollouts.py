@@ -40,7 +40,9 @@ NAMES = tuple(f"d{number}" for number in range(6))
 
 
 @pytest.mark.slow_because("two runs of the program, and four roll-outs")
-async def test_a_bad_version_is_tried_on_two_devices_only(tmp_path: Path, directory: Path) -> None:  # noqa: ARG001  # it stops the agents
+async def test_a_bad_version_is_tried_on_two_devices_only(
+    tmp_path: Path, directory: Path
+) -> None:  # it stops the agents
     """Version 2 asks a port where nothing listens: two devices turn degraded, and the class goes back by itself.
     Version 3 has two devices, and soaks and waits until it is promoted, and `undo` returns to version 1."""
     device, alive, program = Listener(says(OK)), Listener(says(OK)), Patient(tmp_path)

@@ -43,13 +43,14 @@ from nomad_watchdog.clients import (
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config import class_set, load
 from nomad_watchdog.config.types import checked_listen
-from nomad_watchdog.controllers import inventory_file, migration_state, rollout
+from nomad_watchdog.controllers import inventory_file, migration_state, rebalance_state, rollout
 from nomad_watchdog.core import agent_token, webhook_signature
+from nomad_watchdog.core.rebalance import Rebalance
 from nomad_watchdog.errors import TerminalError, TransientError, UserError
 from nomad_watchdog.events import _sql as event_sql
 from nomad_watchdog.events import merged_log
 from nomad_watchdog.fleet import pauses
-from nomad_watchdog.model import AgentSpec
+from nomad_watchdog.model import AgentSpec, WallTime
 from nomad_watchdog.pools import _kubernetes_objects, local, metric_reader
 from nomad_watchdog.registry import backup, codec, epoch_floor
 from nomad_watchdog.replicas.file_lease import FileLeases
@@ -166,6 +167,18 @@ PAUSES = {
     ],
 }
 MIGRATIONS = {"v": 1, "base": "a", "backends": ["a"], "moves": []}
+REBALANCES = {
+    "v": 1,
+    "rebalance": {
+        **rebalance_state.rebalance_json(Rebalance("r", WallTime(1.0), "me")),
+        "going": {"d": {"ref": "r", "epoch": 1, "host": "n"}},
+        "marks": ["m"],
+        "avoid": ["n"],
+        "useful": 0,
+        "useless": 0,
+        "unusable": [],
+    },
+}
 CLASSES = {
     "v": 1,
     "number": 1,
@@ -364,6 +377,7 @@ PARSERS = [
     plain("registry document", lambda text: epoch_floor.FORMAT.decode(text.encode("utf-8", "replace")), with_token({"v": 1, "epoch": 1, "generation": 1}), UserError),
     plain("pauses", lambda text: pauses.FORMAT.decode(text.encode("utf-8", "replace")), with_token(PAUSES), UserError),
     plain("migrations", lambda text: migration_state.FORMAT.decode(text.encode("utf-8", "replace")), with_token(MIGRATIONS), UserError),
+    plain("rebalances", lambda text: rebalance_state.FORMAT.decode(text.encode("utf-8", "replace")), with_token(REBALANCES), UserError),
     plain("class set", lambda text: class_set.HEAD.decode(text.encode("utf-8", "replace")), with_token(CLASSES), UserError),
     plain("backup", lambda text: backup.parse(io.StringIO(text)), with_token(RECORD), UserError),
     file("plan file", "plan.json", plan._read, with_token({"v": 1, "actions": []}), UserError),

@@ -51,6 +51,16 @@ async def every(period_s: float, call: Callable[[], Awaitable[object]]) -> None:
         await call()
 
 
+async def follow(
+    period_s: float, poll: Callable[[], Awaitable[bool]], wake: Callable[[], None]
+) -> None:
+    """As `every`, and call `wake` after each poll that has found a change."""
+    while True:
+        await asyncio.sleep(period_s)
+        if await poll():
+            wake()
+
+
 @dataclass(frozen=True, slots=True)
 class PeriodicJobs:
     """The parts of one reconciler that need it."""

@@ -17,7 +17,7 @@ from typing import Final
 from nomad_watchdog.controllers.agents.capacity import CapacityMonitor
 from nomad_watchdog.controllers.agents.executor import ActionExecutor
 from nomad_watchdog.controllers.agents.explain import LoopStatus
-from nomad_watchdog.controllers.agents.periodic import PeriodicJobs, every
+from nomad_watchdog.controllers.agents.periodic import PeriodicJobs, every, follow
 from nomad_watchdog.controllers.agents.placement_informer import PlacementInformer
 from nomad_watchdog.controllers.agents.plan_builder import PlanBuilder
 from nomad_watchdog.controllers.agents.prepared_classes import PreparedClasses, ReadSpecs
@@ -26,6 +26,7 @@ from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.controllers.class_set import Place, unchanged
 from nomad_watchdog.controllers.condition_writer import ConditionWriter
 from nomad_watchdog.controllers.migration import MigrationController
+from nomad_watchdog.controllers.rebalance import RebalanceController
 from nomad_watchdog.controllers.rollout import POLL_S
 from nomad_watchdog.core import planner
 from nomad_watchdog.core.actions import Action, ActionKind, ActionOutcome, Move
@@ -85,12 +86,16 @@ class Reconciler:
         self.migrations = MigrationController(
             fleet, scheduler, self.ownership, metrics, self._read_all_again
         )
+        self.hosts = HostWatcher(fleet)
+        self.rebalances = RebalanceController(
+            fleet, scheduler, self.ownership, self.classes, metrics, self.hosts
+        )
+        self.executor.avoids.append(self.rebalances.avoid)
         self.plan_builder = PlanBuilder(
             fleet, self.ownership, self.classes, metrics, self.migrations, self.capacity,
-            is_active=self.queue.is_active,
+            sources=[self.rebalances.requested], is_active=self.queue.is_active,
         )  # fmt: skip
         self.breaker = self.plan_builder.breaker
-        self.hosts = HostWatcher(fleet)
         self.conditions = ConditionWriter(fleet, self.ownership, leases)
         self.follower = RecordInformer(
             fleet, self.ownership, metrics, self._records_read, self.migrations
@@ -139,8 +144,9 @@ class Reconciler:
                 group.create_task(timer)
             group.create_task(self.classes.remember())
             group.create_task(every(POLL_S, self._follow_classes))
+            group.create_task(follow(POLL_S, self.rebalances.poll, self.wake))
             if self.migrations.on:
-                group.create_task(every(POLL_S, self._follow_migration))
+                group.create_task(follow(POLL_S, self.migrations.poll, self.wake))
             group.create_task(every(DOUBT_EVERY_S, self.follower.doubt))
             group.create_task(self.executor.run())
 
@@ -160,10 +166,6 @@ class Reconciler:
 
     async def _follow_classes(self) -> None:
         if await self.classes.poll():
-            self.wake()
-
-    async def _follow_migration(self) -> None:
-        if await self.migrations.poll():
             self.wake()
 
     def _read_all_again(self) -> None:
