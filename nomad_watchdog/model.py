@@ -147,16 +147,15 @@ class Placement:
     backend: str = ""
     """The scheduler that has it; "" = the configured one."""
     waits_since: WallTime = WallTime(0.0)
-    """When the scheduler last began to start it: the job was submitted, or its newest allocation or pod was created,
-    whichever is later, by the scheduler's clock. 0 = not known."""
+    """When the job was submitted, or its newest allocation or pod created, by the scheduler's clock. 0 = not known."""
     queued: bool = False
-    """No node has it: none has room for it now, or the scheduler has not decided yet. The next epoch would wait in the
-    same queue."""
+    """No node has it: none has room now, or the scheduler has not decided yet. The next epoch would wait as well."""
     source: str = ""
-    """URL below a replica's address that the agent is fetched from when it starts on a node; "" = it is not
-    fetched from a replica, or that is not known."""
+    """URL below a replica's address that the agent is fetched from when it starts; "" = none, or not known."""
     api: tuple[str, ...] = ()
     """Addresses that it was started with, to send its reports to; () = not known."""
+    node_id: str = ""
+    """ID of its node, where several can have one name; "" = the name is unique, or no node has this epoch yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,3 +397,5 @@ class Limits:
     tombstone_ttl_s: float = 604_800.0
     """Time for which the record of a device that has left is kept (`core.tombstones`)."""
     presence: PresenceRules = PresenceRules()
+    leaves: frozenset[str] = frozenset({"draining"})
+    """The closed hosts that agents leave (`core.node_drain`): draining ones, ineligible ones, both or none."""

@@ -116,12 +116,17 @@ class Affinity(TypedDict, total=False):
     Weight: int
 
 
+class MigrateStrategy(TypedDict, total=False):
+    MaxParallel: int
+
+
 class TaskGroup(TypedDict, total=False):
     Name: str
     Count: int | None
     Disconnect: Disconnect | None
     EphemeralDisk: EphemeralDisk | None
     MaxClientDisconnect: int | None
+    Migrate: MigrateStrategy
     Meta: dict[str, str] | None
     ReschedulePolicy: ReschedulePolicy | None
     RestartPolicy: RestartPolicy | None

@@ -33,6 +33,13 @@ class NomadSettings(Block):
     tls_server_name: Text | None = None
     strategy: Literal["dispatch", "register"] = "dispatch"
     job_prefix: Name = "device-watchdog"
+    drain: Literal["move", "wait"] = "move"
+    leave_ineligible: bool = False
+
+    def leaves(self) -> frozenset[str]:
+        """As `Limits.leaves`."""
+        which = {"draining": self.drain == "move", "ineligible": self.leave_ineligible}
+        return frozenset(name for name, moves in which.items() if moves)
 
 
 class ConsulSettings(Block):

@@ -63,3 +63,5 @@ class Action:
     """REPLACE: why."""
     home: str = ""
     """START: the scheduler to place on, REPLACE: the one to move to; "" = unchanged (`core.migration`)."""
+    waits_for: str = ""
+    """REPLACE: why it may not begin whatever room the window has, in words; "" = it may."""

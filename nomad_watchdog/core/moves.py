@@ -24,10 +24,15 @@ class MoveRequest:
     """`Placement.ref` of the placement."""
     reason: str
     """In words, such as "node n1 is being drained"."""
+    waits_for: str = ""
+    """Why it can't be met now, in words, such as "no other node takes agents"; "" = it can. Until then the placement is
+    not replaced for a less urgent reason either."""
+    epoch: int = 0
+    """Epoch of the placement, for a scheduler that updates a placement in place, with the same reference; 0 = any."""
 
     def concerns(self, placement: Placement) -> bool:
         """Whether this is the placement to leave."""
-        return self.ref == placement.ref
+        return self.ref == placement.ref and self.epoch in (0, placement.epoch)
 
 
 Requested = Mapping[Slug, MoveRequest]

@@ -213,6 +213,7 @@ def _keep(record: DeviceRecord, current: list[Placement], goals: Goals) -> Itera
     if why is None:
         return
     move, reason = why
+    request = goals.requested.get(record.slug)
     yield Action(
         kind=ActionKind.REPLACE,
         slug=record.slug,
@@ -223,6 +224,7 @@ def _keep(record: DeviceRecord, current: list[Placement], goals: Goals) -> Itera
         placement=keeper,
         move=move,
         home=_elsewhere(record, keeper, goals.homes) if move is Move.MIGRATION else "",
+        waits_for=request.waits_for if request is not None and request.move is move else "",
     )
 
 

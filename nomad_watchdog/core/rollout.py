@@ -54,7 +54,7 @@ def admit(
 ) -> tuple[Action, ...]:
     """The replacements that may begin now, the most urgent reasons first (`Move`)."""
     ordered = sorted(
-        (one for one in candidates if not _is_halted(one, readiness)),
+        (one for one in candidates if not one.waits_for and not _is_halted(one, readiness)),
         key=lambda one: (
             not readiness.in_work(one.slug),
             one.move,

@@ -259,6 +259,7 @@ def _options(settings: Settings, backend: str, installation: str) -> dict[str, o
             "shards": settings.shards,
             "installation": installation,
             "prefix": settings.nomad.job_prefix,
+            "drain": settings.nomad.drain,
         }
     shared: dict[str, object] = {"installation": installation, "shards": settings.shards}
     if backend == "kubernetes":

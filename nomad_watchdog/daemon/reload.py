@@ -51,6 +51,7 @@ _PARTS: Final = {
         "read_burst",
         "streams_per_token",
     ),
+    "nomad": ("drain", "leave_ineligible"),
     "retry": ("initial", "max", "starts_per_hour"),
     "log": ("level",),
 }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.model import PlacementState
 from nomad_watchdog.schedulers import ClosedHost
 
 _BEGAN = {True: "node.draining", False: "node.ineligible"}
+WAITS: Final = "node.drain_waits"
+GOES_ON: Final = "node.drain_resumed"
 
 
 class HostWatcher:
@@ -19,6 +22,8 @@ class HostWatcher:
         self._closed: Mapping[str, ClosedHost] = {}
         self._kinds: dict[str, str] | None = None
         """Closed host → the kind of its last event. None: nothing has been read since the start."""
+        self._waits: dict[str, str] = {}
+        """Host that agents should leave and cannot → why."""
         fleet.views.add_status(self.status)
 
     @property
@@ -27,38 +32,62 @@ class HostWatcher:
         return self._closed
 
     def status(self) -> dict[str, object]:
-        """For the status: each of these hosts, its state, and the number of agents there."""
+        """For the status: each of these hosts, its state, the number of agents there, and why they do not leave."""
         return {
             "closed_nodes": [
                 {"node": name, "state": host.state, "agents": self._agents(name)}
-                for name, host in sorted(self._closed.items())
+                | ({"waits": self._waits[name]} if name in self._waits else {})
+                for name, host in sorted(self.closed.items())
             ]
         }
 
     def seen(self, closed: Mapping[str, ClosedHost]) -> None:
         """Take the closed hosts of a full snapshot."""
-        if self._kinds is None:
-            self._kinds = self._published()
+        kinds = self._known_kinds()
         self._closed = self._fleet.hosts.closed = closed
         for name, host in closed.items():
             kind = _BEGAN[host.draining]
-            if self._kinds.get(name) != kind:
-                self._kinds[name] = kind
-                agents = self._agents(name)
-                what = f"{agents} {'agent is' if agents == 1 else 'agents are'} there"
-                text = f"node {name} is {host.state}: no new agent is placed on it, {what}"
+            if kinds.get(name) != kind:
+                kinds[name] = kind
+                text = f"node {name} is {host.state}: no new agent is placed on it, {self._there(name)}"
                 self._note(kind, name, text)
-        for name in self._kinds.keys() - closed.keys():
-            del self._kinds[name]
+        for name in kinds.keys() - closed.keys():
+            del kinds[name]
+            self._waits.pop(name, None)
             self._note("node.open", name, f"node {name} takes new agents again")
 
-    def _published(self) -> dict[str, str]:
-        """What the stored events of an earlier run say, so that a restart publishes nothing again."""
-        found: dict[str, str] = {}
+    def waits(self, found: Mapping[str, str]) -> None:
+        """Take the hosts that agents should leave and cannot, and why. Publishes when that begins and ends."""
+        self._known_kinds()
+        before, self._waits = self._waits, dict(found)
+        for name in found.keys() - before.keys():
+            text = f"no agent leaves node {name}: {found[name]}; {self._there(name)}"
+            self._note(WAITS, name, text)
+        for name in before.keys() - found.keys():
+            self._note(GOES_ON, name, f"agents can leave node {name} again; {self._there(name)}")
+
+    def _known_kinds(self) -> dict[str, str]:
+        """`_kinds`, and at the first call what the stored events of an earlier run say, so that a restart publishes
+        nothing again."""
+        if self._kinds is not None:
+            return self._kinds
+        self._kinds = kinds = {}
         for event in self._fleet.events.all.recent():
-            if event.kind.startswith("node."):
-                found[str(event.data.get("node"))] = event.kind
-        return {name: kind for name, kind in found.items() if kind != "node.open"}
+            name = str(event.data.get("node"))
+            if event.kind == WAITS:
+                self._waits[name] = ""
+            elif event.kind == GOES_ON:
+                self._waits.pop(name, None)
+            elif event.kind.startswith("node."):
+                kinds[name] = event.kind
+        for name in [name for name, kind in kinds.items() if kind == "node.open"]:
+            del kinds[name]
+        self._waits = {name: why for name, why in self._waits.items() if name in kinds}
+        return kinds
+
+    def _there(self, name: str) -> str:
+        agents = self._agents(name)
+        return f"{agents} {'agent is' if agents == 1 else 'agents are'} there"
 
     def _agents(self, name: str) -> int:
         return sum(

@@ -39,6 +39,11 @@ class ClosedHost:
     """Its agents are to move to other hosts. False: it is only ineligible, and its agents stay."""
     state: str
     """Short text for people, such as "draining until 2026-11-30T05:00:00Z"."""
+    nodes: Mapping[str, bool] = field(default_factory=dict)
+    """Where several nodes can have one name: the IDs of those of this name that are closed, and whether each is being
+    drained. Empty = the name is unique."""
+    is_last: bool = False
+    """No host of its scheduler takes agents now."""
 
 
 @dataclass(frozen=True, slots=True)

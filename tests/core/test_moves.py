@@ -87,6 +87,7 @@ def test_a_request_is_met_once(fleet: tuple[World, dict[Slug, MoveRequest]]) -> 
 
 
 def test_of_two_requests_the_more_urgent_one_counts() -> None:
+    """Of two requests for one device, that of the more urgent reason is met, in whatever order they come."""
     drain, relief = (MoveRequest(move, "ref", move.name) for move in (Move.DRAIN, Move.RELIEF))
     (slug, other) = SLUGS[:2]
     assert combined({slug: relief}, {slug: drain, other: relief}, {slug: relief}) == {

@@ -130,6 +130,10 @@ presence {
 agents { startup_grace = "90s" }
 incident { min = 9 }
 resync = "17s"
+nomad {
+  drain = "wait"
+  leave_ineligible = true
+}
 log { level = "warning" }""",
     )
     text = (service.folder / "watchdog.hcl").read_text()
@@ -144,6 +148,8 @@ log { level = "warning" }""",
         f"api.token_file {service.folder}/token → {service.folder}/other",
         "incident.min 3 → 9",
         "log.level info → warning",
+        "nomad.drain move → wait",
+        "nomad.leave_ineligible false → true",
         "presence.grace 30s → 2m",
         "resync 30s → 17s",
         "rollout.at_once 5 → 7",
@@ -152,6 +158,7 @@ log { level = "warning" }""",
     assert await service.asked_with("second-token-of-the-api") == 200
     assert await service.asked_with("third-token-of-the-api") == 200
     assert fleet.limits.replace_at_once == 7
+    assert fleet.limits.leaves == {"ineligible"}
     assert fleet.presence.heartbeats.rules.grace_s == 120.0
     assert fleet.recorder._start_times.grace("default").seconds == 90.0
     assert fleet.recorder.incidents._correlator.limits.least == 9

@@ -40,7 +40,7 @@ agent_class "default" {
 @pytest.mark.slow_because("starts a Nomad of its own, as no node of a shared one may be drained")
 async def test_a_drain_is_reported_when_it_begins_and_when_it_ends(tmp_path: Path) -> None:
     """With a resync of ten minutes, `status` and `explain` show the drain as soon as the
-    scheduler's event arrives. Each change is one event, and a restart of the control plane does not
+    scheduler's event arrives. The agent stays, because no other node takes agents. Each change is one event, and a restart of the control plane does not
     publish it again. An agent that no node takes has that reason in `status` and in its device's
     verdict, and no start is put on hold."""
     async with NomadServer(tmp_path / "nomad") as nomad:
@@ -75,24 +75,29 @@ async def test_a_drain_is_reported_when_it_begins_and_when_it_ends(tmp_path: Pat
             await nomad.request("POST", f"{path}/drain", {"DrainSpec": drain})
             found = await closed("draining until ")
             assert (found["node"], found["agents"]) == (name, 1)
+            why = "no other node takes agents"
+            await plane.until(
+                "/v1/status", lambda status: status["closed_nodes"][0].get("waits") == why
+            )
             explained = await plane.call("GET", "/v1/devices/pump/explain")
-            assert f"node {name} is being drained" in explained["next"]
-            (event,) = (await plane.call("GET", "/v1/events?kind=node."))["items"]
-            assert event["text"] == (
+            assert explained["next"] == f"replace: node {name} is {found['state']}; waits: {why}"
+            begun, waits = (await plane.call("GET", "/v1/events?kind=node."))["items"]
+            assert begun["text"] == (
                 f"node {name} is {found['state']}: no new agent is placed on it, 1 agent is there"
             )
+            assert waits["text"] == f"no agent leaves node {name}: {why}; 1 agent is there"
 
             await plane.process.terminate(15.0)
             await plane.start()
             await plane.ready()
             await closed("draining until ")
-            assert await kinds() == ["node.draining"]
+            assert await kinds() == ["node.draining", "node.drain_waits"]
 
             await nomad.request("POST", f"{path}/drain", {"DrainSpec": None, "MarkEligible": True})
             await opened()
             explained = await plane.call("GET", "/v1/devices/pump/explain")
             assert "drained" not in explained["next"]
-            assert await kinds() == ["node.draining", "node.open"]
+            assert await kinds() == ["node.draining", "node.drain_waits", "node.open"]
 
             eligibility = f"{path}/eligibility"
             await nomad.request("POST", eligibility, {"Eligibility": "ineligible"})
@@ -113,6 +118,7 @@ async def test_a_drain_is_reported_when_it_begins_and_when_it_ends(tmp_path: Pat
             async def all_told() -> bool:
                 return await kinds() == [
                     "node.draining",
+                    "node.drain_waits",
                     "node.open",
                     "node.ineligible",
                     "node.open",

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from nomad_watchdog.clients.nomad import NomadAccess, NomadClient
+from nomad_watchdog.clients.nomad_rows import Allocation, Job
 from nomad_watchdog.daemon.doctor import nodes as doctor_nodes
-from nomad_watchdog.ids import slug_of
+from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import AgentSpec, Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers import ClosedHost
 from nomad_watchdog.schedulers.nomad import NomadScheduler
+from nomad_watchdog.schedulers.nomad._view import JobIdentity, placement
 from nomad_watchdog.schedulers.nomad.nodes import Node, NodeList, Nodes, deadline_of, node_of
 from nomad_watchdog.testing.conformance import record_of
 from servers.nomad import NomadServer
@@ -70,6 +72,18 @@ async def test_doctor_counts_no_node_that_takes_no_agents() -> None:
     assert "node drain -disable" in found["nomad nodes"][2]
 
 
+async def test_doctor_says_what_a_token_without_sight_of_nodes_costs() -> None:
+    """Without `node:read` drains are not seen, so no agent leaves a draining node."""
+
+    async def ask(_method: str, _path: str) -> tuple[int, Any]:
+        return 403, "Permission denied"
+
+    ((name, status, text, fix),) = await doctor_nodes.checks(ask)
+    assert (name, status, text) == ("nomad nodes", "warn", "HTTP 403")
+    assert 'node { policy = "read" }' in fix
+    assert "no agent leaves a draining node" in fix
+
+
 async def test_doctor_names_both_ids_of_a_name() -> None:
     """A client that has lost its data directory appears next to its old node."""
     found = await doctor(row(NEW, "n1"), row(OLD, "n1", Status="down"), row("a" * 36, "n2"))
@@ -100,17 +114,38 @@ def test_the_reason_of_an_agent_tells_of_its_node() -> None:
 
 def test_closed_nodes_are_those_that_an_operator_has_closed() -> None:
     """Drained and ineligible nodes, including one that is down; of two nodes with one name, the
-    draining one."""
+    draining one. Without any node that takes agents, each is marked as such."""
     down = row(OLD, "n1", Status="down", SchedulingEligibility="ineligible")
     nodes = [node_of(DRAINED, deadline_of(STRATEGY)), node_of(down), node_of(row("a" * 36, "n3"))]
     assert Nodes.of(nodes).closed() == {
-        "n1": ClosedHost(False, "ineligible and down"),
-        "n2": ClosedHost(True, "draining until 2026-11-30T05:00:00Z"),
+        "n1": ClosedHost(False, "ineligible and down", {OLD: False}),
+        "n2": ClosedHost(True, "draining until 2026-11-30T05:00:00Z", {"d" * 36: True}),
     }
     twin = node_of(row(NEW, "n1", Drain=True, SchedulingEligibility="ineligible"))
     closed = Nodes.of([node_of(down), twin]).closed()
     said = "draining (id 8bc19d00, one of 2 nodes of this name)"
-    assert closed == {"n1": ClosedHost(True, said)}
+    both = {OLD: False, NEW: True}
+    assert closed == {"n1": ClosedHost(True, said, both, is_last=True)}
+
+
+@pytest.mark.parametrize(("created", "node"), [(9, ""), (11, "n" * 36)])
+def test_a_job_that_is_updated_in_place_has_no_node_before_its_new_allocation(
+    created: int, node: str
+) -> None:
+    """Until then its newest allocation is that of the epoch before, and must not be moved again."""
+    who = JobIdentity(slug_of(DeviceId("d")), DeviceId("d"), Epoch(2))
+    job: Job = {"ID": "j", "Status": "running", "JobModifyIndex": 10}
+    alloc: Allocation = {
+        "ID": "a",
+        "JobID": "j",
+        "ClientStatus": "running",
+        "DesiredStatus": "run",
+        "CreateIndex": created,
+        "NodeID": "n" * 36,
+        "NodeName": "n1",
+    }
+    found = placement(job, who, [alloc], [], settled=False)
+    assert (found.node, found.node_id) == ("n1", node)
 
 
 def test_an_event_of_a_node_is_news_only_if_it_shows_another_state() -> None:

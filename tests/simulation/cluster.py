@@ -128,6 +128,8 @@ class Cluster:
     chance: random.Random = field(default_factory=lambda: random.Random(0))
     nodes: dict[str, bool] = field(default_factory=lambda: {"n1": True, "n2": True})
     """Name → whether the scheduler receives its reports."""
+    closed: dict[str, bool] = field(default_factory=dict)
+    """Nodes that take no new agents → whether they are being drained."""
     jobs: dict[str, Job] = field(default_factory=dict)
     processes: dict[int, Process] = field(default_factory=dict)
     """The live processes."""
@@ -328,7 +330,7 @@ class Cluster:
     def _place(self, job: Job) -> None:
         if job.dead or job.stopped or job.run is not None:
             return
-        up = [name for name, heard in self.nodes.items() if heard]
+        up = [name for name, heard in self.nodes.items() if heard and name not in self.closed]
         if not up:
             self._later((0.5, 1.0), self._place, job)
             return
@@ -362,7 +364,7 @@ class Cluster:
     def _move(self, job: Job, run: Run) -> None:
         if job.dead or job.stopped or job.run is not run or self.nodes[run.node]:
             return
-        up = [name for name, heard in self.nodes.items() if heard]
+        up = [name for name, heard in self.nodes.items() if heard and name not in self.closed]
         if up:
             job.restarts += 1
             self._run_on(job, self.chance.choice(up))

@@ -17,7 +17,7 @@ from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
 from nomad_watchdog.registry import CommitGuard, RegistryDocument, RegistrySnapshot, check_document
 from nomad_watchdog.registry.codec import Decoder, decode, encode
-from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot, named
+from nomad_watchdog.schedulers import Capabilities, Capacity, ClosedHost, Hint, Snapshot, named
 from tests.simulation.cluster import Cluster, News
 
 __all__ = ["Cluster", "FakeRegistry", "FakeScheduler", "Line", "Store"]
@@ -256,10 +256,18 @@ class FakeScheduler:
             self._index = 0
             raise StaleError(f"the scheduler's index went back to {index}")
         self._index = max(self._index, index)
-        seen = Snapshot(found, index, asked)
+        seen = Snapshot(found, index, asked, closed_hosts=self._closed_hosts())
         if only is None:
             self._read = seen
         return seen
+
+    def _closed_hosts(self) -> Mapping[str, ClosedHost]:
+        closed, nodes = self._cluster.closed, self._cluster.nodes
+        is_last = not any(up and name not in closed for name, up in nodes.items())
+        return {
+            name: ClosedHost(draining, "draining" if draining else "ineligible", is_last=is_last)
+            for name, draining in closed.items()
+        }
 
     async def unchanged_since(self, snapshot: Snapshot) -> bool:
         index, _ = await self._line.call(

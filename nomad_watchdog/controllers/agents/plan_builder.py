@@ -163,6 +163,8 @@ class PlanBuilder:
         fleet, name = self.fleet, action.placement.agent_class if action.placement else ""
         if plan.held:
             return "waits: no agent is replaced while stops are held"
+        if action.waits_for:
+            return f"waits: {action.waits_for}"
         if action.move is Move.STALLED:
             if full := self.capacity.no_room:
                 return f"waits for room: {full}"

@@ -26,6 +26,7 @@ from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.controllers.class_set import Place, unchanged
 from nomad_watchdog.controllers.condition_writer import ConditionWriter
 from nomad_watchdog.controllers.migration import MigrationController
+from nomad_watchdog.controllers.node_drain import NodeDrainController
 from nomad_watchdog.controllers.rebalance import RebalanceController
 from nomad_watchdog.controllers.rollout import POLL_S
 from nomad_watchdog.core import planner
@@ -87,13 +88,12 @@ class Reconciler:
             fleet, scheduler, self.ownership, metrics, self._read_all_again
         )
         self.hosts = HostWatcher(fleet)
-        self.rebalances = RebalanceController(
-            fleet, scheduler, self.ownership, self.classes, metrics, self.hosts
-        )
+        self.rebalances = RebalanceController(fleet, scheduler, self.ownership, self.classes, metrics, self.hosts)  # fmt: skip
         self.executor.avoids.append(self.rebalances.avoid)
+        self.drains = NodeDrainController(fleet, self.ownership, self.classes, self.capacity, self.hosts)  # fmt: skip
         self.plan_builder = PlanBuilder(
             fleet, self.ownership, self.classes, metrics, self.migrations, self.capacity,
-            sources=[self.rebalances.requested], is_active=self.queue.is_active,
+            sources=[self.drains.requested, self.rebalances.requested], is_active=self.queue.is_active,
         )  # fmt: skip
         self.breaker = self.plan_builder.breaker
         self.conditions = ConditionWriter(fleet, self.ownership, leases)
@@ -295,6 +295,7 @@ class Reconciler:
 
     def reconcile(self) -> Plan:
         """One pass: decide for every device and hand the actions to the queue. No I/O."""
+        self.drains.look()
         plan = self.plan_builder.make(self.breaker.confirmed)
         actions = [a for a in plan.actions if not self._undecided(a.slug)]
         urgent = len(actions) <= QUICK // 2

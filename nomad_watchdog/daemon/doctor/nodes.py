@@ -26,7 +26,7 @@ async def checks(call: Call) -> list[Check]:
     """The checks of the nodes. Raises what `call` raises."""
     status, answer = await call("GET", "/v1/nodes")
     if status != 200 or not isinstance(answer, list):
-        fix = 'grant  node { policy = "read" }  to the token'
+        fix = 'grant  node { policy = "read" }  to the token; without it no agent leaves a draining node'
         return [Check("nomad nodes", CheckStatus.WARN, f"HTTP {status}", fix)]
     rows, nodes = cast("list[NodeRow]", objects(answer)), []
     for row in rows:

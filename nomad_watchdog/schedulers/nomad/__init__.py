@@ -50,7 +50,8 @@ _TRIES: Final = 4
 
 class NomadScheduler:
     """`blocked_limit`: number of our blocked evaluations from which on there is no room (children that cannot be
-    placed cost the servers quadratic CPU)."""
+    placed cost the servers quadratic CPU). `drain`: as the setting `nomad.drain`; with "wait", Nomad moves the jobs of
+    the strategy `register` itself."""
 
     name = "nomad"
 
@@ -64,6 +65,7 @@ class NomadScheduler:
         prefix: str = "device-watchdog",
         client: NomadClient | None = None,
         blocked_limit: int = 10,
+        drain: Literal["move", "wait"] = "move",
         clock: Clock | None = None,
     ) -> None:
         if strategy not in ("dispatch", "register"):
@@ -77,6 +79,7 @@ class NomadScheduler:
         self._names = JobNames(prefix, shards)
         self._client = client or NomadClient(settings or NomadAccess.from_env())
         self._blocked_limit = blocked_limit
+        self._drain_moves = drain == "move"
         self._built: dict[tuple[str, str], Job] = {}
         self._trials: dict[str, str] = {}
         """Agent class → hash of its spec on trial."""
@@ -286,7 +289,8 @@ class NomadScheduler:
             self._built[spec.agent_class, spec.spec_hash] = parent
         job_id = self._names.of_device(record.slug)
         meta = _jobs.meta(record, epoch, spec, shard_of(record.slug, self._shards))
-        job = _jobs.service_job(parent, job_id, _jobs.payload(record, epoch, spec), meta)
+        document = _jobs.payload(record, epoch, spec)
+        job = _jobs.service_job(parent, job_id, document, meta, waits=self._drain_moves)
         job = steered(job, spec.avoid)
         for _ in range(_TRIES):
             found = await self._client.job(job_id)

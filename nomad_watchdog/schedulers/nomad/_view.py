@@ -101,11 +101,20 @@ def placement(
         queued=bool(evals) and (newest is None or newest["ClientStatus"] in _ENDED),
         source=meta.get(SOURCE, ""),
         api=tuple(meta.get(API, "").split()),
+        node_id=_node_id(job, newest),
     )
 
 
 def _created(alloc: Allocation) -> int:
     return alloc.get("CreateIndex", 0)
+
+
+def _node_id(job: Job, newest: Allocation | None) -> str:
+    """The node of the newest allocation, "" = there is none of this epoch. When a job is updated in place, its newest
+    allocation is that of the epoch before until the scheduler has made another one."""
+    if newest is None or _created(newest) < job.get("JobModifyIndex", 0):
+        return ""
+    return newest.get("NodeID", "")
 
 
 def _waits_since(job: Job, newest: Allocation | None) -> WallTime:

@@ -126,8 +126,13 @@ def dispatch_body(document: bytes, meta: Mapping[str, str]) -> Dispatch:
     }
 
 
-def service_job(parent: Job, job_id: str, document: bytes, meta: Mapping[str, str]) -> Job:
-    """The parent as the job of one device, with the document in the environment."""
+def service_job(
+    parent: Job, job_id: str, document: bytes, meta: Mapping[str, str], *, waits: bool = True
+) -> Job:
+    """The parent as the job of one device, with the document in the environment.
+
+    `waits`: on a draining node Nomad leaves it alone until the deadline of the drain, as it does with batch jobs.
+    Otherwise Nomad moves the jobs of all devices at once, because each is a group of one."""
     job = copy.deepcopy(parent)
     job |= {"ID": job_id, "Name": job_id, "Type": "service", "ParameterizedJob": None}
     job["Meta"] = {**(job.get("Meta") or {}), **meta}
@@ -136,6 +141,8 @@ def service_job(parent: Job, job_id: str, document: bytes, meta: Mapping[str, st
     for group in job["TaskGroups"] or []:
         group["Count"] = 1
         group["Update"] = {"MaxParallel": 0}
+        if waits:
+            group["Migrate"] = {"MaxParallel": 0}
         for task in group["Tasks"] or []:
             task["DispatchPayload"] = None
             env = {**(task.get("Env") or {})}

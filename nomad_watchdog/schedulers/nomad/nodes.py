@@ -113,6 +113,7 @@ class Nodes:
     def closed(self) -> dict[str, ClosedHost]:
         """The nodes that are draining or ineligible, by name; of several with one name, one of them."""
         found = {}
+        is_last = not any(one.takes_agents for one in self.by_id.values())
         for name, some in self.by_name.items():
             shut = [one for one in some if one.draining or not one.eligible]
             if not shut:
@@ -120,7 +121,12 @@ class Nodes:
             one = max(shut, key=lambda node: node.draining)
             state = one.state if one.status == "ready" else f"ineligible and {one.status}"
             among = f" (id {one.short_id}, one of {len(some)} nodes of this name)"
-            found[name] = ClosedHost(one.draining, state + (among if len(some) > 1 else ""))
+            found[name] = ClosedHost(
+                one.draining,
+                state + (among if len(some) > 1 else ""),
+                {node.id: node.draining for node in shut},
+                is_last,
+            )
         return found
 
     def reason(self, alloc: Allocation | None, state: PlacementState, reason: str) -> str:
@@ -150,7 +156,7 @@ def _drained(node: Node) -> str:
             "and it is started again on another node with room"
         )
     return (
-        f"node {node.name} is being drained without a deadline: the agent stays there until it is stopped; "
+        f"node {node.name} is being drained without a deadline: Nomad leaves the agent there; "
         "a deadline (`nomad node drain -enable -deadline 5m`) moves it to another node"
     )
 

@@ -1,0 +1,244 @@
+"""Which agents leave their hosts, because a host is being drained, and what they wait for.
+
+An agent leaves only if another host of its scheduler takes agents, and while no agent of its class waits for a host. Of
+each class one agent goes first: the others follow when it has a place, so that a cluster without room costs one agent of
+the class, and not as many as the window permits.
+Only one replica moves agents of draining hosts at a time: the holder of the lowest shard that has any to move. Together
+with the window, which counts the devices of all replicas, this keeps to one window for all of them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Final
+
+from nomad_watchdog.core.actions import Move
+from nomad_watchdog.core.moves import MoveRequest, Requested
+from nomad_watchdog.ids import Shard, Slug
+from nomad_watchdog.model import DeviceRecord, Epoch, Monotonic, Placement, PlacementState, Presence
+
+Placements = Mapping[Slug, tuple[Placement, ...]]
+_MOVABLE: Final = frozenset(
+    {PlacementState.RUNNING, PlacementState.STARTING, PlacementState.RESTARTING}
+)
+"""States in which an agent can leave. A lost one may still be the accepted one, and no other could start (S3)."""
+QUEUED_S: Final = 5.0
+"""An agent that has waited for a host for this time, in seconds, does not only wait for the scheduler to decide."""
+SCOUT_S: Final = 300.0
+"""Time after which another agent goes first, if one that went has neither a place nor waits for a host."""
+NO_OTHER: Final = "no other node takes agents"
+NOT_OUR_TURN: Final = "another replica moves the agents of its shards first"
+
+
+@dataclass(frozen=True, slots=True)
+class LeavingHost:
+    """A host that agents are to leave."""
+
+    name: str
+    state: str
+    """Short text for people, such as "draining until 2026-11-30T05:00:00Z"."""
+    node_ids: frozenset[str] = frozenset()
+    """Which nodes of this name; empty = the name is unique."""
+    is_last: bool = False
+    """No host of its scheduler takes agents now."""
+
+    def has(self, placement: Placement) -> bool:
+        """Whether a placement is on this host."""
+        if placement.node != self.name:
+            return False
+        # A node of another scheduler may have the same name.
+        return placement.node_id in self.node_ids if self.node_ids else not placement.node_id
+
+
+@dataclass(frozen=True, slots=True)
+class DrainView:
+    """What a decision is based on."""
+
+    hosts: tuple[LeavingHost, ...]
+    records: Mapping[Slug, DeviceRecord]
+    """Of all replicas."""
+    placements: Placements
+    shard: Callable[[Slug], Shard]
+    ours: AbstractSet[Shard]
+    """The shards that this replica decides about."""
+    now: Monotonic
+    rests: Callable[[Slug], bool] = lambda _slug: False
+    """Whether nothing is done for a device now: it is paused, for example."""
+    unwell: Callable[[Slug], bool] = lambda _slug: False
+    """Whether something is wrong with a device."""
+    no_room: str = ""
+    """Why the scheduler has no room; "" = it has."""
+    blocked: Callable[[str], str] = lambda _agent_class: ""
+    """Why no agent of a class can be started now; "" = they can."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrainDecision:
+    """Which placements are to be left now, and which hosts wait."""
+
+    requested: Requested = field(default_factory=dict)
+    waits: Mapping[str, str] = field(default_factory=dict)
+    """Host from which no agent can move → why, in words."""
+
+
+NOTHING: Final = DrainDecision()
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    placement: Placement
+    host: LeavingHost
+    agent_class: str
+    """The class of its successor."""
+
+    @property
+    def slug(self) -> Slug:
+        return self.placement.slug
+
+
+@dataclass(frozen=True, slots=True)
+class _Scout:
+    """The agent of a class that goes first."""
+
+    slug: Slug
+    epoch: Epoch
+    """Of the placement that it leaves. References can stay the same: a Nomad job that is updated in place."""
+    since: Monotonic
+
+
+@dataclass(slots=True)
+class DrainPlanner:
+    """Decides what leaves, and remembers which classes have found room elsewhere."""
+
+    _scouts: dict[str, _Scout] = field(default_factory=dict)
+    _roomy: set[str] = field(default_factory=set)
+    """Classes of which an agent that left has found a place."""
+    _queued: dict[str, Monotonic] = field(default_factory=dict)
+    """Classes of which an agent waits for a host, and since when."""
+
+    def decide(self, view: DrainView) -> DrainDecision:
+        """What leaves now. No cost without a host to leave."""
+        if not view.hosts:
+            for memory in (self._scouts, self._roomy, self._queued):
+                memory.clear()
+            return NOTHING
+        found = list(_candidates(view))
+        queued = _queued(view)
+        self._remember(view, {one.agent_class for one in found}, queued)
+        lasting = {name: why for name, why in queued.items() if name not in self._roomy}
+        reported = {name: why for name, why in lasting.items() if self._lasts(name, view.now)}
+        obstacles = {one.slug: _obstacle(one, view, lasting) for one in found}
+        free = [one for one in found if not obstacles[one.slug]]
+        turn = min((view.shard(one.slug) for one in free), default=None)
+        ours = [one for one in free if turn in view.ours and view.shard(one.slug) in view.ours]
+        scouted = self._scouted(ours, view)
+        requested: dict[Slug, MoveRequest] = {}
+        for one in found:
+            reason = f"node {one.host.name} is {one.host.state}"
+            why = obstacles[one.slug] or scouted.get(one.slug, NOT_OUR_TURN)
+            old = one.placement
+            requested[one.slug] = MoveRequest(Move.DRAIN, old.ref, reason, why, old.epoch)
+        return DrainDecision(requested, dict(_waiting_hosts(found, view, reported)))
+
+    def _lasts(self, name: str, now: Monotonic) -> bool:
+        return now - self._queued.get(name, now) >= QUEUED_S
+
+    def _remember(
+        self, view: DrainView, leaving: AbstractSet[str], queued: Mapping[str, str]
+    ) -> None:
+        """Note which agents that went first have found a place, and for how long others have waited for one."""
+        for name, scout in list(self._scouts.items()):
+            record = view.records.get(scout.slug)
+            is_gone = record is None or record.presence is not Presence.PRESENT
+            if is_gone or view.now - scout.since > SCOUT_S:
+                del self._scouts[name]
+            elif _has_place(view.placements.get(scout.slug, ()), record, scout.epoch):
+                del self._scouts[name]
+                self._roomy.add(name)
+        self._queued = {name: self._queued.get(name, view.now) for name in queued}
+        stuck = {name for name in queued if self._lasts(name, view.now)}
+        self._roomy &= leaving - stuck
+
+    def _scouted(self, ours: list[_Candidate], view: DrainView) -> dict[Slug, str]:
+        """What each of our agents that could leave waits for; "" = nothing."""
+        by_class: dict[str, list[_Candidate]] = defaultdict(list)
+        for one in ours:
+            by_class[one.agent_class].append(one)
+        found: dict[Slug, str] = {}
+        for name, some in by_class.items():
+            if name in self._roomy:
+                found |= {one.slug: "" for one in some}
+                continue
+            if name not in self._scouts:
+                first = min(some, key=lambda one: (view.unwell(one.slug), one.slug))
+                self._scouts[name] = _Scout(first.slug, first.placement.epoch, view.now)
+            scout = self._scouts[name].slug
+            device = view.records[scout].device.id
+            why = f"the agent of {device}, which is moved first, has no place on another node yet"
+            found |= {one.slug: "" if one.slug == scout else why for one in some}
+        return found
+
+
+def _candidates(view: DrainView) -> Iterator[_Candidate]:
+    """The agents on hosts that are to be left."""
+    hosts: dict[str, list[LeavingHost]] = defaultdict(list)
+    for host in view.hosts:
+        hosts[host.name].append(host)
+    for slug, found in view.placements.items():
+        for one in found:
+            there = next((host for host in hosts.get(one.node, ()) if host.has(one)), None)
+            record = view.records.get(slug)
+            if (
+                there is not None
+                and record is not None
+                and record.presence is Presence.PRESENT
+                and one.epoch == record.epoch
+                and one.state in _MOVABLE
+                and not one.queued
+                and not view.rests(slug)
+            ):
+                yield _Candidate(one, there, record.device.agent_class)
+
+
+def _queued(view: DrainView) -> dict[str, str]:
+    """Agent class → why an agent of it waits for a host."""
+    return {
+        one.agent_class: f"an agent of class {one.agent_class} waits for a node: {one.reason}"
+        for found in view.placements.values()
+        for one in found
+        if one.queued and one.state is not PlacementState.DEAD
+    }
+
+
+def _obstacle(one: _Candidate, view: DrainView, queued: Mapping[str, str]) -> str:
+    """Why an agent can't leave now, whoever's turn it is; "" = it can."""
+    if one.host.is_last:
+        return NO_OTHER
+    return view.no_room or queued.get(one.agent_class, "") or view.blocked(one.agent_class)
+
+
+def _has_place(found: Iterable[Placement], record: DeviceRecord | None, left: Epoch) -> bool:
+    """Whether a device has an agent on a host again, at its record's epoch and after the epoch that it left."""
+    return any(
+        record is not None
+        and one.epoch == record.epoch
+        and one.epoch > left
+        and one.state in _MOVABLE
+        and not one.queued
+        for one in found
+    )
+
+
+def _waiting_hosts(
+    found: Iterable[_Candidate], view: DrainView, queued: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """The hosts from which no agent can move, and why. Waiting for one's turn is no reason."""
+    by_host: dict[str, list[str]] = defaultdict(list)
+    for one in found:
+        by_host[one.host.name].append(_obstacle(one, view, queued))
+    for name, whys in by_host.items():
+        if all(whys):
+            yield name, whys[0]
