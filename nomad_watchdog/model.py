@@ -365,8 +365,7 @@ class Limits:
     """Number of devices whose agent ended before that after which the version is given up."""
     kill_grace_s: float = 10.0
     startup_grace_s: float = 60.0
-    """An agent younger than this that is not ready is starting, not unwatched. Used until enough starts have been
-    measured (`core.startup_grace`)."""
+    """A younger agent that is not ready is starting. Used until starts have been measured (`core.startup_grace`)."""
     startup_grace_min_s: float = 15.0
     startup_grace_max_s: float = 900.0
     """Limits of the measured value."""
