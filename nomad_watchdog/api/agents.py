@@ -45,6 +45,9 @@ async def receive_report(request: web.Request) -> web.StreamResponse:
 
 def _accepted(request: web.Request, fleet: Fleet, report: Report) -> dict[str, object]:
     asks = {"pressure": True} if fleet.pressures.asks(report.slug) else {}
+    placements = fleet.placements.get(report.slug, ())
+    if fleet.trials.holds_repairs(report.slug, report.epoch, placements):
+        asks["hold_repairs"] = True
     return {"accepted": True, **_replicas(request), **_condition(fleet, report), **asks}
 
 

@@ -218,16 +218,16 @@ class RolloutController:
     def _publish_trials(self) -> None:
         """Tell the fleet which outages count with a roll-out, and which devices are not to be repaired."""
         rollouts: dict[Slug, str] = {}
-        unrepaired: set[Slug] = set()
+        unrepaired: dict[Slug, str] = {}
         for name, one in self._staged.items():
             if self.is_given_up(name):
                 continue
             text = f"roll-out of version {one.spec.version} of class {name}"
             rollouts |= dict.fromkeys(one.outages(), text)
             if not one.strategy.repairs:
-                unrepaired |= one.has_spec()
+                unrepaired |= {s: h for s, h in one.trials.items() if s in one.turns.current}
         self._fleet.trials.rollouts = rollouts
-        self._fleet.trials.without_repairs = frozenset(unrepaired)
+        self._fleet.trials.unrepaired = unrepaired
 
     def state(self, name: str) -> RolloutState:
         """What the registry stores of a class, as last read."""

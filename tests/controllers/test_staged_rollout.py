@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from nomad_watchdog.core.allowed_times import parse
 from nomad_watchdog.core.rollout_steps import Step, Strategy
 from nomad_watchdog.errors import NotFoundError, PreconditionError
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import AgentState, VerdictState
+from nomad_watchdog.model import AgentState, Epoch, VerdictState
 from nomad_watchdog.registry.sqlite import SqliteRegistry
 from tests.controllers.staged_fleet import CLASS, WINDOW, StagedFleet
 
@@ -120,6 +121,31 @@ async def test_a_version_under_which_devices_turn_bad_goes_back(registry: Sqlite
     assert not fleet.fleet.recorder.incidents.opened()
     assert fleet.kinds() == ["rollout.started", "rollout.rolled_back"]
     assert not fleet.fleet.trials.rollouts
+
+
+async def test_agents_on_trial_do_not_repair_until_their_step_has_passed(
+    registry: SqliteRegistry,
+) -> None:
+    """Also an agent that reports before its scheduler lists it; agents of the proven version repair as ever."""
+    fleet = await rolling(registry, Strategy(steps=(Step(count=3, soak_s=5.0),)))
+    site, held = fleet.fleet, fleet.fleet.trials.holds_repairs
+    await fleet.until(lambda: fleet.state() == "soaking")
+    tried, old = fleet.with_version("2"), fleet.with_version("1")
+
+    def holds(slug: Slug, more: int = 0) -> bool:
+        epoch = Epoch(site.records[slug].epoch + more)
+        return held(slug, epoch, site.placements[slug])
+
+    assert all(holds(slug) for slug in tried)
+    assert holds(min(tried), 1)
+    assert not any(holds(slug) for slug in old)
+    await fleet.until(lambda: fleet.step().startswith("step 2"))
+    await fleet.tick()
+    assert not any(holds(slug) for slug in tried)
+    fleet.strategy = replace(fleet.strategy, repairs=True)
+    fleet.restart_control_plane()
+    await fleet.until(lambda: len(fleet.with_version("2")) > 6)
+    assert not any(holds(slug) for slug in fleet.with_version("2"))
 
 
 async def test_halt_leaves_what_is_there(registry: SqliteRegistry) -> None:

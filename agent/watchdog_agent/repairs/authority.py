@@ -26,11 +26,13 @@ class ActAuthority:
         self.unanswered_at: float | None = None
         """When a report last got no answer."""
         self.doubt = ""
+        self.held = False
+        """The control plane forbids repairs: the version of the agent is on trial."""
 
-    def report_answered(self, status: int | None, now: float) -> None:
-        """Record a report's status; None = no answer."""
+    def report_answered(self, status: int | None, now: float, *, held: bool = False) -> None:
+        """Record a report's status; None = no answer. `held`: the answer forbids repairs."""
         if status == 200:
-            self.accepted_at, self.unanswered_at = now, None
+            self.accepted_at, self.unanswered_at, self.held = now, None, held
             if self.doubt != "refused":
                 self.doubt = ""
         elif status == 410:
@@ -46,6 +48,8 @@ class ActAuthority:
             return self.doubt
         if self.accepted_at is None:
             return "not accepted yet"
+        if self.held:
+            return "its version is on trial in a roll-out"
         age_s = now - self.accepted_at
         if age_s <= self.fresh_s:
             return ""
@@ -58,9 +62,10 @@ class ActAuthority:
     def dump(self, epoch: int, instance: str, now: float) -> Document:
         """For the state file: an acceptance is valid for one epoch and one instance."""
         age_s = None if self.accepted_at is None or self.doubt else now - self.accepted_at
-        return {"epoch": epoch, "instance": instance, "age_s": age_s}
+        return {"epoch": epoch, "instance": instance, "age_s": age_s, "held": self.held}
 
     def restore(self, saved: Any, epoch: int, instance: str, since: float) -> None:
         """Take over from an earlier process of the same run. Raises on a malformed document."""
         if (saved["epoch"], saved["instance"]) == (epoch, instance) and saved["age_s"] is not None:
             self.accepted_at = since - float(saved["age_s"])
+            self.held = saved.get("held") is True

@@ -107,9 +107,9 @@ class RepairRunner:
 
     # -- events
 
-    def report_answered(self, status: int | None) -> None:
-        """Handle a report's status; None = no answer."""
-        self.authority.report_answered(status, time.monotonic())
+    def report_answered(self, status: int | None, held: bool) -> None:
+        """Handle a report's status; None = no answer. `held`: the answer forbids repairs."""
+        self.authority.report_answered(status, time.monotonic(), held=held)
         if self.blocked:
             self.tick()
 

@@ -80,8 +80,8 @@ class Reporter:
         self._logged_at = float("-inf")
         self.timer: Timer | None = None
         self.closing: Callable[[], None] | None = None
-        self.on_status: Callable[[int | None], None] | None = None
-        """Called with the status of each report; None = no answer."""
+        self.on_status: Callable[[int | None, bool], None] | None = None
+        """Called with the status of each report, None = no answer, and whether the answer forbids repairs."""
         self.unanswered = False
         """Whether the last call got no answer."""
         self.answered_at = float("-inf")
@@ -168,7 +168,7 @@ class Reporter:
     ) -> None:
         self.fetch = None
         if self.on_status is not None:
-            self.on_status(status)
+            self.on_status(status, status == 200 and holds_repairs(body))
         again, isolated = self.unanswered and status is not None, self._unclaim()
         self.unanswered = status is None
         if status is not None:
@@ -314,6 +314,14 @@ class Reporter:
         self.urls = []
         if then is not None:
             then()
+
+
+def holds_repairs(body: bytes) -> bool:
+    """Whether the answer to an accepted report forbids repairs."""
+    try:
+        return b"hold_repairs" in body and parsing.loads(body)["hold_repairs"] is True
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def reason_of(body: bytes) -> str:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from watchdog_agent.repairs import ladder as words
 from watchdog_agent.repairs.authority import ASK, ActAuthority
 from watchdog_agent.repairs.ladder import Ladder
+from watchdog_agent.reporting.reporter import holds_repairs
 
 
 def step(name: str = "a", **changes: Any) -> dict[str, Any]:
@@ -305,6 +306,37 @@ def test_s3_no_step_without_an_acceptance_that_stands(
             assert not against
             assert now - accepted <= 60.0
             assert 410 not in [one for one, _ in heard[:count]]
+
+
+def test_a_version_on_trial_does_not_act() -> None:
+    """An accepted agent may not act while the answers forbid it, also when no answer comes any more and after a
+    restart in place; the next answer that does not forbid it ends that."""
+    standing = ActAuthority(4.0, 60.0)
+    standing.report_answered(200, 1.0, held=True)
+    assert standing.why_not(1.0) == "its version is on trial in a roll-out"
+    standing.report_answered(None, 2.0)
+    assert standing.why_not(20.0) == "its version is on trial in a roll-out"
+    again = ActAuthority(4.0, 60.0)
+    again.restore(standing.dump(3, "i", 20.0), 3, "i", 20.0)
+    assert again.why_not(20.0) == "its version is on trial in a roll-out"
+    standing.report_answered(200, 21.0)
+    assert standing.why_not(21.0) == ""
+
+
+@pytest.mark.parametrize(
+    ("body", "held"),
+    [
+        (b'{"accepted": true, "hold_repairs": true}', True),
+        (b'{"accepted": true, "hold_repairs": false}', False),
+        (b'{"accepted": true, "hold_repairs": 1}', False),
+        (b'{"accepted": true}', False),
+        (b"", False),
+        (b'"hold_repairs"', False),
+        (b'["hold_repairs"]', False),
+    ],
+)
+def test_what_forbids_repairs(body: bytes, held: bool) -> None:
+    assert holds_repairs(body) is held
 
 
 def test_standing_is_of_one_run() -> None:
