@@ -5,6 +5,7 @@ In memory only. Replicas send each other the reports that contain the readings, 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from heapq import nsmallest
@@ -30,6 +31,8 @@ UNREADABLE_S: Final = 3600.0
 """Time after which an agent that could not read anything is asked again."""
 MAX_HOSTS: Final = 10_000
 """Maximum number of hosts with a reading. Those of others are discarded."""
+_PRESENT: Final = Presence.PRESENT
+_RUNNING: Final = PlacementState.RUNNING
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +116,21 @@ class HostPressures:
 
     def _choose(self, now: Monotonic) -> None:
         """Choose the readers again: of each host the present devices with the lowest hashes."""
-        found: dict[str, list[tuple[str, Slug]]] = {}
+        found: defaultdict[str, list[Slug]] = defaultdict(list)
         for slug, placements in self._placements.items():
             record = self._records.get(slug)
-            if record is None or record.presence is not Presence.PRESENT:
+            if record is None or record.presence is not _PRESENT:
                 continue
             for one in placements:
-                if one.node and one.epoch == record.epoch and one.state is PlacementState.RUNNING:
-                    # A slug ends with a hash of the device's id (`ids.slug_of`).
-                    found.setdefault(one.node, []).append((slug.rpartition("-")[2], slug))
-        readers = (slug for some in found.values() for _, slug in nsmallest(READERS, some))
+                if one.state is _RUNNING and one.epoch == record.epoch and one.node:
+                    found[one.node].append(slug)
+        readers = (slug for some in found.values() for slug in nsmallest(READERS, some, key=_hash))
         self._readers = frozenset(readers)
         self._chosen_at = now
         self._readings = {k: v for k, v in self._readings.items() if k in found}
         self._failed_at = {k: v for k, v in self._failed_at.items() if k in self._readers}
+
+
+def _hash(slug: Slug) -> str:
+    """A slug ends with a hash of the device's id (`ids.slug_of`)."""
+    return slug[-20:]
