@@ -182,7 +182,8 @@ class ReliefController:
         """Whether the device answers its agent, which is ready, and nothing else is done for it."""
         fleet = self._fleet
         return (
-            fleet.verdicts.last(slug)[0].state is VerdictState.WATCHED
+            slug in fleet.records
+            and fleet.verdicts.last(slug)[0].state is VerdictState.WATCHED
             and fleet.agents.has_ready_agent(slug)
             and not fleet.presence.is_resting(slug)
         )
