@@ -30,7 +30,13 @@ from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.model import Placement, PlacementState, Presence, VerdictState
+from nomad_watchdog.model import (
+    DeviceRecord,
+    Placement,
+    PlacementState,
+    Presence,
+    VerdictState,
+)
 from nomad_watchdog.registry.document import Document
 from nomad_watchdog.replicas.ownership import ShardOwnership
 
@@ -81,6 +87,14 @@ class ReliefController:
             for move in self._document.value.moves
             if not move.withdrawn and self._is_healthy(move.slug)
         }
+
+    def avoids(self, record: DeviceRecord) -> Collection[str]:
+        """The host that the device's agent has left and should not return to now, if there is one."""
+        rules = self._rules
+        rest = self._document.value.devices.get(record.slug)
+        if rules is None or rules.dry_run or rest is None:
+            return ()
+        return (rest.host,) if self._fleet.clock.wall() < rest.until else ()
 
     async def run(self) -> None:
         """Follow the pressure until cancelled."""

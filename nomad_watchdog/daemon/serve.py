@@ -273,6 +273,7 @@ class _ControlPlane:
         )
         relief.configure(self.settings.relief_rules())
         reconciler.plan_builder.sources.append(relief.requested)
+        reconciler.executor.avoids.append(relief.avoids)
         return relief
 
     def _reloader(

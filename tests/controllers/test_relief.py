@@ -51,18 +51,32 @@ class Even(Cluster):
         if job.epoch == 1:
             self._run_on(job, min(self.nodes, key=lambda name: (len(self._on(name)), name)))
         else:
-            super()._place(job)
+            self._run_on(job, self.chance.choice(self._open_to(job)))
+
+    def _open_to(self, _job: Job) -> list[str]:
+        return list(self.nodes)
+
+
+class Steered(Even):
+    """Places no agent on the host that it should avoid."""
+
+    def _open_to(self, job: Job) -> list[str]:
+        return [name for name in self.nodes if name not in job.spec.avoid]
 
 
 class Hall:
     """Three hosts with agents that report the injected pressure when they are asked for it."""
 
     def __init__(
-        self, injected: Injected, rules: ReliefRules | None = RULES, seed: int = 1
+        self,
+        injected: Injected,
+        rules: ReliefRules | None = RULES,
+        seed: int = 1,
+        cluster: type[Even] = Even,
     ) -> None:
         self.injected = injected
         self.chance = random.Random(seed)
-        self.cluster = Even(chance=self.chance, nodes=dict.fromkeys(HOSTS, True))
+        self.cluster = cluster(chance=self.chance, nodes=dict.fromkeys(HOSTS, True))
         self.store = Store()
         self.store.initialise("test")
         self.clock = VirtualClock(asyncio.get_running_loop(), 0.0)
@@ -76,6 +90,7 @@ class Hall:
         )
         self.relief.configure(rules)
         self.reconciler.plan_builder.sources.append(self.relief.requested)
+        self.reconciler.executor.avoids.append(self.relief.avoids)
         self.state = AgentState.OK
         self.began = float("inf")
         self.most_unready = 0
@@ -194,6 +209,17 @@ def test_there_is_no_ping_pong() -> None:
     assert {event.data["node"] for event in moved} == {"n1", "n2"}
     assert max(Counter(event.slug for event in moved).values()) == 1
     assert hall.most_unready == 1
+
+
+def test_a_scheduler_that_can_avoid_a_host_places_no_agent_there_again() -> None:
+    """Each start within the device's rest names the host that it has left, so a scheduler that obeys relieves the host
+    with one move per agent."""
+    hall = played(loaded_by_agents, 900.0, seed=7, cluster=Steered)
+    assert hall.ended_with["n1"] == 2
+    assert not hall.of("relief.returned")
+    assert len(hall.of("relief.moved")) == 2
+    assert {job.spec.avoid for job in hall.cluster.jobs.values() if job.epoch > 1} == {("n1",)}
+    assert {job.spec.avoid for job in hall.cluster.jobs.values() if job.epoch == 1} == {()}
 
 
 def test_a_host_that_never_calms_down_is_relieved_less_and_less_often() -> None:
