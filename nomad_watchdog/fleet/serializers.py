@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Final
 
-from nomad_watchdog.core.actions import ActionKind
+from nomad_watchdog.core.actions import ActionKind, Move
 from nomad_watchdog.core.goals import Changes, no_words
 from nomad_watchdog.core.holds import hold_id
 from nomad_watchdog.core.planner import Plan
@@ -91,6 +91,8 @@ def rollouts_json(plan: Plan, window: int, changes: Changes = no_words) -> list[
     waiting = {action.slug for action in plan.waiting}
     for action in (*plan.actions, *plan.waiting):
         if action.kind is not ActionKind.REPLACE or action.placement is None or action.home:
+            continue
+        if action.move is Move.DRAIN:  # it leaves its host, and no setting changes
             continue
         of = action.placement
         change = changes(of.agent_class, of.spec_hash)

@@ -23,6 +23,7 @@ from nomad_watchdog.core.node_drain import (
 )
 from nomad_watchdog.core.planner import plan
 from nomad_watchdog.core.rollout import Readiness
+from nomad_watchdog.fleet.serializers import plan_json
 from nomad_watchdog.ids import DeviceId, Shard, Slug, shard_of, slug_of
 from nomad_watchdog.model import (
     DeviceRecord,
@@ -368,6 +369,16 @@ def test_nothing_is_remembered_of_a_drain_that_is_over() -> None:
     assert not fleet.decide().requested
     fleet.hosts = (OLD,)
     assert len(fleet.free()) == 1
+
+
+def test_a_plan_shows_a_drain_as_no_roll_out() -> None:
+    """`plan` counts the agents that leave a host as replacements, and names no class as changed."""
+    fleet = Fleet([on("a"), on("b")])
+    goals = Goals(HASHES, requested=fleet.decide().requested)
+    made = plan(fleet.records, fleet.placements, goals, Limits())
+    shown = plan_json(made, 1, fleet.placements, window=5)
+    assert shown["summary"] == "0 to start, 2 to replace (5 at a time), 0 to retire"
+    assert shown["rollouts"] == []
 
 
 def test_slugs_of_this_test_are_in_all_shards() -> None:

@@ -22,6 +22,7 @@ KUBERNETES_RIGHTS: Final = (
     ("", "pods", _ALL),
     ("", "pods/log", ("get",)),
     ("", "secrets", ("create", "patch", "delete")),
+    ("policy", "poddisruptionbudgets", ("get", "create", "patch")),
 )
 _RECORD_RIGHTS: Final = (("create", ""), ("get", names.RECORD), ("patch", names.RECORD))
 """Verb and name, for the ConfigMap in the first namespace that contains the number of namespaces."""
@@ -116,7 +117,11 @@ async def _kubernetes_rights(client: KubernetesClient, namespace: str, *, first:
     if not missing:
         return Check(name, CheckStatus.OK, "all required rights")
     fix = f"grant {', '.join(missing)} in {namespace}; jobs/kubernetes/rbac.yaml has all"
-    return Check(name, CheckStatus.FAIL, f"lacks {', '.join(missing)}", fix)
+    found = f"lacks {', '.join(missing)}"
+    if all(one.endswith(" poddisruptionbudgets") for one in missing):
+        cost = 'a drain evicts all bare pods of a node at once (workload = "pod")'
+        return Check(name, CheckStatus.WARN, f"{found}: {cost}", fix)
+    return Check(name, CheckStatus.FAIL, found, fix)
 
 
 async def _kubernetes_allows(  # the parts of one question

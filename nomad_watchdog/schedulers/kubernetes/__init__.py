@@ -33,6 +33,7 @@ from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
 from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot, named
 from nomad_watchdog.schedulers.kubernetes import _pods, _view, _watch, names
 from nomad_watchdog.schedulers.kubernetes import objects as _objects
+from nomad_watchdog.schedulers.kubernetes._budgets import PodBudgets, bare_pods
 from nomad_watchdog.schedulers.kubernetes._nodes import Cordons, open_nodes
 from nomad_watchdog.schedulers.kubernetes._secrets import AgentSecret, secret_name
 from nomad_watchdog.schedulers.kubernetes._unchanged import ChangeProbe
@@ -86,6 +87,7 @@ class KubernetesScheduler:
         self._built: dict[tuple[str, str], _objects.Built] = {}
         self._probe = ChangeProbe(self._client, self._selector)
         self._cordons = Cordons(self._client)
+        self._budgets = PodBudgets(self._client, self._installation, self._clock)
         self._memory = Vanished()
         self._index = 0
         self._listed = False
@@ -99,7 +101,7 @@ class KubernetesScheduler:
         self,
         specs: Collection[AgentSpec],
         *,
-        shards: Collection[Shard] | None = None,  # noqa: ARG002  # classes have no objects
+        shards: Collection[Shard] | None = None,  # only for the budgets: classes have no objects
         trials: Collection[AgentSpec] = (),
     ) -> Mapping[str, str]:
         built: dict[tuple[str, str], _objects.Built] = {}
@@ -113,6 +115,8 @@ class KubernetesScheduler:
         if known != self._known:
             self._probe.forget()  # a namespace was added that has not been listed
         self._known, self._built = known, built
+        if shards is None or 0 in shards:
+            await self._budgets.update()
         return refused
 
     async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
@@ -332,7 +336,7 @@ class KubernetesScheduler:
         snapshot = Snapshot(found, index, only)
         if only is None:
             snapshot = replace(snapshot, closed_hosts=await self._cordons.read())
-            self._index, self._listed = index, True
+            self._index, self._listed, self._budgets.pods = index, True, bare_pods(all_pods)
             lists = zip((*above, *below), (*owners, *pods), strict=True)
             versions = {path: one.version for path, one in lists}
             settled = _view.is_settled(objects, all_pods)
@@ -367,7 +371,7 @@ class KubernetesScheduler:
             if _view.key_of(one) not in placed
             and now - _pods.time_of(one["metadata"].get("creationTimestamp")) > _WITHOUT_POD_S
         ][:_MAX_WITHOUT_POD]
-        paths = [path for one in without_pod if (path := _path_of(one))]
+        paths = [path for one in without_pod if (path := _view.path_of(one))]
         found = await asyncio.gather(*(self._client.find(path) for path in paths))
         whole = {one["metadata"]["uid"]: one for one in found if one is not None}
         return [whole.get(one["metadata"]["uid"], one) for one in objects]
@@ -375,16 +379,6 @@ class KubernetesScheduler:
 
 def _flat(lists: Sequence[Listed]) -> list[KubernetesObject]:
     return [one for found in lists for one in found.items]
-
-
-def _path_of(thing: KubernetesObject) -> str:
-    """The path of an object; "" if its labels are inconsistent."""
-    meta = thing["metadata"]
-    try:
-        kind = _view.identity(thing).kind
-    except UserError:
-        return ""
-    return f"{names.collection(meta['namespace'], kind)}/{meta['name']}"
 
 
 def _version(thing: KubernetesObject) -> int:

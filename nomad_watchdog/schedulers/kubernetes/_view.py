@@ -199,6 +199,16 @@ def key_of(thing: KubernetesObject) -> tuple[str, str]:
     return thing["metadata"]["namespace"], labels_of(thing).get(names.SLUG, "")
 
 
+def path_of(thing: KubernetesObject) -> str:
+    """The path of an object; "" if its labels are inconsistent."""
+    meta = thing["metadata"]
+    try:
+        kind = identity(thing).kind
+    except UserError:
+        return ""
+    return f"{names.collection(meta['namespace'], kind)}/{meta['name']}"
+
+
 def is_settled(objects: Iterable[KubernetesObject], pods: Collection[KubernetesObject]) -> bool:
     """Whether these placements cannot change merely because time passes: no pod can become overdue, and no object
     is without a pod, so that its status would be read after a while."""
