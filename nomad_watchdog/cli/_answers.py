@@ -189,7 +189,7 @@ class RolloutsAnswer(TypedDict):
     problem: str
 
 
-class PastRollout(TypedDict):
+class PastRolloutAnswer(TypedDict):
     at: float
     version: str
     outcome: str
@@ -198,14 +198,14 @@ class PastRollout(TypedDict):
 
 
 class PastRollouts(TypedDict):
-    items: list[PastRollout]
+    items: list[PastRolloutAnswer]
 
 
-class RebalanceState(TypedDict):
+class RebalanceStateAnswer(TypedDict):
     state: str
 
 
-class RebalanceAnswer(RebalanceState):
+class RebalanceAnswer(RebalanceStateAnswer):
     id: str
     reason: str
     by: str
@@ -231,7 +231,7 @@ class RebalancesAnswer(TypedDict):
     problem: str
 
 
-class RebalanceBegun(RebalanceState):
+class RebalanceBegun(RebalanceStateAnswer):
     id: str
     to_move: int
     steers: bool

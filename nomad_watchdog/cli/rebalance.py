@@ -14,7 +14,7 @@ from nomad_watchdog.cli._answers import (
     RebalanceAnswer,
     RebalanceBegun,
     RebalancesAnswer,
-    RebalanceState,
+    RebalanceStateAnswer,
 )
 from nomad_watchdog.cli._options import api_of, caller, no_color, output_option
 from nomad_watchdog.errors import ConflictError, TransientError, UserError
@@ -151,7 +151,7 @@ def abort(ctx: click.Context, output: str) -> None:
 
 
 def _change(ctx: click.Context, what: str, output: str) -> None:
-    answer = api_of(ctx).post(f"/v1/rebalance:{what}", {}, RebalanceState)
+    answer = api_of(ctx).post(f"/v1/rebalance:{what}", {}, RebalanceStateAnswer)
     if output == "json":
         print_json(answer)
     else:

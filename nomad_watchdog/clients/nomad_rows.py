@@ -109,7 +109,7 @@ class UpdateStrategy(TypedDict, total=False):
     MaxParallel: int
 
 
-class Affinity(TypedDict, total=False):
+class JobAffinity(TypedDict, total=False):
     LTarget: str
     RTarget: str
     Operand: str
@@ -146,7 +146,7 @@ class Job(TypedDict, total=False):
     """A job as stored or parsed, or a row of ``/v1/jobs`` with its meta. A parsed job may lack even its ID."""
 
     ID: Required[str]
-    Affinities: list[Affinity] | None
+    Affinities: list[JobAffinity] | None
     Datacenters: list[str] | None
     JobModifyIndex: int
     Meta: dict[str, str] | None

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from nomad_watchdog.config.types import Block, Fraction, Positive, Seconds
-from nomad_watchdog.core.host_load import Thresholds
+from nomad_watchdog.core.host_load import PressureThresholds
 from nomad_watchdog.core.relief import ReliefRules
 from nomad_watchdog.host_pressure import Resource
 
@@ -48,7 +48,8 @@ class ReliefSettings(Block):
         """As `ReliefRules`."""
         return ReliefRules(
             thresholds={
-                Resource(one.kind): Thresholds(100 * one.high, 100 * one.low) for one in self.signal
+                Resource(one.kind): PressureThresholds(100 * one.high, 100 * one.low)
+                for one in self.signal
             },
             looks=self.looks,
             stale_s=self.stale,

@@ -47,8 +47,8 @@ class RolloutStepSettings(Block):
             )
         return self
 
-    def step(self) -> rollout_steps.Step:
-        return rollout_steps.Step(
+    def step(self) -> rollout_steps.RolloutStep:
+        return rollout_steps.RolloutStep(
             count=self.count or 0,
             fraction=1.0 if self.fraction is None else self.fraction,
             selector=self.selector,

@@ -15,7 +15,7 @@ from nomad_watchdog.controllers.rebalance_state import FORMAT, rebalance_json
 from nomad_watchdog.core import rebalance, rollout
 from nomad_watchdog.core.host_balance import plan_moves
 from nomad_watchdog.core.moves import NONE_REQUESTED, Requested
-from nomad_watchdog.core.rebalance import Conditions, HostView, Rebalance
+from nomad_watchdog.core.rebalance import AgentsByHost, Conditions, Rebalance
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.fleet.hosts import HostWatcher
@@ -144,7 +144,7 @@ class RebalanceController:
         present = sum(one.presence is Presence.PRESENT for one in records)
         return rollout.window(present, self._fleet.limits)
 
-    async def view(self, now: Rebalance) -> HostView:
+    async def view(self, now: Rebalance) -> AgentsByHost:
         """The agents per host. Raises as `schedulers.open_hosts`."""
         hosts = await open_hosts(self._scheduler)
         fleet, classes = self._fleet, self._classes

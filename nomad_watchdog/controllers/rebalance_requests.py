@@ -9,7 +9,7 @@ from nomad_watchdog.controllers.rebalance import RebalanceController
 from nomad_watchdog.controllers.rebalance_state import rebalance_json
 from nomad_watchdog.core import rebalance
 from nomad_watchdog.core.host_balance import allowed, plan_moves, spread
-from nomad_watchdog.core.rebalance import HostView, Rebalance
+from nomad_watchdog.core.rebalance import AgentsByHost, Rebalance
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.model import WallTime
 
@@ -97,7 +97,7 @@ class RebalanceRequests:
         }
 
 
-def _needed(now: Rebalance, view: HostView) -> dict[str, object]:
+def _needed(now: Rebalance, view: AgentsByHost) -> dict[str, object]:
     if now.is_over:
         return {"waiting": 0}
     needed = len(plan_moves(view.counts, view.movable, view.in_flight).leave)

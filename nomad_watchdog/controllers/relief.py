@@ -21,8 +21,8 @@ from nomad_watchdog.core.relief import (
     Candidate,
     Decision,
     Ended,
-    Progress,
     ReliefMove,
+    ReliefProgress,
     ReliefRules,
     ReliefState,
 )
@@ -207,16 +207,16 @@ class ReliefController:
         overloaded = move.host in sources or (track is not None and track.load is Load.OVERLOADED)
         return overloaded and self._is_healthy(move.slug)
 
-    def _progress(self, move: ReliefMove) -> Progress:
+    def _progress(self, move: ReliefMove) -> ReliefProgress:
         record = self._fleet.records.get(move.slug)
         if record is None or record.presence is not Presence.PRESENT:
-            return Progress.DEPARTED
+            return ReliefProgress.DEPARTED
         if record.epoch <= move.epoch:
-            return Progress.WAITING
+            return ReliefProgress.WAITING
         agent = self._agent(move.slug, self._fleet.placements.get(move.slug, ()))
         if agent is None or not self._fleet.agents.has_ready_agent(move.slug):
-            return Progress.ON_WAY
-        return Progress.RETURNED if agent.node == move.host else Progress.ARRIVED
+            return ReliefProgress.ON_WAY
+        return ReliefProgress.RETURNED if agent.node == move.host else ReliefProgress.ARRIVED
 
     # -- what users see --------------------------------------------------------------------------
 
@@ -235,7 +235,7 @@ class ReliefController:
             metrics.relief_moves("would_move" if rules.dry_run else "begun")
         for move, progress in ended:
             metrics.relief_moves(progress.value)
-            if progress in (Progress.RETURNED, Progress.WITHDRAWN):
+            if progress in (ReliefProgress.RETURNED, ReliefProgress.WITHDRAWN):
                 events.note(
                     move.slug, f"relief.{progress.value}", _OUTCOMES[progress], node=move.host
                 )
@@ -288,6 +288,6 @@ class ReliefController:
 
 
 _OUTCOMES: Final = {
-    Progress.RETURNED: "the scheduler has placed the new agent on the host that it left",
-    Progress.WITHDRAWN: "its agent stays: the move did not begin in time, or is needed no more",
+    ReliefProgress.RETURNED: "the scheduler has placed the new agent on the host that it left",
+    ReliefProgress.WITHDRAWN: "its agent stays: the move did not begin in time, or is needed no more",
 }

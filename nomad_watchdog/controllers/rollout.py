@@ -24,7 +24,7 @@ from nomad_watchdog.controllers.rollout_state import (
 from nomad_watchdog.controllers.staged_rollout import StagedRollout
 from nomad_watchdog.core import rollout_progress
 from nomad_watchdog.core.actions import Action, ActionOutcome, Move
-from nomad_watchdog.core.rollout_progress import Progress
+from nomad_watchdog.core.rollout_progress import RolloutProgress
 from nomad_watchdog.core.rollout_soak import Soak, SoakLimits
 from nomad_watchdog.core.rollout_steps import AT_ONCE, Strategy
 from nomad_watchdog.errors import WatchdogError
@@ -208,12 +208,12 @@ class RolloutController:
                 staged.follow(self.progress(name))
         self._publish_trials()
 
-    def progress(self, name: str) -> Progress:
+    def progress(self, name: str) -> RolloutProgress:
         """How far the configured spec of a class has come in its roll-out in steps."""
         spec, stored = self._configured[name], self.state(name).progress
         if stored is not None and stored.spec == spec.spec_hash:
             return stored
-        return Progress(spec.spec_hash, spec.version, began=self._fleet.clock.wall())
+        return RolloutProgress(spec.spec_hash, spec.version, began=self._fleet.clock.wall())
 
     def _publish_trials(self) -> None:
         """Tell the fleet which outages count with a roll-out, and which devices are not to be repaired."""
@@ -342,21 +342,23 @@ class RolloutController:
         elif not staged.unheard() or self._fleet.clock.monotonic() > self._heard_from:
             await self._begin(name, progress)
 
-    async def _begin(self, name: str, progress: Progress) -> None:
+    async def _begin(self, name: str, progress: RolloutProgress) -> None:
         """Store that the roll-out of a spec is at its first step, whatever was rolled out before."""
         first = self._with_unwell(name, replace(progress, since=progress.began))
         if await self._write(name, replace(self.state(name), progress=first)):
             steps = len(self.strategy(name).steps)
             report(self._fleet, name, STARTED, f"version {progress.version}, in {steps} steps")
 
-    def _with_unwell(self, name: str, progress: Progress) -> Progress:
+    def _with_unwell(self, name: str, progress: RolloutProgress) -> RolloutProgress:
         """The progress of a step that begins, with the devices that are not well now."""
         step = StagedRollout(self._fleet, self._configured[name], self.strategy(name))
         step.follow(progress)
         marks, crowded = step.unwell()
         return replace(progress, unwell=marks, crowded=crowded)
 
-    async def _judge_steps(self, name: str, staged: StagedRollout, progress: Progress) -> None:
+    async def _judge_steps(
+        self, name: str, staged: StagedRollout, progress: RolloutProgress
+    ) -> None:
         seen, strategy, spec = staged.observed, staged.strategy, staged.spec
         if why := rollout_progress.why_bad(strategy, seen):
             await self.give_up(name, spec, why)

@@ -11,7 +11,7 @@ from nomad_watchdog.controllers.rollout_events import CHANGED, report, report_gi
 from nomad_watchdog.controllers.rollout_state import PastRollout, RolloutState
 from nomad_watchdog.controllers.staged_rollout import StagedRollout
 from nomad_watchdog.core import allowed_times, rollout_progress
-from nomad_watchdog.core.rollout_progress import Progress
+from nomad_watchdog.core.rollout_progress import RolloutProgress
 from nomad_watchdog.errors import NotFoundError, PreconditionError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.model import AgentSpec, Presence, WallTime
@@ -164,7 +164,7 @@ class RolloutRequests:
                 progress = self._progress(name, spec, state)
                 return replace(state, progress=self._moved(name, progress, what, by))
 
-    def _progress(self, name: str, spec: AgentSpec, state: RolloutState) -> Progress:
+    def _progress(self, name: str, spec: AgentSpec, state: RolloutState) -> RolloutProgress:
         progress = state.progress
         if self._controller.staged(name) is None or progress is None:
             raise PreconditionError(f"class {name} has no roll-out in steps in progress")
@@ -174,7 +174,7 @@ class RolloutRequests:
             )
         return progress
 
-    def _moved(self, name: str, progress: Progress, what: str, by: str) -> Progress:
+    def _moved(self, name: str, progress: RolloutProgress, what: str, by: str) -> RolloutProgress:
         staged = self._controller.staged(name)
         assert staged is not None
         strategy, last = staged.strategy, len(staged.strategy.steps) - 1
@@ -279,7 +279,7 @@ class RolloutRequests:
         return self._changes(spec.agent_class, state.good.spec_hash)
 
 
-def _step(staged: StagedRollout, progress: Progress) -> dict[str, object]:
+def _step(staged: StagedRollout, progress: RolloutProgress) -> dict[str, object]:
     seen = staged.observed
     step = staged.strategy.steps[min(progress.step, len(staged.strategy.steps) - 1)]
     return {
@@ -298,7 +298,9 @@ def _step(staged: StagedRollout, progress: Progress) -> dict[str, object]:
     }
 
 
-def _staged_words(staged: StagedRollout, progress: Progress, fleet: Fleet) -> tuple[str, str]:
+def _staged_words(
+    staged: StagedRollout, progress: RolloutProgress, fleet: Fleet
+) -> tuple[str, str]:
     step = staged.strategy.steps[min(progress.step, len(staged.strategy.steps) - 1)]
     if progress.paused_by:
         return "paused", f"paused by {progress.paused_by}; `resume` goes on"

@@ -11,7 +11,7 @@ from typing import Annotated, Final
 
 from pydantic import BeforeValidator, TypeAdapter
 
-from nomad_watchdog.core.rollout_progress import Progress
+from nomad_watchdog.core.rollout_progress import RolloutProgress
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.model import AgentSpec, WallTime
 from nomad_watchdog.registry.document import DocumentFormat
@@ -58,7 +58,7 @@ class RolloutState:
     bad: str = ""
     """Hash of the spec that was given up."""
     why: str = ""
-    progress: Progress | None = None
+    progress: RolloutProgress | None = None
     """Of the spec that is rolled out in steps."""
     before: _Spec = None
     """The spec that was proven before the present one, for an undo."""

@@ -10,9 +10,9 @@ from nomad_watchdog.controllers.rollout_state import MAX_UNWELL
 from nomad_watchdog.core import rollout_progress, rollout_steps
 from nomad_watchdog.core.actions import Action, ActionKind, ActionOutcome, Move
 from nomad_watchdog.core.allowed_times import allowed
-from nomad_watchdog.core.rollout_progress import Observed, Progress
+from nomad_watchdog.core.rollout_progress import Observed, RolloutProgress
 from nomad_watchdog.core.rollout_soak import ObservedRun, Soak, SoakLimits
-from nomad_watchdog.core.rollout_steps import Member, Strategy, Turns
+from nomad_watchdog.core.rollout_steps import Member, RolloutTurns, Strategy
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.fleet.trials import SUSPENDED
 from nomad_watchdog.ids import Slug
@@ -38,19 +38,19 @@ class StagedRollout:
     strategy: Strategy
     refused: str = ""
     """Why the scheduler can't be prepared for the spec."""
-    turns: Turns = field(default_factory=Turns)
+    turns: RolloutTurns = field(default_factory=RolloutTurns)
     trials: Mapping[Slug, str] = field(default_factory=dict)
     """Devices that should have the spec now → its hash."""
     begun: set[Slug] = field(default_factory=set)
     """Devices whose old agent was stopped for the spec, and whose new one has not been started yet."""
     soaked_s: float = 0.0
-    """As `Progress.soaked_s`, with what is not stored yet."""
+    """As `RolloutProgress.soaked_s`, with what is not stored yet."""
     going: bool = False
     """Agents may be replaced for it now."""
     observed: Observed = field(default_factory=Observed)
     """As last observed."""
     _at: tuple[int, str | None] = (-1, None)
-    """Step and group of what follows."""
+    """RolloutStep and group of what follows."""
     _soak: Soak = field(default_factory=lambda: Soak(_NO_LIMIT))
     _well: dict[Slug, bool] = field(default_factory=dict)
     """Device of the step → whether it was well before its agent got the spec."""
@@ -67,7 +67,7 @@ class StagedRollout:
 
     # -- whose turn it is -----------------------------------------------------------------------
 
-    def follow(self, progress: Progress) -> None:
+    def follow(self, progress: RolloutProgress) -> None:
         """Apply the stored progress: which devices should have the spec now."""
         now, at = self.fleet.clock.monotonic(), (progress.step, progress.group)
         members = list(self._members())
@@ -169,7 +169,7 @@ class StagedRollout:
         )
         return tuple(marks[:MAX_UNWELL]), len(marks) > MAX_UNWELL
 
-    def _remember(self, progress: Progress) -> None:
+    def _remember(self, progress: RolloutProgress) -> None:
         """Use what was stored of the devices of the step when it began, for those that have the spec already."""
         marks = set(progress.unwell)
         known = frozenset() if progress.crowded else self.turns.current

@@ -28,7 +28,7 @@ class Load(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Thresholds:
+class PressureThresholds:
     """Of the pressure on one resource, percent of the last 10 seconds; `low` < `high`."""
 
     high: float
@@ -70,7 +70,7 @@ def observe(
     track: LoadTrack,
     pressure: HostPressure,
     read_at: Monotonic,
-    thresholds: Mapping[Resource, Thresholds],
+    thresholds: Mapping[Resource, PressureThresholds],
     looks: int,
 ) -> LoadTrack:
     """The track after a fresh reading. `looks`: number of consecutive readings for a change, 1 or more.

@@ -111,7 +111,7 @@ class Rebalance:
 
 
 @dataclass(frozen=True, slots=True)
-class HostView:
+class AgentsByHost:
     """The agents per host, as the leader sees them."""
 
     counts: Mapping[str, int]
@@ -152,7 +152,7 @@ def survey(
     hosts: Collection[str] | None,
     closed: Collection[str],
     conditions: Conditions,
-) -> HostView:
+) -> AgentsByHost:
     """What one step is decided on. `hosts`: those that take new agents; None = not known, then those with agents. `closed`:
     hosts that take no new agents, and whose agents are not moved here."""
     where = {
@@ -187,7 +187,7 @@ def survey(
             counts[found.node] += 1
         if phase is _Phase.ARRIVED:
             arrived[slug] = found.node if found.node in usable else ""
-    return HostView(
+    return AgentsByHost(
         counts,
         {host: tuple(sorted(some, key=_slug)) for host, some in movable.items()},
         arrived,
@@ -242,7 +242,7 @@ def _current(found: tuple[Placement, ...]) -> Placement | None:
 
 def step(
     now: Rebalance,
-    view: HostView,
+    view: AgentsByHost,
     window: int,
     *,
     is_idle: bool = False,
@@ -271,7 +271,7 @@ def step(
     )
 
 
-def _avoided(view: HostView, planned: MovePlan, arriving: int) -> tuple[str, ...]:
+def _avoided(view: AgentsByHost, planned: MovePlan, arriving: int) -> tuple[str, ...]:
     """The hosts that are to get fewer agents than may arrive at once. Whichever other host the scheduler chooses for each
     of them, none gets more than planned."""
     full = sorted(
@@ -281,7 +281,7 @@ def _avoided(view: HostView, planned: MovePlan, arriving: int) -> tuple[str, ...
     return tuple(sorted(full[:MAX_AVOIDED]))
 
 
-def _settled(now: Rebalance, view: HostView) -> Rebalance:
+def _settled(now: Rebalance, view: AgentsByHost) -> Rebalance:
     """Without the moves that have ended."""
     useful, useless = now.useful, now.useless
     wanted = _wanted(view) if view.arrived else {}
@@ -300,7 +300,7 @@ def _settled(now: Rebalance, view: HostView) -> Rebalance:
     return replace(now, going=going, avoid=avoid, arrived=arrived, useful=useful, useless=useless)
 
 
-def _wanted(view: HostView) -> dict[str, int]:
+def _wanted(view: AgentsByHost) -> dict[str, int]:
     """The number of agents that each host was to get before those arrived whose moves have ended."""
     counts = dict(view.counts)
     for host in view.arrived.values():
@@ -309,7 +309,7 @@ def _wanted(view: HostView) -> dict[str, int]:
     return dict(plan_moves(counts, view.movable, view.in_flight + len(view.arrived)).receive)
 
 
-def _useless(now: Rebalance, view: HostView) -> Rebalance:
+def _useless(now: Rebalance, view: AgentsByHost) -> Rebalance:
     empty = frozenset(host for host, count in view.counts.items() if not count)
     if empty and len(empty) < len(view.counts):
         return replace(now, useless=0, unusable=now.unusable | empty)
@@ -320,7 +320,7 @@ def _useless(now: Rebalance, view: HostView) -> Rebalance:
     )
 
 
-def _over(now: Rebalance, view: HostView, *, is_idle: bool) -> Rebalance:
+def _over(now: Rebalance, view: AgentsByHost, *, is_idle: bool) -> Rebalance:
     """As it ends; unchanged while devices may still become movable."""
     if spread(view.counts) <= allowed(view.counts):
         return replace(now, state=RebalanceState.DONE, reason=_differ(view))
@@ -334,7 +334,7 @@ def _over(now: Rebalance, view: HostView, *, is_idle: bool) -> Rebalance:
     return replace(now, state=RebalanceState.ENDED, reason=reason)
 
 
-def _differ(view: HostView) -> str:
+def _differ(view: AgentsByHost) -> str:
     counts = view.counts.values()
     return f"{len(view.counts)} hosts have {min(counts)} to {max(counts)} agents each"
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final, TypeVar
 
-from nomad_watchdog.core.host_load import Load, LoadTrack, Thresholds
+from nomad_watchdog.core.host_load import Load, LoadTrack, PressureThresholds
 from nomad_watchdog.host_pressure import Resource
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Epoch, WallTime
@@ -38,7 +38,7 @@ MAX_RESTS: Final = 500
 class ReliefRules:
     """The settings."""
 
-    thresholds: Mapping[Resource, Thresholds]
+    thresholds: Mapping[Resource, PressureThresholds]
     looks: int = 3
     """Consecutive readings that change the load of a host."""
     stale_s: float = 60.0
@@ -104,7 +104,7 @@ class ReliefState:
     devices: Mapping[Slug, Rest] = field(default_factory=dict)
 
 
-class Progress(StrEnum):
+class ReliefProgress(StrEnum):
     """How far a move has come."""
 
     WAITING = "waiting"
@@ -119,12 +119,12 @@ class Progress(StrEnum):
     WITHDRAWN = "withdrawn"
 
 
-Ended = tuple[ReliefMove, Progress]
+Ended = tuple[ReliefMove, ReliefProgress]
 
 
 def settle(
     state: ReliefState,
-    progress: Callable[[ReliefMove], Progress],
+    progress: Callable[[ReliefMove], ReliefProgress],
     is_needed: Callable[[ReliefMove], bool],
     rules: ReliefRules,
     now: WallTime,
@@ -135,19 +135,19 @@ def settle(
     hosts = dict(state.hosts)
     for move in state.moves:
         found = progress(move)
-        if found is Progress.ON_WAY:
+        if found is ReliefProgress.ON_WAY:
             kept.append(move)
-        elif found is not Progress.WAITING:
+        elif found is not ReliefProgress.WAITING:
             ended.append((move, found))
-            if found is Progress.RETURNED:
+            if found is ReliefProgress.RETURNED:
                 hosts[move.host] = _not_helped(hosts.get(move.host), rules, now)
-            elif found is Progress.DEPARTED:
+            elif found is ReliefProgress.DEPARTED:
                 _judged(hosts, move.host)
         elif move.withdrawn:
             if 0 <= now - move.withdrawn < WITHDRAWN_S:
                 kept.append(move)
             else:
-                ended.append((move, Progress.WITHDRAWN))
+                ended.append((move, ReliefProgress.WITHDRAWN))
                 _judged(hosts, move.host)
         elif is_needed(move) and 0 <= now - move.since < BEGIN_S:
             kept.append(move)

@@ -11,7 +11,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import Final
 
-from nomad_watchdog.core.rollout_steps import Strategy, Turns
+from nomad_watchdog.core.rollout_steps import RolloutTurns, Strategy
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import WallTime
 
@@ -21,7 +21,7 @@ must not end a roll-out."""
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class RolloutProgress:
     """How far the roll-out of one spec has come; stored in the registry."""
 
     spec: str
@@ -74,7 +74,7 @@ class Observed:
 
 
 def mark(slug: Slug) -> str:
-    """A short name of a device in `Progress.unwell`: 8 hexadecimal digits. Two devices with one mark are both left
+    """A short name of a device in `RolloutProgress.unwell`: 8 hexadecimal digits. Two devices with one mark are both left
     out of the judgement."""
     return hashlib.blake2b(slug.encode(), digest_size=4).hexdigest()
 
@@ -115,8 +115,12 @@ def is_ready(strategy: Strategy, seen: Observed) -> bool:
 
 
 def advance(
-    strategy: Strategy, progress: Progress, seen: Observed, groups: tuple[str, ...], lasted_s: float
-) -> Progress:
+    strategy: Strategy,
+    progress: RolloutProgress,
+    seen: Observed,
+    groups: tuple[str, ...],
+    lasted_s: float,
+) -> RolloutProgress:
     """The progress `lasted_s` seconds later, if the version is not bad: more soak, or the next group or step with its
     soak at 0 (`since` is set by the caller)."""
     if progress.paused_by or progress.step >= len(strategy.steps):
@@ -132,7 +136,9 @@ def advance(
     return promoted(strategy, progress, groups)
 
 
-def promoted(strategy: Strategy, progress: Progress, groups: tuple[str, ...]) -> Progress:
+def promoted(
+    strategy: Strategy, progress: RolloutProgress, groups: tuple[str, ...]
+) -> RolloutProgress:
     """The progress at the next group or step."""
     if groups:
         now = groups.index(progress.group) if progress.group in groups else 0
@@ -141,13 +147,13 @@ def promoted(strategy: Strategy, progress: Progress, groups: tuple[str, ...]) ->
     return _at(progress, min(progress.step + 1, len(strategy.steps)), None)
 
 
-def _at(progress: Progress, step: int, group: str | None) -> Progress:
+def _at(progress: RolloutProgress, step: int, group: str | None) -> RolloutProgress:
     return replace(
         progress, step=step, group=group, soaked_s=0.0, unwell=(), crowded=False, paused_by=""
     )
 
 
-def in_words(strategy: Strategy, progress: Progress, turns: Turns) -> str:
+def in_words(strategy: Strategy, progress: RolloutProgress, turns: RolloutTurns) -> str:
     """The step that has its turn, such as "step 2 of 4 (site=b)"."""
     number, total = progress.step + 1, len(strategy.steps)
     if number > total:

@@ -18,7 +18,7 @@ from nomad_watchdog.ids import Slug
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class RolloutStep:
     """One step: which devices get the new spec, and what must hold before the next step."""
 
     count: int = 0
@@ -44,7 +44,7 @@ class Step:
 class Strategy:
     """How the versions of one class are rolled out."""
 
-    steps: tuple[Step, ...] = ()
+    steps: tuple[RolloutStep, ...] = ()
     """The last one covers every device (`complete`). Empty: not in steps."""
     progress_deadline_s: float = 600.0
     """Maximum time without another agent becoming ready, seconds."""
@@ -67,12 +67,12 @@ class Strategy:
 AT_ONCE: Final = Strategy()
 
 
-def complete(steps: Iterable[Step]) -> tuple[Step, ...]:
+def complete(steps: Iterable[RolloutStep]) -> tuple[RolloutStep, ...]:
     """The steps, with a last one of all devices where they do not end with one. () stays ()."""
     found = tuple(steps)
     if not found or found[-1].is_whole:
         return found
-    return (*found, Step(soak_s=found[-1].soak_s))
+    return (*found, RolloutStep(soak_s=found[-1].soak_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Turns:
+class RolloutTurns:
     """Which devices of a class have had their turn, and which have it now."""
 
     passed: frozenset[Slug] = frozenset()
@@ -94,7 +94,9 @@ class Turns:
     """Values of the label of the current step, in their order; () = it has none."""
 
 
-def turns(steps: Sequence[Step], step: int, group: str | None, members: Iterable[Member]) -> Turns:
+def turns(
+    steps: Sequence[RolloutStep], step: int, group: str | None, members: Iterable[Member]
+) -> RolloutTurns:
     """The devices at step number `step` (0 = the first; at the number of steps all have passed). `group`: the label
     value that has its turn, None = the first, "" = the devices without the label."""
     ordered = sorted(members, key=lambda one: _rank(one.slug))
@@ -102,7 +104,7 @@ def turns(steps: Sequence[Step], step: int, group: str | None, members: Iterable
     for one in steps[:step]:
         passed |= {member.slug for member in _of_step(one, ordered)}
     if step >= len(steps):
-        return Turns(frozenset(passed))
+        return RolloutTurns(frozenset(passed))
     found = _of_step(steps[step], ordered)
     groups = _groups(steps[step], found)
     now = group if group is not None and group in groups else groups[0] if groups else ""
@@ -112,10 +114,10 @@ def turns(steps: Sequence[Step], step: int, group: str | None, members: Iterable
         before = {m.slug for m in found if groups.index(m.labels.get(label, "")) < position}
         found = [m for m in found if m.labels.get(label, "") == now]
         passed |= before
-    return Turns(frozenset(passed), frozenset(m.slug for m in found) - passed, groups)
+    return RolloutTurns(frozenset(passed), frozenset(m.slug for m in found) - passed, groups)
 
 
-def _of_step(step: Step, ordered: Sequence[Member]) -> list[Member]:
+def _of_step(step: RolloutStep, ordered: Sequence[Member]) -> list[Member]:
     if step.pause:
         return []
     wanted = step.selector.items()
@@ -124,7 +126,7 @@ def _of_step(step: Step, ordered: Sequence[Member]) -> list[Member]:
     return matched[:number]
 
 
-def _groups(step: Step, found: Iterable[Member]) -> tuple[str, ...]:
+def _groups(step: RolloutStep, found: Iterable[Member]) -> tuple[str, ...]:
     if not step.by:
         return ()
     values = {one.labels.get(step.by, "") for one in found}

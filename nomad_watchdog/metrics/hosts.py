@@ -11,7 +11,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from nomad_watchdog.core.host_load import Load
-from nomad_watchdog.core.relief import Progress
+from nomad_watchdog.core.relief import ReliefProgress
 from nomad_watchdog.host_pressure import Resource
 from nomad_watchdog.metrics.labels import OTHER, known
 
@@ -21,7 +21,11 @@ MAX_HOSTS: Final = 1_000
 RELIEF: Final = (
     "begun",
     "would_move",
-    *(one.value for one in Progress if one not in (Progress.WAITING, Progress.ON_WAY)),
+    *(
+        one.value
+        for one in ReliefProgress
+        if one not in (ReliefProgress.WAITING, ReliefProgress.ON_WAY)
+    ),
     OTHER,
 )
 """What happened to a move: it began, would have begun in a dry run, or how it ended."""

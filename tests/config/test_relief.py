@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nomad_watchdog.config.load import load
-from nomad_watchdog.core.host_load import Thresholds
+from nomad_watchdog.core.host_load import PressureThresholds
 from nomad_watchdog.core.relief import ReliefRules
 from nomad_watchdog.daemon.reload import applicable
 from nomad_watchdog.errors import UserError
@@ -35,7 +35,7 @@ def test_relief_is_off_without_the_block_and_a_dry_run_with_it(tmp_path: Path) -
     off = load(written(tmp_path, ""))
     assert off.relief_rules() is None
     on = load(written(tmp_path, BLOCK.replace("MORE", "")))
-    assert on.relief_rules() == ReliefRules({Resource.MEMORY: Thresholds(20.0, 5.0)})
+    assert on.relief_rules() == ReliefRules({Resource.MEMORY: PressureThresholds(20.0, 5.0)})
     rules = on.relief_rules()
     assert rules is not None
     assert rules.dry_run
@@ -58,7 +58,10 @@ def test_all_settings_reach_the_rules(tmp_path: Path) -> None:
       dry_run = false
     """
     rules = load(written(tmp_path, BLOCK.replace("MORE", more))).relief_rules()
-    limits = {Resource.MEMORY: Thresholds(20.0, 5.0), Resource.IO: Thresholds(100.0, 0.0)}
+    limits = {
+        Resource.MEMORY: PressureThresholds(20.0, 5.0),
+        Resource.IO: PressureThresholds(100.0, 0.0),
+    }
     assert rules == ReliefRules(limits, 5, 120.0, 2, 3, 3600.0, 90.0, dry_run=False)
 
 

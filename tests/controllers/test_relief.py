@@ -17,7 +17,7 @@ from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.controllers.relief import ReliefController
 from nomad_watchdog.controllers.relief_state import FORMAT
 from nomad_watchdog.core.acceptance import AcceptanceKind
-from nomad_watchdog.core.host_load import Thresholds
+from nomad_watchdog.core.host_load import PressureThresholds
 from nomad_watchdog.core.relief import ReliefMove, ReliefRules, ReliefState, Rest
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.events.log import Event
@@ -33,7 +33,9 @@ from tests.simulation.virtual_time import VirtualClock, VirtualLoop
 
 pytestmark = pytest.mark.slow_because("computes up to an hour of a fleet")
 T = TypeVar("T")
-RULES: Final = ReliefRules({Resource.MEMORY: Thresholds(high=40.0, low=10.0)}, dry_run=False)
+RULES: Final = ReliefRules(
+    {Resource.MEMORY: PressureThresholds(high=40.0, low=10.0)}, dry_run=False
+)
 BEAT_S: Final = 15.0
 HOSTS: Final = ("n1", "n2", "n3")
 DEVICES: Final = 12

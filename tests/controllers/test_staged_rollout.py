@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 
 from nomad_watchdog.core.allowed_times import parse
-from nomad_watchdog.core.rollout_steps import Step, Strategy
+from nomad_watchdog.core.rollout_steps import RolloutStep, Strategy
 from nomad_watchdog.errors import NotFoundError, PreconditionError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import AgentState, Epoch, VerdictState
 from nomad_watchdog.registry.sqlite import SqliteRegistry
 from tests.controllers.staged_fleet import CLASS, WINDOW, StagedFleet
 
-STEPS = (Step(count=3, soak_s=20.0), Step(pause=True), Step(fraction=0.5, soak_s=10.0))
+STEPS = (
+    RolloutStep(count=3, soak_s=20.0),
+    RolloutStep(pause=True),
+    RolloutStep(fraction=0.5, soak_s=10.0),
+)
 
 
 @pytest.fixture
@@ -70,7 +74,9 @@ async def test_steps_come_one_after_the_other(registry: SqliteRegistry) -> None:
 async def test_no_start_joins_an_unproven_version(registry: SqliteRegistry) -> None:
     """While a step has its turn, new devices and devices whose agents are gone, with the new version or without it,
     start with the proven one."""
-    fleet = await rolling(registry, Strategy(steps=(Step(count=3, soak_s=100.0),), abort_share=1.0))
+    fleet = await rolling(
+        registry, Strategy(steps=(RolloutStep(count=3, soak_s=100.0),), abort_share=1.0)
+    )
     await fleet.until(lambda: fleet.state() == "soaking")
     tried, old = min(fleet.with_version("2")), min(fleet.with_version("1"))
     fleet.started.clear()
@@ -127,7 +133,7 @@ async def test_agents_on_trial_do_not_repair_until_their_step_has_passed(
     registry: SqliteRegistry,
 ) -> None:
     """Also an agent that reports before its scheduler lists it; agents of the proven version repair as ever."""
-    fleet = await rolling(registry, Strategy(steps=(Step(count=3, soak_s=5.0),)))
+    fleet = await rolling(registry, Strategy(steps=(RolloutStep(count=3, soak_s=5.0),)))
     site, held = fleet.fleet, fleet.fleet.trials.holds_repairs
     await fleet.until(lambda: fleet.state() == "soaking")
     tried, old = fleet.with_version("2"), fleet.with_version("1")
@@ -163,7 +169,7 @@ async def test_halt_leaves_what_is_there(registry: SqliteRegistry) -> None:
 async def test_an_outage_of_all_devices_says_nothing(registry: SqliteRegistry) -> None:
     """When devices without the new version turn bad just as those with it, the version is not given up; nor when a
     device was bad before its agent got the version."""
-    fleet = await rolling(registry, Strategy(steps=(Step(count=3, soak_s=30.0),)))
+    fleet = await rolling(registry, Strategy(steps=(RolloutStep(count=3, soak_s=30.0),)))
     await fleet.until(lambda: fleet.state() == "soaking")
     fleet.behaviour = lambda _version, _slug: AgentState.OFFLINE
     for _ in range(10):
@@ -173,7 +179,8 @@ async def test_an_outage_of_all_devices_says_nothing(registry: SqliteRegistry) -
 
 
 async def test_a_device_that_was_bad_before_is_no_evidence(registry: SqliteRegistry) -> None:
-    fleet = StagedFleet(registry, Strategy(steps=(Step(count=20, soak_s=30.0),)))
+    """Six of twenty devices are offline before, and with the new version: it is rolled out."""
+    fleet = StagedFleet(registry, Strategy(steps=(RolloutStep(count=20, soak_s=30.0),)))
     await fleet.begin()
     dead = set(list(fleet.fleet.records)[:6])
     fleet.behaviour = lambda _version, slug: AgentState.OFFLINE if slug in dead else AgentState.OK
@@ -186,7 +193,7 @@ async def test_a_device_that_was_bad_before_is_no_evidence(registry: SqliteRegis
 
 async def test_agents_that_never_get_ready_end_it_at_the_deadline(registry: SqliteRegistry) -> None:
     """The window is not what ends it, and a pause of any length does not count."""
-    strategy = Strategy(steps=(Step(count=2, soak_s=5.0),), progress_deadline_s=60.0)
+    strategy = Strategy(steps=(RolloutStep(count=2, soak_s=5.0),), progress_deadline_s=60.0)
     fleet = await rolling(
         registry, strategy, behaviour=lambda version, _: None if version == "2" else AgentState.OK
     )
@@ -205,7 +212,7 @@ async def test_agents_that_never_get_ready_end_it_at_the_deadline(registry: Sqli
 
 async def test_agents_that_die_end_it(registry: SqliteRegistry) -> None:
     """Agents that were ready and end by themselves before their step has passed."""
-    strategy = Strategy(steps=(Step(count=10, soak_s=60.0),), abort_share=0.3, abort_min=100)
+    strategy = Strategy(steps=(RolloutStep(count=10, soak_s=60.0),), abort_share=0.3, abort_min=100)
     fleet = await rolling(registry, strategy)
     await fleet.until(lambda: fleet.state() == "soaking")
     for slug in sorted(fleet.with_version("2"))[:2]:
@@ -220,7 +227,8 @@ async def test_agents_that_die_end_it(registry: SqliteRegistry) -> None:
 async def test_a_spec_that_the_scheduler_refuses_ends_at_the_deadline(
     registry: SqliteRegistry,
 ) -> None:
-    strategy = Strategy(steps=(Step(count=2),), progress_deadline_s=20.0)
+    """No agent is replaced for it, and the reason has the words of the scheduler."""
+    strategy = Strategy(steps=(RolloutStep(count=2),), progress_deadline_s=20.0)
     fleet = await rolling(registry, strategy, refused={"h2": "no such template"})
     await fleet.until(lambda: fleet.state() == "aborted", 40)
     assert "no such template" in str(fleet.requests.item(CLASS)["reason"])
@@ -231,7 +239,9 @@ async def test_a_spec_that_the_scheduler_refuses_ends_at_the_deadline(
 async def test_it_survives_a_new_leader_at_any_moment(registry: SqliteRegistry, every: int) -> None:
     """A control plane that is restarted every few seconds ends where one that runs on does: step after step, each
     device replaced once, except for replacements that a restart interrupts."""
-    fleet = await rolling(registry, Strategy(steps=(Step(count=3, soak_s=4.0), Step(fraction=0.5))))
+    fleet = await rolling(
+        registry, Strategy(steps=(RolloutStep(count=3, soak_s=4.0), RolloutStep(fraction=0.5)))
+    )
     seconds = 0
 
     def is_over() -> bool:
@@ -253,7 +263,7 @@ async def test_it_survives_a_new_leader_at_any_moment(registry: SqliteRegistry, 
 
 async def test_a_bad_version_goes_back_under_a_new_leader_too(registry: SqliteRegistry) -> None:
     """The devices that were bad before the step are known to the next leader."""
-    fleet = await rolling(registry, Strategy(steps=(Step(count=6, soak_s=100.0),)))
+    fleet = await rolling(registry, Strategy(steps=(RolloutStep(count=6, soak_s=100.0),)))
     await fleet.until(lambda: fleet.state() == "soaking")
     fleet.restart_control_plane()
     fleet.behaviour = breaks()  # type: ignore[assignment]
@@ -264,7 +274,9 @@ async def test_a_bad_version_goes_back_under_a_new_leader_too(registry: SqliteRe
 async def test_after_an_abort_nothing_starts_with_the_version(registry: SqliteRegistry) -> None:
     """Within one pass, with a full window and agents that die; `retry` goes on at the step where it was, and `undo`
     after its end returns to the version before."""
-    fleet = await rolling(registry, Strategy(steps=(Step(count=3, soak_s=3.0), Step(fraction=0.5))))
+    fleet = await rolling(
+        registry, Strategy(steps=(RolloutStep(count=3, soak_s=3.0), RolloutStep(fraction=0.5)))
+    )
     await fleet.until(
         lambda: fleet.step().startswith("step 2") and len(fleet.with_version("2")) > 4
     )
@@ -295,7 +307,9 @@ async def test_another_version_restarts_it_against_the_proven_one(
 ) -> None:
     """A change in the middle begins at step 1 again: devices with the version in between get the proven one or the
     newest, and in the end all have the newest."""
-    fleet = await rolling(registry, Strategy(steps=(Step(count=3, soak_s=5.0), Step(fraction=0.5))))
+    fleet = await rolling(
+        registry, Strategy(steps=(RolloutStep(count=3, soak_s=5.0), RolloutStep(fraction=0.5)))
+    )
     await fleet.until(lambda: len(fleet.with_version("2")) >= 6)
     fleet.configure("3")
     await fleet.until(lambda: len(fleet.with_version("3")) == 3)
@@ -307,7 +321,8 @@ async def test_another_version_restarts_it_against_the_proven_one(
 
 
 async def test_promote_all_skips_pauses_and_soaks(registry: SqliteRegistry) -> None:
-    fleet = await rolling(registry, Strategy(steps=(*STEPS, Step(soak_s=1_000.0))))
+    """A roll-out with a pause and a soak of 1,000 s is complete within a minute."""
+    fleet = await rolling(registry, Strategy(steps=(*STEPS, RolloutStep(soak_s=1_000.0))))
     await fleet.tick()
     await fleet.requests.control(CLASS, "promote-all", "me")
     await fleet.until(lambda: fleet.state() == "complete", 60)
@@ -315,7 +330,7 @@ async def test_promote_all_skips_pauses_and_soaks(registry: SqliteRegistry) -> N
 
 async def test_it_goes_site_by_site(registry: SqliteRegistry) -> None:
     """One value of the label after the other; devices without it last."""
-    fleet = StagedFleet(registry, Strategy(steps=(Step(by="site", soak_s=5.0),)))
+    fleet = StagedFleet(registry, Strategy(steps=(RolloutStep(by="site", soak_s=5.0),)))
     sites = [*fleet.add(5, site="b"), *fleet.add(5, site="a"), *fleet.add(5)]
     order = {slug: "ba-"[place // 5] for place, slug in enumerate(sites)}
     await fleet.begin()

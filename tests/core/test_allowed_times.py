@@ -37,6 +37,7 @@ def wall(*when: int, zone: ZoneInfo | None = None) -> WallTime:
     ],
 )
 def test_when_a_time_holds(text: str, now: WallTime, holds: bool) -> None:
+    """At its borders, beyond midnight, on other days, and in summer; without any time, everything is allowed."""
     assert allowed([parse(text)], now) is holds
     assert allowed([], now)
 

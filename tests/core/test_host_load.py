@@ -5,11 +5,21 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.host_load import READING_S, UNKNOWN, Load, LoadTrack, Thresholds, observe
+from nomad_watchdog.core.host_load import (
+    READING_S,
+    UNKNOWN,
+    Load,
+    LoadTrack,
+    PressureThresholds,
+    observe,
+)
 from nomad_watchdog.host_pressure import HostPressure, Resource, Stall
 from nomad_watchdog.model import Monotonic
 
-LIMITS = {Resource.MEMORY: Thresholds(40.0, 10.0), Resource.IO: Thresholds(60.0, 20.0)}
+LIMITS = {
+    Resource.MEMORY: PressureThresholds(40.0, 10.0),
+    Resource.IO: PressureThresholds(60.0, 20.0),
+}
 percents = st.floats(0, 100)
 readings = st.lists(st.tuples(percents, percents), max_size=30)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nomad_watchdog.core import presence, rebalance
 from nomad_watchdog.core.host_balance import MovePlan, allowed, plan_moves, spread
 from nomad_watchdog.core.pauses import Target
-from nomad_watchdog.core.rebalance import Conditions, HostView, Rebalance, RebalanceState
+from nomad_watchdog.core.rebalance import AgentsByHost, Conditions, Rebalance, RebalanceState
 from nomad_watchdog.errors import ConflictError, NotFoundError, PreconditionError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord, Epoch, Placement, PlacementState, Presence, WallTime
@@ -40,7 +40,7 @@ def deaf(chance: Random, counts: Mapping[str, int], avoid: tuple[str, ...]) -> s
     return packs(chance, counts, ())
 
 
-def plan_of(view: HostView) -> MovePlan:
+def plan_of(view: AgentsByHost) -> MovePlan:
     return plan_moves(view.counts, view.movable, view.in_flight)
 
 
@@ -72,7 +72,7 @@ class Site:
                 found[one.node] += one.state is PlacementState.RUNNING
         return found
 
-    def view(self, now: Rebalance) -> HostView:
+    def view(self, now: Rebalance) -> AgentsByHost:
         conditions = Conditions(
             lambda one: one.slug not in self.unwell, lambda slug: slug not in self.unwell
         )
@@ -212,7 +212,7 @@ def test_a_closed_host_neither_gets_nor_gives_agents() -> None:
     assert {one.host for one in now.going.values()} == {"a"}
     conditions = Conditions(lambda _record: True, lambda _slug: True)
 
-    def seen(closed: str) -> HostView:
+    def seen(closed: str) -> AgentsByHost:
         return rebalance.survey(
             now, site.records, site.placements, site.hosts.keys(), [closed], conditions
         )

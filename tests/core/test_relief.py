@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nomad_watchdog.core import relief
-from nomad_watchdog.core.host_load import Load, LoadTrack, Thresholds
+from nomad_watchdog.core.host_load import Load, LoadTrack, PressureThresholds
 from nomad_watchdog.core.relief import (
     BEGIN_S,
     MAX_DOUBLINGS,
     MAX_RESTS,
     WITHDRAWN_S,
     Candidate,
-    Progress,
     ReliefMove,
+    ReliefProgress,
     ReliefRules,
     ReliefState,
     Rest,
@@ -27,7 +27,7 @@ from nomad_watchdog.host_pressure import Resource
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Epoch, WallTime
 
-RULES = ReliefRules({Resource.MEMORY: Thresholds(40.0, 10.0)}, dry_run=False)
+RULES = ReliefRules({Resource.MEMORY: PressureThresholds(40.0, 10.0)}, dry_run=False)
 HOT = LoadTrack(Load.OVERLOADED, above=3, readings=3, excess=2.0, worst="memory pressure 80 %")
 CALM = LoadTrack(Load.CALM, below=3, readings=3)
 MIXED = LoadTrack(Load.OVERLOADED, readings=1)
@@ -114,7 +114,7 @@ def test_a_move_that_did_not_help_doubles_the_rest_and_one_that_helped_ends_that
     for expected in (1, 2, 3, 4, 5, 5):
         state = relief.begin(state, decided(state, now=now).moves, RULES, now)
         state, ended = relief.settle(
-            state, lambda _m: Progress.ARRIVED, lambda _m: True, RULES, now
+            state, lambda _m: ReliefProgress.ARRIVED, lambda _m: True, RULES, now
         )
         assert len(ended) == 1
         early = {"hot": replace(HOT, above=1, readings=1)}
@@ -129,7 +129,7 @@ def test_a_move_that_did_not_help_doubles_the_rest_and_one_that_helped_ends_that
         now = WallTime(rest.until + 1)
         state = replace(state, devices={})
     state = relief.begin(state, decided(state, now=now).moves, RULES, now)
-    state, _ = relief.settle(state, lambda _m: Progress.ARRIVED, lambda _m: True, RULES, now)
+    state, _ = relief.settle(state, lambda _m: ReliefProgress.ARRIVED, lambda _m: True, RULES, now)
     state, failed = relief.judge(state, {"hot": replace(MIXED, above=0)}, RULES, now)
     assert failed == ()
     assert (state.hosts["hot"].doublings, state.hosts["hot"].judged) == (0, True)
@@ -138,7 +138,7 @@ def test_a_move_that_did_not_help_doubles_the_rest_and_one_that_helped_ends_that
 def test_a_return_to_the_same_host_did_not_help() -> None:
     """If the scheduler places the agent on the host that it left, the rest of the host doubles at once."""
     state = relief.begin(ReliefState(), decided().moves, RULES, NOW)
-    state, _ = relief.settle(state, lambda _m: Progress.RETURNED, lambda _m: True, RULES, NOW)
+    state, _ = relief.settle(state, lambda _m: ReliefProgress.RETURNED, lambda _m: True, RULES, NOW)
     assert state.hosts["hot"] == Rest(WallTime(NOW + 600), 1)
 
 
@@ -150,7 +150,9 @@ def test_a_move_that_does_not_begin_is_withdrawn_and_counts_for_a_while() -> Non
 
     def settled(state: ReliefState, after_s: float, needed: bool = True) -> ReliefState:
         now = WallTime(NOW + after_s)
-        return relief.settle(state, lambda _m: Progress.WAITING, lambda _m: needed, RULES, now)[0]
+        return relief.settle(
+            state, lambda _m: ReliefProgress.WAITING, lambda _m: needed, RULES, now
+        )[0]
 
     assert settled(begun, BEGIN_S - 1) == begun
     assert settled(begun, BEGIN_S).moves[0].withdrawn
@@ -159,7 +161,9 @@ def test_a_move_that_does_not_begin_is_withdrawn_and_counts_for_a_while() -> Non
     assert settled(withdrawn, WITHDRAWN_S) == withdrawn
     assert settled(withdrawn, WITHDRAWN_S + 5).moves == ()
     assert settled(withdrawn, WITHDRAWN_S + 5).hosts["hot"].judged
-    on_way = relief.settle(withdrawn, lambda _m: Progress.ON_WAY, lambda _m: False, RULES, NOW)
+    on_way = relief.settle(
+        withdrawn, lambda _m: ReliefProgress.ON_WAY, lambda _m: False, RULES, NOW
+    )
     assert on_way == (withdrawn, ())
 
 
@@ -169,7 +173,7 @@ steps = st.lists(
         st.dictionaries(
             st.sampled_from(["h0", "h1", "h2", "h3"]), st.sampled_from([HOT, CALM, MIXED])
         ),
-        st.sampled_from([one for one in Progress if one is not Progress.WITHDRAWN]),
+        st.sampled_from([one for one in ReliefProgress if one is not ReliefProgress.WITHDRAWN]),
     ),
     max_size=40,
 )
@@ -177,7 +181,7 @@ steps = st.lists(
 
 @given(steps, st.integers(1, 3), st.integers(1, 3))
 def test_limits_hold_over_any_history(
-    history: list[tuple[float, dict[str, LoadTrack], Progress]], per_host: int, at_once: int
+    history: list[tuple[float, dict[str, LoadTrack], ReliefProgress]], per_host: int, at_once: int
 ) -> None:
     """Whatever the loads and outcomes are: at most `at_once` moves are in progress, at most `per_host` begin on a host
     at a time, a host and a device rest after a move, and what is remembered is bounded."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.rollout_steps import Member, Step, complete, turns
+from nomad_watchdog.core.rollout_steps import Member, RolloutStep, complete, turns
 from nomad_watchdog.ids import DeviceId, slug_of
 
 LABELS = st.fixed_dictionaries(
@@ -13,14 +13,14 @@ LABELS = st.fixed_dictionaries(
 )
 STEPS = st.lists(
     st.one_of(
-        st.builds(Step, count=st.integers(1, 6)),
+        st.builds(RolloutStep, count=st.integers(1, 6)),
         st.builds(
-            Step,
+            RolloutStep,
             fraction=st.sampled_from([0.05, 0.5, 1.0]),
             selector=st.sampled_from([{}, {"ring": "early"}, {"ring": "nowhere"}]),
             by=st.sampled_from(["", "site"]),
         ),
-        st.just(Step(pause=True)),
+        st.just(RolloutStep(pause=True)),
     ),
     max_size=5,
 )
@@ -32,7 +32,7 @@ FLEETS = st.lists(LABELS, max_size=20).map(
 
 
 @given(STEPS, FLEETS)
-def test_every_device_gets_its_turn_once(steps: list[Step], members: list[Member]) -> None:
+def test_every_device_gets_its_turn_once(steps: list[RolloutStep], members: list[Member]) -> None:
     """From group to group and step to step, no device loses its turn, those that have it now did not have it before,
     and in the end all have had it."""
     whole = complete(steps)
@@ -51,7 +51,7 @@ def test_every_device_gets_its_turn_once(steps: list[Step], members: list[Member
 
 @given(STEPS, FLEETS, st.randoms())
 def test_the_order_of_the_devices_does_not_count(
-    steps: list[Step], members: list[Member], chance: object
+    steps: list[RolloutStep], members: list[Member], chance: object
 ) -> None:
     """Every replica finds the same devices, in whatever order it has their records."""
     other = list(members)
@@ -66,20 +66,25 @@ def test_a_step_has_as_many_devices_as_it_says(
 ) -> None:
     """`count` devices, or all if there are fewer; a fraction of those that the selector matches, rounded up, so that a
     step of a class with devices is never empty."""
-    assert len(turns([Step(count=count)], 0, None, members).current) == min(count, len(members))
+    assert len(turns([RolloutStep(count=count)], 0, None, members).current) == min(
+        count, len(members)
+    )
     early = [one for one in members if one.labels.get("ring") == "early"]
-    found = turns([Step(fraction=fraction, selector={"ring": "early"})], 0, None, members).current
+    found = turns(
+        [RolloutStep(fraction=fraction, selector={"ring": "early"})], 0, None, members
+    ).current
     assert found <= {one.slug for one in early}
     assert fraction * len(early) <= len(found) < fraction * len(early) + 1
 
 
 def test_values_have_their_turn_one_after_the_other_and_devices_without_the_label_last() -> None:
+    """Without a value, the first one has its turn."""
     sites = ["b", "a", None, "b"]
     members = [
         Member(slug_of(DeviceId(f"d{n}")), {"site": site} if site else {})
         for n, site in enumerate(sites)
     ]
-    step = [Step(by="site")]
+    step = [RolloutStep(by="site")]
     found = [turns(step, 0, group, members) for group in ("a", "b", "")]
     assert found[0].groups == ("a", "b", "")
     assert turns(step, 0, None, members) == found[0]

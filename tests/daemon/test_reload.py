@@ -19,7 +19,7 @@ from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.controllers.expiry import ExpiryController
 from nomad_watchdog.controllers.inventory import InventoryController
-from nomad_watchdog.core.host_load import Thresholds
+from nomad_watchdog.core.host_load import PressureThresholds
 from nomad_watchdog.core.relief import ReliefRules
 from nomad_watchdog.core.settings_diff import words
 from nomad_watchdog.daemon.reload import Reloader, applicable
@@ -391,4 +391,4 @@ async def test_relief_is_applied_and_ends_with_its_block(service: Service) -> No
     assert [one.partition(" ")[0] for one in done.changed] == ["relief"]
     service.write()
     await service.reloader.reload()
-    assert rules == [ReliefRules({Resource.CPU: Thresholds(50.0, 10.0)}), None]
+    assert rules == [ReliefRules({Resource.CPU: PressureThresholds(50.0, 10.0)}), None]

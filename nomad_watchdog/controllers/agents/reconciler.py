@@ -87,10 +87,7 @@ class Reconciler:
         self.migrations = MigrationController(
             fleet, scheduler, self.ownership, metrics, self._read_all_again
         )
-        self.hosts = HostWatcher(fleet)
-        self.rebalances = RebalanceController(fleet, scheduler, self.ownership, self.classes, metrics, self.hosts)  # fmt: skip
-        self.executor.avoids.append(self.rebalances.avoid)
-        self.drains = NodeDrainController(fleet, self.ownership, self.classes, self.capacity, self.hosts)  # fmt: skip
+        self.hosts, self.rebalances, self.drains = self._movers()
         self.plan_builder = PlanBuilder(
             fleet, self.ownership, self.classes, metrics, self.migrations, self.capacity,
             sources=[self.drains.requested, self.rebalances.requested], is_active=self.queue.is_active,
@@ -123,6 +120,20 @@ class Reconciler:
         metrics.hosts.ratios = fleet.hosts.ratios
         fleet.views.add_status(self._loop_status.status)
         fleet.views.add_explain(self._loop_status.explain)
+
+    def _movers(self) -> tuple[HostWatcher, RebalanceController, NodeDrainController]:
+        """What asks for agents to leave their hosts."""
+        fleet, classes, ownership = self.fleet, self.classes, self.ownership
+        hosts = HostWatcher(fleet)
+        rebalances = RebalanceController(
+            fleet, self.scheduler, ownership, classes, self.metrics, hosts
+        )
+        self.executor.avoids.append(rebalances.avoid)
+        return (
+            hosts,
+            rebalances,
+            NodeDrainController(fleet, ownership, classes, self.capacity, hosts),
+        )
 
     def wake(self) -> None:
         """Have a pass made soon."""

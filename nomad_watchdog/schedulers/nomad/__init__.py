@@ -141,13 +141,8 @@ class NomadScheduler:
             return await self._ensure_registered(record, epoch, spec)
         shard = shard_of(record.slug, self._shards)
         parent = self._parent(spec, shard)
-        other = self._names.other(parent)
-        if other in self._names.parents:
-            # A token protects only among the children of one parent: the epoch may have been started with another
-            # spec, and the answer lost (S2).
-            index, children = await self._children(other, record.slug, epoch)
-            if _unstopped(children):
-                return index
+        if index := await self._index_of_other(parent, record.slug, epoch):
+            return index
         built = self._built.get((spec.agent_class, spec.spec_hash))
         await self._steering.steer(parent, built, spec.avoid)
         meta = _jobs.meta(record, epoch, spec, shard)
@@ -177,6 +172,17 @@ class NomadScheduler:
             # a plan that is based on this index must not see the stopped jobs as running
             index, _ = await self._children(parent, record.slug, epoch)
         return index
+
+    async def _index_of_other(self, parent: str, slug: Slug, epoch: Epoch) -> int:
+        """The index at which this epoch is listed as a child of the other parent of its class; 0 = it is not.
+
+        A token protects only among the children of one parent: the epoch may have been started with another spec,
+        and the answer lost (S2)."""
+        other = self._names.other(parent)
+        if other not in self._names.parents:
+            return 0
+        index, children = await self._children(other, slug, epoch)
+        return index if _unstopped(children) else 0
 
     async def _children(self, parent: str, slug: Slug, epoch: Epoch) -> tuple[int, list[Job]]:
         """The jobs of one epoch, the oldest first, and the index of the list."""

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 from nomad_watchdog.clients.nomad import NomadClient
-from nomad_watchdog.clients.nomad_rows import Affinity, Job, NodeRow
+from nomad_watchdog.clients.nomad_rows import Job, JobAffinity, NodeRow
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.model import Monotonic
@@ -34,7 +34,7 @@ def steered(job: Job, avoid: Collection[str]) -> Job:
     """The job with an affinity against these nodes; the job itself if there are none."""
     if not avoid:
         return job
-    own: Affinity = {
+    own: JobAffinity = {
         "LTarget": _NAME,
         "RTarget": ",".join(avoid),
         "Operand": _OPERAND,

@@ -336,6 +336,7 @@ def test_a_version_on_trial_does_not_act() -> None:
     ],
 )
 def test_what_forbids_repairs(body: bytes, held: bool) -> None:
+    """Only `true` does; any other answer permits them, as older control planes do."""
     assert holds_repairs(body) is held
 
 
