@@ -91,6 +91,7 @@ class Disconnect(TypedDict, total=False):
 
 
 class EphemeralDisk(TypedDict, total=False):
+    Sticky: bool | None
     Migrate: bool
     SizeMB: int | None
 

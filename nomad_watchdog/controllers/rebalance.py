@@ -160,10 +160,7 @@ class RebalanceController:
                 and fleet.verdicts.last(slug)[0].state is VerdictState.WATCHED
             )
 
-        conditions = Conditions(
-            may_leave,
-            lambda slug: fleet.agents.has_ready_agent(slug) or fleet.agents.is_stuck(slug),
-        )
+        conditions = Conditions(may_leave, fleet.agents.has_ready_agent, fleet.agents.is_stuck)
         closed = self._hosts.closed.keys()
         return rebalance.survey(now, fleet.records, fleet.placements, hosts, closed, conditions)
 

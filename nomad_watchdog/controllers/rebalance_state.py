@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Iterable
 from typing import Final
 
 from pydantic import BaseModel, Field
 
 from nomad_watchdog.core.pauses import Target
-from nomad_watchdog.core.rebalance import Going, Rebalance, RebalanceState
+from nomad_watchdog.core.rebalance import MARK, Going, Rebalance, RebalanceState
 from nomad_watchdog.fleet.pauses import TargetFields
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Epoch, WallTime
@@ -30,6 +32,19 @@ def rebalance_json(now: Rebalance) -> dict[str, object]:
     }
 
 
+def _packed(marks: Iterable[str]) -> str:
+    """The marks in base64, about 7 characters each."""
+    return base64.b64encode(bytes.fromhex("".join(sorted(marks)))).decode()
+
+
+def _unpacked(text: str) -> frozenset[str]:
+    """Raises ValueError for what `_packed` does not write."""
+    digits = base64.b64decode(text, validate=True).hex()
+    if len(digits) % MARK:
+        raise ValueError("marks are cut off")
+    return frozenset(digits[at : at + MARK] for at in range(0, len(digits), MARK))
+
+
 class _GoingFields(BaseModel):
     ref: str
     epoch: Epoch
@@ -49,7 +64,7 @@ class _Fields(BaseModel):
     reason: str
     moved: int
     going: dict[Slug, _GoingFields]
-    marks: frozenset[str]
+    marks: str
     avoid: tuple[str, ...]
     useful: int
     useless: int
@@ -66,7 +81,7 @@ class _Fields(BaseModel):
             state=self.state,
             reason=self.reason,
             going={slug: one.going() for slug, one in self.going.items()},
-            moved=self.marks,
+            moved=_unpacked(self.marks),
             avoid=self.avoid,
             arrived=self.moved,
             useful=self.useful,
@@ -94,7 +109,7 @@ def _serialized(now: Rebalance | None) -> dict[str, object]:
                 slug: {"ref": one.ref, "epoch": one.epoch, "host": one.host}
                 for slug, one in now.going.items()
             },
-            "marks": sorted(now.moved),
+            "marks": _packed(now.moved),
             "avoid": list(now.avoid),
             "useful": now.useful,
             "useless": now.useless,

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import accumulate
 from typing import Final
 
 from nomad_watchdog.core.actions import Move
@@ -31,12 +32,17 @@ from nomad_watchdog.model import (
 
 TRIES: Final = 3
 """Number of consecutive moves that may end on a host that has its share already."""
-MAX_AVOIDED: Final = 256
-"""Maximum number of hosts that a start avoids: those with the most agents. Their names are part of each agent's job."""
-MAX_MOVED: Final = 10_000
+# The next limits keep the stored document below `registry.MAX_DOCUMENT`, with the longest names that occur.
+MAX_AVOIDED: Final = 8_000
+"""Maximum length of the names of the hosts that a start avoids, characters: those with the most agents. They are also part
+of each agent's job."""
+MAX_AT_ONCE: Final = 50
+"""Maximum number of agents that are being moved at a time."""
+MAX_MOVED: Final = 3_000
 """Maximum number of devices that one rebalance moves."""
 _GONE: Final = (PlacementState.DEAD, PlacementState.STOPPING)
-_MARK: Final = 10
+MARK: Final = 10
+"""Length of a mark, hexadecimal digits."""
 
 
 class RebalanceState(StrEnum):
@@ -125,7 +131,7 @@ class AgentsByHost:
     pending: frozenset[Slug] = frozenset()
     """Devices whose move is requested and has not begun."""
     in_flight: int = 0
-    """Number of agents that are being moved and are on no new host yet, with `pending`."""
+    """Number of agents that are being moved and are not ready on a new host yet, with `pending`."""
     waiting: frozenset[str] = frozenset()
     """Hosts with devices that can't be moved now, but perhaps later: unhealthy ones, or those whose agents are not ready."""
 
@@ -136,13 +142,15 @@ class Conditions:
 
     may_leave: Callable[[DeviceRecord], bool]
     """It is healthy, its agent is ready, and nothing prevents actions for it."""
-    is_settled: Callable[[Slug], bool]
-    """Its agent is ready, or has had its time to become ready."""
+    is_ready: Callable[[Slug], bool]
+    """The accepted agent is ready."""
+    is_stuck: Callable[[Slug], bool]
+    """Its agent has had its time to become ready, and is not."""
 
 
 def mark(slug: Slug) -> str:
     """A short mark of a device. Two devices with one mark count as one, so one of them is not moved."""
-    return hashlib.sha256(slug.encode()).hexdigest()[:_MARK]
+    return hashlib.sha256(slug.encode()).hexdigest()[:MARK]
 
 
 def survey(
@@ -181,12 +189,11 @@ def survey(
         record, found = records.get(slug), where.get(slug)
         phase = _phase(going, record, found, usable, conditions)
         phases[phase].add(slug)
-        if found is None or phase in (_Phase.PENDING, _Phase.BEGUN):
-            continue
-        if found.node in usable:
-            counts[found.node] += 1
-        if phase is _Phase.ARRIVED:
-            arrived[slug] = found.node if found.node in usable else ""
+        if found is not None and phase in (_Phase.DROPPED, _Phase.ARRIVED):
+            here = found.node in usable
+            counts |= {found.node: counts[found.node] + 1} if here else {}
+            if phase is _Phase.ARRIVED:
+                arrived[slug] = found.node if here else ""
     return AgentsByHost(
         counts,
         {host: tuple(sorted(some, key=_slug)) for host, some in movable.items()},
@@ -206,9 +213,7 @@ class _Phase(StrEnum):
     DROPPED = "dropped"
     PENDING = "pending"
     BEGUN = "begun"
-    """It is on no new host yet."""
-    PLACED = "placed"
-    """It is on a host, and may not be ready."""
+    """No agent of the new epoch is known to be ready."""
     ARRIVED = "arrived"
 
 
@@ -224,10 +229,11 @@ def _phase(
     if record.epoch == going.epoch:
         stays = going.host not in usable or not conditions.may_leave(record)
         return _Phase.DROPPED if stays else _Phase.PENDING
-    if found is None or found.epoch != record.epoch or not found.node:
+    if found is None or not _runs(found, record):
         return _Phase.BEGUN
-    done = _runs(found, record) and conditions.is_settled(record.slug)
-    return _Phase.ARRIVED if done else _Phase.PLACED
+    # While a job is updated in place, its listing may still have the run that ends, and its host.
+    is_ready = record.instance in found.instances and conditions.is_ready(record.slug)
+    return _Phase.ARRIVED if is_ready or conditions.is_stuck(record.slug) else _Phase.BEGUN
 
 
 def _runs(placement: Placement, record: DeviceRecord) -> bool:
@@ -255,7 +261,9 @@ def step(
     if now.useless >= TRIES:
         return now if now.going else _useless(now, view)
     # A scheduler that has not shown that it moves agents to hosts with room gets only a few to move.
-    limit = window if now.useful and not now.useless else min(window, TRIES)
+    limit = min(window, MAX_AT_ONCE)
+    if not now.useful or now.useless:
+        limit = min(limit, TRIES - now.useless)
     planned = plan_moves(view.counts, view.movable, view.in_flight)
     room = max(planned.receive.values(), default=0)
     free = min(limit - len(now.going), room - view.in_flight, now.left)
@@ -278,7 +286,8 @@ def _avoided(view: AgentsByHost, planned: MovePlan, arriving: int) -> tuple[str,
         (host for host in view.counts if planned.receive.get(host, 0) < arriving),
         key=lambda host: (-view.counts[host], host),
     )
-    return tuple(sorted(full[:MAX_AVOIDED]))
+    ends = accumulate(len(host) + 1 for host in full)
+    return tuple(sorted(host for host, end in zip(full, ends, strict=True) if end <= MAX_AVOIDED))
 
 
 def _settled(now: Rebalance, view: AgentsByHost) -> Rebalance:

@@ -172,7 +172,7 @@ REBALANCES = {
     "rebalance": {
         **rebalance_state.rebalance_json(Rebalance("r", WallTime(1.0), "me")),
         "going": {"d": {"ref": "r", "epoch": 1, "host": "n"}},
-        "marks": ["m"],
+        "marks": "AAAAAAA=",
         "avoid": ["n"],
         "useful": 0,
         "useless": 0,

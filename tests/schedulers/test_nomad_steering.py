@@ -16,7 +16,7 @@ import pytest_asyncio
 
 from nomad_watchdog.clients.nomad import NomadAccess
 from nomad_watchdog.clients.nomad_rows import Job
-from nomad_watchdog.ids import slug_of
+from nomad_watchdog.ids import Slug, slug_of
 from nomad_watchdog.model import AgentSpec, Epoch, Monotonic, PlacementState, WallTime
 from nomad_watchdog.schedulers import open_hosts
 from nomad_watchdog.schedulers.nomad import NomadScheduler
@@ -27,7 +27,12 @@ from tests.schedulers.conftest import eventually
 from tests.schedulers.test_nomad_nodes import row
 
 servers = pytest.mark.servers
-SPEC = AgentSpec("default", "1", "h", template=str(Path(__file__).with_name("mock.nomad.hcl")))
+MOCK = Path(__file__).with_name("mock.nomad.hcl")
+STICKY = MOCK.read_text().replace("{ size = 10 }", "{\n size = 10\n sticky = true\n }")
+SPEC = AgentSpec("default", "1", "h", template=str(MOCK), text=STICKY)
+
+
+FIRST = Epoch(1)
 
 
 class ManualClock:
@@ -69,18 +74,22 @@ async def scheduler_of(
 
 
 async def where(
-    scheduler: NomadScheduler, names: list[str], avoid: tuple[str, ...]
+    scheduler: NomadScheduler, names: list[str], avoid: tuple[str, ...], epoch: Epoch = FIRST
 ) -> Counter[str]:
     """Start an agent per name one after another, and count their nodes."""
     spec, found = replace(SPEC, avoid=avoid), Counter[str]()
     for name in names:
         slug = slug_of(record_of(name).device.id)
 
-        async def runs(slug: Any = slug) -> str:
-            (one,) = (await scheduler.snapshot([slug])).placements[slug]
-            return one.node if one.state is PlacementState.RUNNING else ""
+        known = (await scheduler.snapshot([slug])).placements.get(slug, ())
+        before = frozenset(instance for one in known for instance in one.instances)
 
-        await scheduler.ensure(record_of(name), Epoch(1), spec)
+        async def runs(slug: Slug = slug, before: frozenset[str] = before) -> str:
+            (one,) = (await scheduler.snapshot([slug])).placements[slug]
+            is_new = one.epoch == epoch and not before & set(one.instances)
+            return one.node if is_new and one.state is PlacementState.RUNNING else ""
+
+        await scheduler.ensure(record_of(name), epoch, spec)
         found[await eventually(runs)] += 1
     return found
 
@@ -93,7 +102,8 @@ async def test_a_start_goes_to_a_node_that_it_need_not_avoid(
     three: NomadServer, strategy: Literal["dispatch", "register"]
 ) -> None:
     """Nomad packs agents onto nodes that have some. All of these starts go to the one node that they need not avoid,
-    although it is empty. If every node is to be avoided, agents start all the same."""
+    although it is empty. If every node is to be avoided, agents start all the same. A job that is
+    updated in place leaves its node, although its disk is sticky."""
     async with scheduler_of(three, strategy, ManualClock()) as scheduler:
         names = sorted(one["Name"] for one in await three.request("GET", "/v1/nodes"))
         assert await open_hosts(scheduler) == frozenset(names)
@@ -101,6 +111,9 @@ async def test_a_start_goes_to_a_node_that_it_need_not_avoid(
         assert first == names[0]
         rest = tuple(names[:2])
         assert await where(scheduler, [f"b{n}" for n in range(6)], rest) == {names[2]: 6}
+        if strategy == "register":
+            moved = await where(scheduler, ["b0", "b1"], (*names[1:],), Epoch(2))
+            assert moved == {names[0]: 2}
         assert (await where(scheduler, [f"c{n}" for n in range(3)], tuple(names))).total() == 3
 
 

@@ -36,7 +36,7 @@ from nomad_watchdog.schedulers.nomad._snapshots import SnapshotReader
 from nomad_watchdog.schedulers.nomad._steering import (
     ParentSteering,
     is_steered,
-    steered,
+    steered_service,
     takers,
 )
 from nomad_watchdog.schedulers.nomad._view import SOURCE, age, identity, unplaced
@@ -297,7 +297,7 @@ class NomadScheduler:
         meta = _jobs.meta(record, epoch, spec, shard_of(record.slug, self._shards))
         document = _jobs.payload(record, epoch, spec)
         job = _jobs.service_job(parent, job_id, document, meta, waits=self._drain_moves)
-        job = steered(job, spec.avoid)
+        job = steered_service(job, spec.avoid)
         for _ in range(_TRIES):
             found = await self._client.job(job_id)
             if found is not None:

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 from nomad_watchdog.clients.nomad import NomadClient
-from nomad_watchdog.clients.nomad_rows import Job, JobAffinity, NodeRow
+from nomad_watchdog.clients.nomad_rows import Job, JobAffinity, NodeRow, TaskGroup
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.model import Monotonic
@@ -41,6 +41,18 @@ def steered(job: Job, avoid: Collection[str]) -> Job:
         "Weight": _WEIGHT,
     }
     return {**job, "Affinities": [*(job.get("Affinities") or []), own]}
+
+
+def steered_service(job: Job, avoid: Collection[str]) -> Job:
+    """As `steered`, for the job of one device, which is updated in place. With a sticky disk Nomad would choose the node of
+    the earlier allocation, whatever its score."""
+    if not avoid:
+        return job
+    groups: list[TaskGroup] = [
+        {**group, "EphemeralDisk": {**(group.get("EphemeralDisk") or {}), "Sticky": False}}
+        for group in job.get("TaskGroups") or []
+    ]
+    return steered({**job, "TaskGroups": groups}, avoid)
 
 
 def is_steered(found: Job, job: Job) -> bool:

@@ -17,10 +17,21 @@ from nomad_watchdog.cli.main import _code
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.controllers.rebalance_requests import RebalanceRequests
 from nomad_watchdog.controllers.rebalance_state import FORMAT
+from nomad_watchdog.core.host_balance import plan_moves
 from nomad_watchdog.core.pauses import Target
-from nomad_watchdog.core.rebalance import Going, Rebalance, RebalanceState
-from nomad_watchdog.ids import DeviceId, slug_of
+from nomad_watchdog.core.rebalance import (
+    MAX_AT_ONCE,
+    MAX_MOVED,
+    Going,
+    HostView,
+    Rebalance,
+    RebalanceState,
+    _avoided,
+    mark,
+)
+from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import AgentSpec, AgentState, Device, Epoch, Report, WallTime
+from nomad_watchdog.registry import MAX_DOCUMENT
 from tests.api.conftest import ServedApi, served
 from tests.simulation.fakes import Cluster, FakeScheduler
 
@@ -185,12 +196,29 @@ async def test_the_command_line_shows_the_same(
     assert plane.counts() == {"n1": 4, "n2": 4}
 
 
+def test_the_largest_document_fits_into_the_registry() -> None:
+    """Names as long as they get: the marks of all devices that may be moved, the moves in progress and the hosts to
+    avoid. More hosts are left out."""
+    hosts = {f"{n:03}.{'x' * 249}": 100 for n in range(200)}
+    name, host = "d" * 53, min(hosts)
+    planned = plan_moves(hosts, {}, 0)
+    avoid = _avoided(HostView(hosts), planned, 1)
+    assert len(avoid) == 31
+    ref = f"{'p' * 63}-{'c' * 63}-s255/dispatch-{name}-1700000000-01234567"
+    going = {Slug(f"{n:02}{name[2:]}"): Going(ref, Epoch(10**6), host) for n in range(MAX_AT_ONCE)}
+    marks = frozenset(mark(Slug(str(n))) for n in range(MAX_MOVED))
+    now = Rebalance("r" * 12, WallTime(1.5e9), "m" * 128, going=going, moved=marks, avoid=avoid)
+    assert len(marks) == MAX_MOVED
+    assert len(FORMAT.encode(now)) <= MAX_DOCUMENT
+    assert FORMAT.decode(FORMAT.encode(now)) == now
+
+
 def test_the_document_is_read_as_it_was_written() -> None:
     """Every field survives, so a replica continues where another one has stopped."""
     slug = slug_of(DeviceId("d"))
     now = Rebalance(
         "r", WallTime(1.5), "me", Target(agent_class="c", labels={"a": "b"}), 7, RebalanceState.PAUSED,
-        "why", {slug: Going("ref", Epoch(3), "n1")}, frozenset({"m"}), ("n1", "n2"), 4, 3, 2, frozenset({"n3"}),
+        "why", {slug: Going("ref", Epoch(3), "n1")}, frozenset({mark(slug)}), ("n1", "n2"), 4, 3, 2, frozenset({"n3"}),
     )  # fmt: skip
     assert FORMAT.decode(FORMAT.encode(now)) == now
     assert FORMAT.decode(FORMAT.encode(None)) is None
