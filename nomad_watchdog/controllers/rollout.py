@@ -222,8 +222,7 @@ class RolloutController:
         for name, one in self._staged.items():
             if self.is_given_up(name):
                 continue
-            text = f"roll-out of version {one.spec.version} of class {name}"
-            rollouts |= dict.fromkeys(one.outages(), text)
+            rollouts |= dict.fromkeys(one.outages(), f"class {name}, version {one.spec.version}")
             if not one.strategy.repairs:
                 unrepaired |= {s: h for s, h in one.trials.items() if s in one.turns.current}
         self._fleet.trials.rollouts = rollouts
@@ -392,10 +391,9 @@ class RolloutController:
         if await self._write(name, proved) and state.good is not None:
             report(self._fleet, name, DONE, f"version {spec.version} is on all devices")
 
-    async def give_up(self, name: str, spec: AgentSpec, why: str, by: str = "") -> None:
+    async def give_up(self, name: str, spec: AgentSpec, why: str) -> None:
         """Give up a spec, for this reason. Raises what the registry raises."""
-        now = self._fleet.clock.wall()
-        past = PastRollout(spec.version, spec.spec_hash, "aborted", now, why, by)
+        past = PastRollout(spec.version, spec.spec_hash, "aborted", self._fleet.clock.wall(), why)
         state = replace(self.state(name), bad=spec.spec_hash, why=why).remembering(past)
         if await self._write(name, state):
             keep = name in self._staged and not self.strategy(name).back

@@ -9,6 +9,7 @@ requested number of devices has been moved, or when moves do not help.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -169,20 +170,9 @@ def survey(
     if hosts is None:
         hosts = {one.node for one in where.values() if one.state is not PlacementState.LOST}
     usable = frozenset(hosts) - frozenset(closed) - now.unusable - {""}
-    counts = dict.fromkeys(sorted(usable), 0)
-    movable: dict[str, list[Placement]] = {}
-    waiting: set[str] = set()
-    for slug, one in where.items():
-        if one.node not in usable or slug in now.going:
-            continue
-        counts[one.node] += 1
-        record = records.get(slug)
-        if record is None or record.presence is not Presence.PRESENT or not now.may_move(record):
-            continue
-        if _runs(one, record) and conditions.may_leave(record):
-            movable.setdefault(one.node, []).append(one)
-        else:
-            waiting.add(one.node)
+    staying = {s: p for s, p in where.items() if p.node in usable and s not in now.going}
+    counts = dict.fromkeys(sorted(usable), 0) | Counter(one.node for one in staying.values())
+    movable, waiting = _candidates(now, records, staying, conditions)
     arrived: dict[Slug, str] = {}
     phases: dict[_Phase, set[Slug]] = {phase: set() for phase in _Phase}
     for slug, going in now.going.items():
@@ -196,13 +186,33 @@ def survey(
                 arrived[slug] = found.node if here else ""
     return AgentsByHost(
         counts,
-        {host: tuple(sorted(some, key=_slug)) for host, some in movable.items()},
+        movable,
         arrived,
         frozenset(phases[_Phase.DROPPED]),
         frozenset(phases[_Phase.PENDING]),
         len(phases[_Phase.PENDING]) + len(phases[_Phase.BEGUN]),
         frozenset(waiting),
     )
+
+
+def _candidates(
+    now: Rebalance,
+    records: Mapping[Slug, DeviceRecord],
+    staying: Mapping[Slug, Placement],
+    conditions: Conditions,
+) -> tuple[dict[str, tuple[Placement, ...]], set[str]]:
+    """By host: the agents that may leave it now, in order; and the hosts with some that perhaps may later."""
+    movable: dict[str, list[Placement]] = {}
+    waiting: set[str] = set()
+    for slug, one in staying.items():
+        record = records.get(slug)
+        if record is None or record.presence is not Presence.PRESENT or not now.may_move(record):
+            continue
+        if _runs(one, record) and conditions.may_leave(record):
+            movable.setdefault(one.node, []).append(one)
+        else:
+            waiting.add(one.node)
+    return {host: tuple(sorted(some, key=_slug)) for host, some in movable.items()}, waiting
 
 
 def _slug(placement: Placement) -> Slug:

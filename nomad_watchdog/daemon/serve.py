@@ -242,7 +242,7 @@ class _ControlPlane:
             self.reconciler.fleet, classes.rollouts, classes.changes, classes.changed.emit
         )
         app[CONTEXT].rebalances = RebalanceRequests(
-            self.reconciler.fleet, self.reconciler.rebalances
+            self.reconciler.fleet, self.reconciler.movers.rebalances
         )
         return app
 

@@ -26,8 +26,7 @@ from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.controllers.class_set import Place, unchanged
 from nomad_watchdog.controllers.condition_writer import ConditionWriter
 from nomad_watchdog.controllers.migration import MigrationController
-from nomad_watchdog.controllers.node_drain import NodeDrainController
-from nomad_watchdog.controllers.rebalance import RebalanceController
+from nomad_watchdog.controllers.movers import Movers
 from nomad_watchdog.controllers.rollout import POLL_S
 from nomad_watchdog.core import planner
 from nomad_watchdog.core.actions import Action, ActionKind, ActionOutcome, Move
@@ -35,7 +34,6 @@ from nomad_watchdog.core.planner import Plan
 from nomad_watchdog.core.rollout_steps import Strategy
 from nomad_watchdog.errors import TransientError, WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
-from nomad_watchdog.fleet.hosts import HostWatcher
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Monotonic, Presence
@@ -87,10 +85,11 @@ class Reconciler:
         self.migrations = MigrationController(
             fleet, scheduler, self.ownership, metrics, self._read_all_again
         )
-        self.hosts, self.rebalances, self.drains = self._movers()
+        self.movers = Movers(fleet, scheduler, self.ownership, self.classes, metrics, self.capacity)
+        self.executor.avoids.append(self.movers.rebalances.avoid)
         self.plan_builder = PlanBuilder(
             fleet, self.ownership, self.classes, metrics, self.migrations, self.capacity,
-            sources=[self.drains.requested, self.rebalances.requested], is_active=self.queue.is_active,
+            sources=self.movers.sources(), is_active=self.queue.is_active,
         )  # fmt: skip
         self.breaker = self.plan_builder.breaker
         self.conditions = ConditionWriter(fleet, self.ownership, leases)
@@ -112,6 +111,11 @@ class Reconciler:
         self._observed = False
         """A complete snapshot of the scheduler has been applied."""
         self._changed_at: dict[Slug, Monotonic] = {}
+        self._connect()
+
+    def _connect(self) -> None:
+        """Connect the components with each other and with the fleet."""
+        fleet, metrics = self.fleet, self.metrics
         self.classes.changed.connect(self.wake)
         self.classes.repaired.connect(self.executor.end_backoff)
         self.executor.ended.connect(self.classes.rollouts.action_ended)
@@ -120,20 +124,6 @@ class Reconciler:
         metrics.hosts.ratios = fleet.hosts.ratios
         fleet.views.add_status(self._loop_status.status)
         fleet.views.add_explain(self._loop_status.explain)
-
-    def _movers(self) -> tuple[HostWatcher, RebalanceController, NodeDrainController]:
-        """What asks for agents to leave their hosts."""
-        fleet, classes, ownership = self.fleet, self.classes, self.ownership
-        hosts = HostWatcher(fleet)
-        rebalances = RebalanceController(
-            fleet, self.scheduler, ownership, classes, self.metrics, hosts
-        )
-        self.executor.avoids.append(rebalances.avoid)
-        return (
-            hosts,
-            rebalances,
-            NodeDrainController(fleet, ownership, classes, self.capacity, hosts),
-        )
 
     def wake(self) -> None:
         """Have a pass made soon."""
@@ -155,7 +145,7 @@ class Reconciler:
                 group.create_task(timer)
             group.create_task(self.classes.remember())
             group.create_task(every(POLL_S, self._follow_classes))
-            group.create_task(follow(POLL_S, self.rebalances.poll, self.wake))
+            group.create_task(follow(POLL_S, self.movers.rebalances.poll, self.wake))
             if self.migrations.on:
                 group.create_task(follow(POLL_S, self.migrations.poll, self.wake))
             group.create_task(every(DOUBT_EVERY_S, self.follower.doubt))
@@ -256,7 +246,7 @@ class Reconciler:
         if snapshot.only is None:
             self._observed = True
             self.ownership.looked_at = self.informer.began_at
-            self.hosts.seen(snapshot.closed_hosts)
+            self.movers.hosts.seen(snapshot.closed_hosts)
         self.plan_builder.waiting.seen(snapshot.placements, snapshot.only, fleet.clock.monotonic())
         self.executor.remember_stops(self.informer.read_began_at)
         seen = snapshot.only if snapshot.only is not None else list(self.executor.expectations)
@@ -306,7 +296,7 @@ class Reconciler:
 
     def reconcile(self) -> Plan:
         """One pass: decide for every device and hand the actions to the queue. No I/O."""
-        self.drains.look()
+        self.movers.drains.look()
         plan = self.plan_builder.make(self.breaker.confirmed)
         actions = [a for a in plan.actions if not self._undecided(a.slug)]
         urgent = len(actions) <= QUICK // 2

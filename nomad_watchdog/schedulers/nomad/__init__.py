@@ -147,18 +147,7 @@ class NomadScheduler:
         await self._steering.steer(parent, built, spec.avoid)
         meta = _jobs.meta(record, epoch, spec, shard)
         body = _jobs.dispatch_body(_jobs.payload(record, epoch, spec), meta)
-        dispatched: Dispatched | None = None
-        index = 0
-        failure: TransientError | None = None
-        try:
-            answer = await self._client.dispatch(parent, body)
-            dispatched, index = answer.body, answer.index
-        except TransientError as error:
-            failure = error  # Nomad may have created the job nevertheless
-        except (NotFoundError, TerminalError) as error:
-            if _is_parent_missing(error):
-                raise UnpreparedError(f"{error}; it is registered again soon") from error
-            raise
+        dispatched, index, failure = await self._dispatch(parent, body)
         features = await self._client.features()
         protected = features.has(Feature.RACE_SAFE_TOKENS) and features.has(Feature.ATOMIC_DISPATCH)
         if dispatched is not None and protected:
@@ -172,6 +161,20 @@ class NomadScheduler:
             # a plan that is based on this index must not see the stopped jobs as running
             index, _ = await self._children(parent, record.slug, epoch)
         return index
+
+    async def _dispatch(
+        self, parent: str, body: _jobs.Dispatch
+    ) -> tuple[Dispatched | None, int, TransientError | None]:
+        """The answer and its index, or why there is none. Raises UnpreparedError if the parent is missing."""
+        try:
+            answer = await self._client.dispatch(parent, body)
+        except TransientError as error:
+            return None, 0, error  # Nomad may have created the job nevertheless
+        except (NotFoundError, TerminalError) as error:
+            if _is_parent_missing(error):
+                raise UnpreparedError(f"{error}; it is registered again soon") from error
+            raise
+        return answer.body, answer.index, None
 
     async def _index_of_other(self, parent: str, slug: Slug, epoch: Epoch) -> int:
         """The index at which this epoch is listed as a child of the other parent of its class; 0 = it is not.

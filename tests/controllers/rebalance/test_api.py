@@ -22,8 +22,8 @@ from nomad_watchdog.core.pauses import Target
 from nomad_watchdog.core.rebalance import (
     MAX_AT_ONCE,
     MAX_MOVED,
+    AgentsByHost,
     Going,
-    HostView,
     Rebalance,
     RebalanceState,
     _avoided,
@@ -48,7 +48,7 @@ class Plane:
             served_api.fleet, FakeScheduler(self.cluster), {"default": SPEC}, served_api.metrics
         )
         served_api.app[CONTEXT].rebalances = RebalanceRequests(
-            served_api.fleet, self.reconciler.rebalances
+            served_api.fleet, self.reconciler.movers.rebalances
         )
         self.healthy = True
 
@@ -202,7 +202,7 @@ def test_the_largest_document_fits_into_the_registry() -> None:
     hosts = {f"{n:03}.{'x' * 249}": 100 for n in range(200)}
     name, host = "d" * 53, min(hosts)
     planned = plan_moves(hosts, {}, 0)
-    avoid = _avoided(HostView(hosts), planned, 1)
+    avoid = _avoided(AgentsByHost(hosts), planned, 1)
     assert len(avoid) == 31
     ref = f"{'p' * 63}-{'c' * 63}-s255/dispatch-{name}-1700000000-01234567"
     going = {Slug(f"{n:02}{name[2:]}"): Going(ref, Epoch(10**6), host) for n in range(MAX_AT_ONCE)}

@@ -94,7 +94,7 @@ class Growing(World):
         if not up:
             return False
         reconciler = up[-1].reconciler
-        requests = RebalanceRequests(reconciler.fleet, reconciler.rebalances)
+        requests = RebalanceRequests(reconciler.fleet, reconciler.movers.rebalances)
         return await up[-1].serve(requests.begin(new)) is not None
 
 
