@@ -30,6 +30,7 @@ __all__ = ["served"]
             "--selector",
             "site=",
         ],
+        ["rebalance", "--selector", "site=a", "--selector", "site="],
         ["devices", "ls", "--label", "site=south", "--label", "site=north"],
         ["devices", "add", "cam", "--address", "::1", "--label", "site=a", "--label", "site=b"],
     ],

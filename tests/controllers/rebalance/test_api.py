@@ -30,11 +30,20 @@ from nomad_watchdog.core.rebalance import (
     mark,
 )
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
-from nomad_watchdog.model import AgentSpec, AgentState, Device, Epoch, Report, WallTime
+from nomad_watchdog.model import (
+    AgentSpec,
+    AgentState,
+    Device,
+    Epoch,
+    Report,
+    VerdictState,
+    WallTime,
+)
 from nomad_watchdog.registry import MAX_DOCUMENT
 from tests.api.conftest import ServedApi, served
 from tests.simulation.fakes import Cluster, FakeScheduler
 
+DEVICES = 8
 SPEC = AgentSpec("default", "1", "h")
 
 
@@ -66,6 +75,22 @@ class Plane:
                 await self.served_api.fleet.reports.receive(report)
             await asyncio.sleep(0.1)
 
+    def all_watched(self) -> bool:
+        """Whether every agent may be moved."""
+        fleet = self.served_api.fleet
+        return len(fleet.records) == DEVICES and all(
+            fleet.verdicts.last(slug)[0].state is VerdictState.WATCHED
+            and fleet.agents.has_ready_agent(slug)
+            for slug in fleet.records
+        )
+
+    async def watched(self) -> None:
+        """Wait until the devices are healthy."""
+        self.healthy = True
+        async with asyncio.timeout(20.0):
+            while not self.all_watched():
+                await asyncio.sleep(0.02)
+
     def counts(self) -> dict[str, int]:
         return dict(Counter(process.node for process in self.cluster.processes.values()))
 
@@ -89,14 +114,12 @@ async def plane(tmp_path: Path) -> AsyncIterator[Plane]:
         one = Plane(served_api)
         devices = [
             Device(DeviceId(f"d{n}"), "default", "127.0.0.1", {"part": "ab"[n % 2]})
-            for n in range(8)
+            for n in range(DEVICES)
         ]
         await served_api.fleet.records.register(devices)
         running = [asyncio.ensure_future(call) for call in (one.reconciler.run(), one.report())]
         try:
-            async with asyncio.timeout(10.0):
-                while len(one.cluster.processes) < 8:
-                    await asyncio.sleep(0.02)
+            await one.watched()
             one.cluster.nodes["n2"] = True
             await one.balanced_after(dry_run=4)
             yield one
@@ -184,8 +207,7 @@ async def test_the_command_line_shows_the_same(
     assert (await waiting)[0] == 75
     assert (await verb("--max", "2", "abort"))[0] == 64
     assert (await verb("abort"))[0] == 66
-    plane.healthy = True
-    await plane.balanced_after(dry_run=4)
+    await plane.watched()
     code, _, err = await verb("--max", "2", "--wait")
     assert code == 0
     assert "2 devices have been moved, the maximum; 2 hosts have 2 to 6 agents each" in err
