@@ -187,3 +187,59 @@ async def drained(world: World) -> None:
         await world.settle()
     finally:
         await nomad.request("POST", path, {"DrainSpec": None, "MarkEligible": True})
+
+
+@row(
+    "45-drain-killed",
+    "a Nomad client is drained with its default deadline, and the control plane is killed while agents move",
+    stake="S1 S2 S3 L1 L2",
+    lane="alone",
+)
+async def drained_and_killed(world: World) -> None:
+    names = await on_the_second(world, 8)
+    nomad, before = world.servers.nomad, world.pids()
+    drained, other = (await nodes(world))["-1"]["ID"], (await nodes(world))["-0"]["ID"]
+    path = f"/v1/node/{drained}/drain"
+    await nomad.request("POST", path, {"DrainSpec": {"Deadline": 3600 * 10**9}})
+    try:
+        await until(lambda: bool(before - world.pids()), 60.0, "an agent has left")
+        world.program.kill_now()
+        await world.program.killed()
+        left = len(before & world.pids())
+        await world.program.start()
+        await until(lambda: not before & world.pids(), 120.0, "the node is empty")
+        await world.settle()
+        await _all_moved_gracefully(world, drained, other, names)
+        world.notes.append(f"{left} of {len(before)} agents were on the node when it was killed")
+        if not left:
+            raise BrokenRowError("the control plane was killed too late")
+    finally:
+        await nomad.request("POST", path, {"DrainSpec": None, "MarkEligible": True})
+
+
+async def _all_moved_gracefully(world: World, drained: str, other: str, names: list[str]) -> None:
+    """Check that Nomad stopped no agent by itself, that each shut down after its signal, and that all run on the other
+    client."""
+    ours = {job["ID"] for job in await world.jobs()}
+
+    async def there(node: str) -> list[Any]:
+        path = f"/v1/node/{node}/allocations"
+        found = await world.servers.nomad.request("GET", path)
+        return [one for one in found if one["JobID"] in ours]
+
+    async def all_there() -> bool:
+        running = [one for one in await there(other) if one["ClientStatus"] == "running"]
+        return len(running) == len(names)
+
+    left = await there(drained)
+    if any((one.get("DesiredTransition") or {}).get("Migrate") for one in left):
+        raise BrokenRowError("Nomad has moved agents by itself")
+    ends = [
+        event["Details"].get("exit_code")
+        for one in left
+        for event in one["TaskStates"]["agent"]["Events"]
+        if event["Type"] == "Terminated"
+    ]
+    if not set(ends) <= {"0", "130", "143"}:  # it retired, or shut down after SIGINT or SIGTERM
+        raise BrokenRowError(f"the agents ended with exit codes {ends}")
+    await until(all_there, 10.0, "all agents run on the other client")
