@@ -83,7 +83,7 @@ class ReliefController:
         if rules is None or rules.dry_run:
             return NONE_REQUESTED
         return {
-            move.slug: MoveRequest(Move.RELIEF, move.ref, move.reason)
+            move.slug: MoveRequest(Move.RELIEF, move.ref, move.reason, epoch=move.epoch)
             for move in self._document.value.moves
             if not move.withdrawn and self._is_healthy(move.slug)
         }

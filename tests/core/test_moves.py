@@ -86,6 +86,18 @@ def test_a_request_is_met_once(fleet: tuple[World, dict[Slug, MoveRequest]]) -> 
     assert not plan(world.records, world.placements, goals, Limits()).actions
 
 
+def test_a_request_is_met_in_place_too() -> None:
+    """Where a scheduler updates a placement in place, its next epoch has the same reference, and stays."""
+    one = placement("a", 2, ref="job")
+    world = World([record("a", epoch=2)], [one])
+    for epoch, replaced in ((1, 0), (2, 1), (0, 1)):
+        goals = replace(
+            GOALS, requested={one.slug: MoveRequest(Move.RELIEF, "job", "", epoch=epoch)}
+        )
+        made = plan(world.records, world.placements, goals, Limits())
+        assert len(made.actions) == replaced
+
+
 def test_of_two_requests_the_more_urgent_one_counts() -> None:
     """Of two requests for one device, that of the more urgent reason is met, in whatever order they come."""
     drain, relief = (MoveRequest(move, "ref", move.name) for move in (Move.DRAIN, Move.RELIEF))
