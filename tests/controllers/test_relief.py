@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Final, TypeVar
 
@@ -23,9 +23,10 @@ from nomad_watchdog.errors import TransientError
 from nomad_watchdog.events.log import Event
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.host_pressure import HostPressure, Resource, Stall
-from nomad_watchdog.ids import DeviceId, Slug, slug_of
+from nomad_watchdog.ids import DeviceId, Shard, Slug, slug_of
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentState, Device, Epoch, Limits, Report, WallTime
+from nomad_watchdog.replicas.leases import FIRST, SoleOwner, Term
 from tests.simulation.cluster import Job, Process
 from tests.simulation.fakes import Cluster, FakeRegistry, FakeScheduler, Store
 from tests.simulation.simulator import SPEC
@@ -66,6 +67,49 @@ class Steered(Even):
         return [name for name in self.nodes if name not in job.spec.avoid]
 
 
+@dataclass
+class Shares(SoleOwner):
+    """The leases of one of several replicas, as the test gives them."""
+
+    shards: int = 4
+    held: frozenset[int] = frozenset()
+    term: Term = FIRST
+
+    def terms(self) -> Mapping[Shard, Term]:
+        return dict.fromkeys(map(Shard, sorted(self.held)), self.term)
+
+
+class Replica:
+    """One control plane."""
+
+    def __init__(self, hall: Hall, rules: ReliefRules | None, held: frozenset[int]) -> None:
+        self.metrics = Metrics()
+        self.leases = Shares(held=held)
+        self.fleet = Fleet(FakeRegistry(hall.store), Limits(), hall.clock)
+        scheduler, specs = FakeScheduler(hall.cluster), {SPEC.agent_class: SPEC}
+        self.reconciler = Reconciler(self.fleet, scheduler, specs, self.metrics, self.leases)
+        self.relief = ReliefController(
+            self.fleet, self.reconciler.ownership, self.metrics, self.reconciler.wake
+        )
+        self.relief.configure(rules)
+        self.reconciler.plan_builder.sources.append(self.relief.requested)
+        self.reconciler.executor.avoids.append(self.relief.avoids)
+        self.tasks: list[asyncio.Task[None]] = []
+        self.up = True
+
+    def kill(self) -> None:
+        """It ends at once, and its memory is lost."""
+        self.up = False
+        for task in self.tasks:
+            task.cancel()
+
+    def take_over(self) -> None:
+        """It gets all shards."""
+        self.leases.held = frozenset(range(self.leases.shards))
+        self.leases.term = Term(2, self.fleet.clock.monotonic())
+        self.leases.changed.set()
+
+
 class Hall:
     """Three hosts with agents that report the injected pressure when they are asked for it."""
 
@@ -75,6 +119,7 @@ class Hall:
         rules: ReliefRules | None = RULES,
         seed: int = 1,
         cluster: type[Even] = Even,
+        replicas: int = 1,
     ) -> None:
         self.injected = injected
         self.chance = random.Random(seed)
@@ -82,17 +127,10 @@ class Hall:
         self.store = Store()
         self.store.initialise("test")
         self.clock = VirtualClock(asyncio.get_running_loop(), 0.0)
-        self.fleet = Fleet(FakeRegistry(self.store), Limits(), self.clock)
-        self.metrics = Metrics()
-        self.reconciler = Reconciler(
-            self.fleet, FakeScheduler(self.cluster), {SPEC.agent_class: SPEC}, self.metrics
-        )
-        self.relief = ReliefController(
-            self.fleet, self.reconciler.ownership, self.metrics, self.reconciler.wake
-        )
-        self.relief.configure(rules)
-        self.reconciler.plan_builder.sources.append(self.relief.requested)
-        self.reconciler.executor.avoids.append(self.relief.avoids)
+        shares = [frozenset(range(n, 4, replicas)) for n in range(replicas)]
+        self.replicas = [Replica(self, rules, held) for held in shares]
+        leader = self.replicas[0]
+        self.fleet, self.relief, self.metrics = leader.fleet, leader.relief, leader.metrics
         self.state = AgentState.OK
         self.began = float("inf")
         self.most_unready = 0
@@ -104,22 +142,26 @@ class Hall:
         """Start the fleet, wait for the warm-up, and run for this time."""
         async with asyncio.TaskGroup() as self.group:
             self.cluster.on_process = self._born
-            tasks = [self.group.create_task(self.reconciler.run())]
+            for one in self.replicas:
+                await asyncio.sleep(0.1 + self.chance.random())  # replicas start at odd times
+                one.tasks.append(self.group.create_task(one.reconciler.run()))
             await asyncio.sleep(5.0)  # so that no agent was created at 0, which stands for unknown
             names = (f"dev {number}" for number in range(DEVICES))
             devices = [Device(DeviceId(name), SPEC.agent_class, "127.0.0.1") for name in names]
             await self.fleet.records.register(devices)
             await asyncio.sleep(WARM_UP_S)
             self.began = self._time()
-            tasks.append(self.group.create_task(self.relief.run()))
-            tasks.append(self.group.create_task(self._look()))
+            for one in self.replicas:
+                one.tasks.append(self.group.create_task(one.relief.run()))
+            look = self.group.create_task(self._look())
             await asyncio.sleep(seconds)
             self.ended_with = {host: self.agents(host) for host in HOSTS}
-            for task in tasks:
-                task.cancel()
+            look.cancel()
+            for one in self.replicas:
+                one.kill()
             for process in self.cluster.processes.values():
                 process.alive = False
-        self.events = list(self.fleet.events.all.recent())
+        self.events = [event for one in self.replicas for event in one.fleet.events.all.recent()]
 
     def _time(self) -> float:
         return asyncio.get_running_loop().time()
@@ -133,21 +175,27 @@ class Hall:
     async def _look(self) -> None:
         while True:
             await asyncio.sleep(1.0)
-            self.most_unready = max(self.most_unready, self.fleet.agents.unready())
+            up = [one for one in self.replicas if one.up]
+            self.most_unready = max(self.most_unready, up[-1].fleet.agents.unready())
 
     async def _agent(self, process: Process) -> None:
         sequence = 0
         await asyncio.sleep(self.chance.uniform(0.1, 3.0))
         while process.alive:
             sequence += 1
-            asked = self.fleet.pressures.asks(process.slug)
+            up = [one for one in self.replicas if one.up]
+            called = self.chance.choice(up)
+            asked = called.fleet.pressures.asks(process.slug)
             report = Report(
                 process.device_id, process.slug, process.epoch, process.instance, sequence,
                 ready=True, state=self.state, was_ready=True, misses=0, confirmed=False,
                 reason="", listen="", version="1",
                 pressure=self._pressure(process.node) if asked else None,
             )  # fmt: skip
-            answer = await self.fleet.reports.receive(report)
+            answer = await called.fleet.reports.receive(report)
+            for other in up if answer.kind is AcceptanceKind.ACCEPTED else ():
+                if other is not called:
+                    other.fleet.reports.accept_replicated(report)
             if answer.kind is AcceptanceKind.REFUSED:
                 self.cluster.exit(process, 0)
                 return
@@ -202,14 +250,18 @@ def test_an_overloaded_host_is_relieved_within_its_budgets(seed: int) -> None:
     assert sum(hall.ended_with.values()) == DEVICES
 
 
-def test_there_is_no_ping_pong() -> None:
-    """If the load follows the agents, so that relieving a host overloads another one, which is then relieved, no agent
-    goes back and forth: within 30 minutes no device is moved twice."""
+@pytest.mark.parametrize("seed", [2, 5])
+def test_there_is_no_ping_pong(seed: int) -> None:
+    """If the load follows the agents, so that relieving a host can overload another one, which is then relieved, no agent
+    goes back and forth: within 30 minutes no device that has arrived elsewhere leaves the same host again."""
     most = {"n1": 1, "n2": 4, "n3": 12}
-    hall = played(lambda host, agents, _now: 60.0 if agents > most[host] else 5.0, 1800.0, seed=5)
-    moved = hall.of("relief.moved")
-    assert {event.data["node"] for event in moved} == {"n1", "n2"}
-    assert max(Counter(event.slug for event in moved).values()) == 1
+    hall = played(
+        lambda host, agents, _now: 60.0 if agents > most[host] else 5.0, 1800.0, seed=seed,
+        cluster=Steered,
+    )  # fmt: skip
+    left = Counter((event.slug, event.data["node"]) for event in hall.of("relief.moved"))
+    assert len(left) >= 2
+    assert max(left.values()) == 1
     assert hall.most_unready == 1
 
 
@@ -327,6 +379,57 @@ def test_a_new_leader_continues_what_another_one_began() -> None:
         return hall.of("relief.moved")
 
     assert in_virtual_time(play()) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_leader_that_is_killed_in_a_move_leaves_it_to_the_next_one(seed: int) -> None:
+    """Of two replicas with half of the devices each, the leader is killed as soon as the first move is stored. The other
+    one finishes this move and goes on: never is more than one device without a ready agent, each device that moves does
+    so once, and the host ends below its threshold."""
+
+    async def play() -> Hall:
+        hall = Hall(loaded_by_agents, seed=seed, cluster=Steered, replicas=2)
+        task = asyncio.ensure_future(hall.run(1200.0))
+        while not hall.store.document("relief").index:
+            await asyncio.sleep(0.01 + seed / 4)
+        leader, other = hall.replicas
+        leader.kill()
+        await asyncio.sleep(8.0)
+        other.take_over()
+        await task
+        return hall
+
+    hall = in_virtual_time(play())
+    assert hall.ended_with["n1"] == 2
+    assert hall.most_unready <= 1
+    epochs = Counter(job.epoch for job in hall.cluster.jobs.values() if not job.dead)
+    assert epochs == {1: DEVICES - 2, 2: 2}
+    state = FORMAT.decode(hall.store.document("relief").body)
+    assert state.moves == ()
+
+
+def test_two_replicas_move_the_devices_of_their_own_shards() -> None:
+    """One replica decides; each moves its own devices, at most one at a time in the whole fleet."""
+    hot: Injected = lambda host, agents, _now: 90.0 if host == "n1" and agents else 1.0  # noqa: E731
+    rules = replace(RULES, cooldown_s=60.0, looks=1)
+    hall = played(hot, 2400.0, rules=rules, cluster=Steered, replicas=2)
+    assert hall.most_unready == 1
+    leader, other = ({event.slug for event in one.fleet.events.all.recent()
+                      if event.kind == "plan.replace"} for one in hall.replicas)  # fmt: skip
+    moved = {
+        event.slug
+        for event in hall.replicas[0].fleet.events.all.recent()
+        if event.kind == "relief.moved"
+    }
+    assert leader | other == moved
+    assert leader
+    assert other
+    assert not leader & other
+    assert not [
+        event
+        for event in hall.replicas[1].fleet.events.all.recent()
+        if event.kind.startswith("relief.")
+    ]
 
 
 def test_a_registry_that_fails_moves_nothing_and_is_reported() -> None:
