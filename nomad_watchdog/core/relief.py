@@ -23,6 +23,8 @@ from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Epoch, WallTime
 
 _NOT: Final = WallTime(0.0)
+_ROUNDING_S: Final = 1.0
+"""A rest that has just begun may be longer than its length by rounding."""
 _K = TypeVar("_K")
 MAX_DOUBLINGS: Final = 5
 """The longest rest is 32 cool-downs."""
@@ -283,7 +285,7 @@ def tidy(state: ReliefState, rules: ReliefRules, now: WallTime) -> ReliefState:
     moving = {move.host for move in state.moves} | {str(move.slug) for move in state.moves}
 
     def is_kept(name: str, rest: Rest) -> bool:
-        length_s = rest_s(rules, rest.doublings)
+        length_s = rest_s(rules, rest.doublings) + _ROUNDING_S
         return name in moving or -length_s <= rest.until - now <= length_s
 
     hosts = {host: rest for host, rest in state.hosts.items() if is_kept(host, rest)}

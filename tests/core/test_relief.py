@@ -210,12 +210,26 @@ def test_limits_hold_over_any_history(
             last[name] = now
 
 
+@given(st.floats(1.0e9, 2.0e9), st.floats(60, 10_000))
+def test_a_rest_that_has_just_begun_is_kept(at: float, cooldown_s: float) -> None:
+    """Whatever the time is, rounding does not make a new rest look like one of a clock that was set wrong: a host does
+    not get its next move at once."""
+    rules, now = replace(RULES, cooldown_s=cooldown_s), WallTime(at)
+    state = relief.begin(ReliefState(), decided(now=now).moves, rules, now)
+    state, _ = relief.settle(state, lambda _m: ReliefProgress.ARRIVED, lambda _m: True, rules, now)
+    assert relief.tidy(state, rules, now) == state
+    state, failed = relief.judge(state, {"hot": HOT}, rules, now)
+    assert failed
+    assert relief.tidy(state, rules, now) == state
+    assert not decided(relief.tidy(state, rules, now), rules=rules, now=now).moves
+
+
 def test_rests_are_forgotten_and_bounded() -> None:
     """A rest is forgotten when it has been over for as long as it lasted, or if the clock was set back; at most
     MAX_RESTS are kept, the latest ones."""
     rest = Rest(WallTime(NOW + 300))
     state = ReliefState(
-        devices={Slug("a"): rest, Slug("b"): replace(rest, until=WallTime(NOW - 299))}
+        devices={Slug("a"): rest, Slug("b"): replace(rest, until=WallTime(NOW - 300))}
     )
     assert relief.tidy(state, RULES, NOW) == state
     assert relief.tidy(state, RULES, WallTime(NOW + 2)).devices == {"a": rest}
