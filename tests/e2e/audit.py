@@ -97,7 +97,7 @@ def processes(root: Path) -> list[AgentProcess]:
 def is_of(job_id: str, prefix: str) -> bool:
     """Whether a job belongs to this installation: a dispatched child of a parent, or a device's own
     job (`register`)."""
-    return job_id.startswith((f"{prefix}/", f"{prefix}-"))
+    return job_id.startswith((f"{prefix}/", f"{prefix}-", f"{prefix}_next/"))
 
 
 def doubled(root: Path, job_prefix: str = "") -> list[AgentProcess]:
@@ -166,7 +166,7 @@ async def examine(
     findings = Findings()
     stored = await records(session, where)
     running = [one for one in processes(where.root) if is_of(one.job, where.job_prefix)]
-    mine = f'JobID matches "^{where.job_prefix}[/-]"'
+    mine = f'JobID matches "^{where.job_prefix}(_next)?[/-]"'
     async with session.get(
         f"{where.nomad}/v1/allocations", params={"task_states": "false", "filter": mine}
     ) as answer:

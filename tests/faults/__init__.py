@@ -13,6 +13,7 @@ def collect() -> None:
         rows_outages,
         rows_own,
         rows_replicas,
+        rows_rollouts,
         rows_servers,
         rows_verdicts,
         rows_webhooks,
