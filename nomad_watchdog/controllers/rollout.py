@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
 from typing import Final
 
-from nomad_watchdog.controllers.rollout_events import DONE, STARTED, STEP, report, report_given_up
+from nomad_watchdog.controllers.rollout_judge import RolloutJudge
 from nomad_watchdog.controllers.rollout_soaks import VersionSoaks
 from nomad_watchdog.controllers.rollout_state import (
-    PastRollout,
     RolloutState,
     document_format,
     restored,
 )
-from nomad_watchdog.controllers.staged_rollout import StagedRollout
+from nomad_watchdog.controllers.staged_rollout import StagedRollout, publish
 from nomad_watchdog.core import rollout_progress
 from nomad_watchdog.core.actions import Action, ActionOutcome, Move
 from nomad_watchdog.core.rollout_progress import RolloutProgress
@@ -41,8 +39,6 @@ log = logging.getLogger(__name__)
 POLL_S: Final = 1.0
 READ_EVERY_S: Final = 5.0
 """Maximum time until another replica applies what the leader wrote; during a roll-out in steps, POLL_S."""
-SAVE_SOAK_S: Final = 10.0
-"""Soak time that is lost at most when another replica becomes the leader, seconds; less for a short soak."""
 
 
 class RolloutController:
@@ -64,6 +60,7 @@ class RolloutController:
         self._limits = SoakLimits(fleet.limits.soak_s, fleet.limits.soak_deaths)
         self._documents: dict[str, Document[RolloutState]] = {}
         self._soaks = VersionSoaks(fleet)
+        self._judge = RolloutJudge(fleet, self)
         self._staged: dict[str, StagedRollout] = {}
         self._read_at = float("-inf")
         self._heard_from = fleet.clock.monotonic() + fleet.limits.report_stale_s
@@ -98,9 +95,14 @@ class RolloutController:
             if one.spec is not self._in_force_now.get(name) and not self.is_given_up(name)
         }
 
-    def trials(self) -> dict[Slug, str]:
-        """Devices that have had their turn → hash of the spec that they should have."""
-        return {slug: spec for one in self._staged.values() for slug, spec in one.trials.items()}
+    def trials(self, prepared: Collection[str]) -> Mapping[Slug, str]:
+        """Devices that have had their turn → hash of the spec that they should have. `prepared`: hashes of the specs on
+        trial that the scheduler is prepared for; agents of a spec that was given up and is kept start no more."""
+        found: Mapping[Slug, str] = {}
+        for name, one in self._staged.items():
+            if one.trials and (one.spec.spec_hash in prepared or self.is_given_up(name)):
+                found = {**found, **one.trials} if found else one.trials
+        return found
 
     def given_up(self) -> frozenset[str]:
         """Hashes of the configured specs that were given up."""
@@ -150,6 +152,7 @@ class RolloutController:
         self._limits = SoakLimits(self._fleet.limits.soak_s, self._fleet.limits.soak_deaths)
         kept = configured.keys() - changed
         self._soaks.keep(kept)
+        before = self._staged.keys()
         self._staged = {
             n: s for n, s in self._staged.items() if n in kept and s.strategy == self.strategy(n)
         }
@@ -158,36 +161,49 @@ class RolloutController:
             self._in_force_now = {
                 n: self._in_force_now.get(n, spec) for n, spec in configured.items()
             }
-            self._halted |= changed
+            self._halted |= changed | ((before - self._staged.keys()) & configured.keys())
         else:
             self._in_force_now, self._halted = dict(configured), frozenset()
+        publish(self._fleet.trials, self._staged)
 
     def halted(self) -> frozenset[str]:
-        """Classes whose new version was given up and that have no earlier one to go back to."""
-        return self._halted
+        """Classes in which nothing is replaced: nothing is known of their roll-out yet, their new version was given up
+        and is kept, or there is no earlier one to go back to."""
+        return self._halted | {name for name, one in self._staged.items() if not one.is_known}
 
-    async def _update(self) -> None:
-        """Apply what was read."""
+    async def apply(self) -> None:
+        """Apply what was read or stored."""
         self._in_force_now = {
             name: await self._in_force(name, spec) for name, spec in self._configured.items()
         }
         self._halted = frozenset(
-            name
-            for name, spec in self._configured.items()
-            if self.is_given_up(name) and self._in_force_now[name] is spec
+            name for name, spec in self._configured.items() if self._is_stuck(name, spec)
         )
         for name, spec in self._configured.items():
             self._follow(name, spec)
+        publish(self._fleet.trials, self._staged)
         given_up = sum(map(self.is_given_up, self._configured))
         going = sum(not self.is_given_up(name) for name in self._staged)
         self._metrics.rollouts.classes(given_up=given_up, in_progress=going)
 
     async def _in_force(self, name: str, configured: AgentSpec) -> AgentSpec:
-        state = self.state(name)
-        is_new = state.good is not None and state.good.spec_hash != configured.spec_hash
-        if not (self.is_given_up(name) or (is_new and self._has_steps(name))):
+        if not (self.is_given_up(name) or self._needs_steps(name)):
             return configured
-        return await asyncio.to_thread(restored, state, configured) or configured
+        return await asyncio.to_thread(restored, self.state(name), configured) or configured
+
+    def _needs_steps(self, name: str) -> bool:
+        """Whether the configured spec of a class has to be rolled out in steps."""
+        good = self.state(name).good
+        is_new = good is not None and good.spec_hash != self._configured[name].spec_hash
+        return is_new and self._has_steps(name)
+
+    def _is_stuck(self, name: str, spec: AgentSpec) -> bool:
+        """Whether nothing may be replaced: agents of a version that was given up keep it, or the version before is
+        needed and its template is not known any more."""
+        if self.is_given_up(name) and self.state(name).keeps:
+            return True
+        needed = self.is_given_up(name) or self._needs_steps(name)
+        return needed and self._in_force_now[name] is spec
 
     def _is_staged(self, name: str) -> bool:
         """Whether a spec of the class is rolled out in steps: there is a proven one that the others keep."""
@@ -198,35 +214,22 @@ class RolloutController:
         """Apply the progress of a roll-out in steps. It begins at the first step before that is stored."""
         if not self._is_staged(name):
             self._staged.pop(name, None)
+            return
+        staged = self._staged.get(name)
+        if staged is None or staged.spec != spec:
+            staged = self._staged[name] = StagedRollout(
+                self._fleet, spec, self.strategy(name), heard_from=Monotonic(self._heard_from)
+            )
+        if self.is_given_up(name):
+            staged.give_up(keep=self.state(name).keeps)
         else:
-            staged = self._staged.get(name)
-            if staged is None or staged.spec != spec:
-                staged = self._staged[name] = StagedRollout(self._fleet, spec, self.strategy(name))
-            if self.is_given_up(name):
-                staged.give_up(keep=not staged.strategy.back)
-            else:
-                staged.follow(self.progress(name))
-        self._publish_trials()
+            staged.follow(self.progress(name))
 
     def progress(self, name: str) -> RolloutProgress:
         """How far the configured spec of a class has come in its roll-out in steps."""
-        spec, stored = self._configured[name], self.state(name).progress
-        if stored is not None and stored.spec == spec.spec_hash:
-            return stored
-        return RolloutProgress(spec.spec_hash, spec.version, began=self._fleet.clock.wall())
-
-    def _publish_trials(self) -> None:
-        """Tell the fleet which outages count with a roll-out, and which devices are not to be repaired."""
-        rollouts: dict[Slug, str] = {}
-        unrepaired: dict[Slug, str] = {}
-        for name, one in self._staged.items():
-            if self.is_given_up(name):
-                continue
-            rollouts |= dict.fromkeys(one.outages(), f"class {name}, version {one.spec.version}")
-            if not one.strategy.repairs:
-                unrepaired |= {s: h for s, h in one.trials.items() if s in one.turns.current}
-        self._fleet.trials.rollouts = rollouts
-        self._fleet.trials.unrepaired = unrepaired
+        spec, now = self._configured[name], self._fleet.clock.wall()
+        stored, steps = self.state(name).progress, self.strategy(name).steps
+        return rollout_progress.of_spec(stored, spec.spec_hash, spec.version, len(steps), now)
 
     def state(self, name: str) -> RolloutState:
         """What the registry stores of a class, as last read."""
@@ -270,8 +273,12 @@ class RolloutController:
             if self._fleet.readiness.ready:
                 for name, spec in self._configured.items():
                     await self._watch(name, spec)
+                publish(self._fleet.trials, self._staged)
             self._polled_at = now
         except WatchdogError as error:
+            self._polled_at = None
+            for staged in self._staged.values():
+                staged.interrupted()
             if not self.problem:
                 log.warning("roll-outs not judged", extra={"reason": str(error)})
             self.problem = str(error)
@@ -290,15 +297,15 @@ class RolloutController:
 
     async def read(self) -> None:
         """Read the documents and apply them. Raises what the registry raises."""
-        for name in self._configured:
-            await self.document(name).refresh()
-        await self._update()
+        if any([await self.document(n).refresh() for n in self._configured]) or self._read_at < 0:
+            await self.apply()
 
-    async def _write(self, name: str, state: RolloutState) -> bool:
+    async def write(self, name: str, state: RolloutState) -> bool:
+        """As `rollout_judge.RolloutBook`."""
         if not await self.document(name).replace(state):
             self._read_at = float("-inf")  # another leader was faster: read what it wrote
             return False
-        await self._update()
+        await self.apply()
         return True
 
     # -- watching and judging -------------------------------------------------------------------
@@ -308,93 +315,33 @@ class RolloutController:
         settled = state.good is not None and state.good.spec_hash == spec.spec_hash
         if settled or self.is_given_up(name):
             self._soaks.end(name)
-            self._follow(name, spec)
+            if self.is_given_up(name):
+                self._follow(name, spec)
+            elif is_leader(self._leases):
+                whole = await asyncio.to_thread(state.completed, spec)
+                if whole != state:
+                    await self.write(name, whole)
             return
         if self._is_staged(name):
             await self._watch_steps(name, spec)
             return
         soak, wanted = self._soaks.look(spec, self._limits)
         if is_leader(self._leases):
-            await self._judge(spec, soak, wanted)
-
-    async def _judge(self, spec: AgentSpec, soak: Soak, wanted: frozenset[Slug]) -> None:
-        name = spec.agent_class
-        state = self.state(name)
-        # There is no version to go back to before the first one, so it is never given up.
-        if soak.is_bad(len(wanted)) and state.good is not None:
-            why = (
-                f"agents of {len(soak.died)} devices ended within {self._limits.soak_s:g} s after they "
-                "were ready"
-            )
-            await self.give_up(name, spec, why)
-        elif wanted and soak.is_good(wanted):
-            await self._prove(name, spec)
+            await self._judge.judge(spec, soak, wanted)
 
     async def _watch_steps(self, name: str, spec: AgentSpec) -> None:
+        if name not in self._staged:
+            return  # its proven version is not known any more
         self._follow(name, spec)
         staged, progress = self._staged[name], self.progress(name)
         staged.observe()
         if not is_leader(self._leases):
+            staged.soaked_s = progress.soaked_s
             return
-        if progress is self.state(name).progress:
-            await self._judge_steps(name, staged, progress)
+        stored = self.state(name).progress
+        if stored is not None and stored.spec == progress.spec:
+            now = self._fleet.clock.monotonic()
+            lasted_s = 0.0 if self._polled_at is None else now - self._polled_at
+            await self._judge.judge_steps(name, staged, progress, lasted_s)
         elif not staged.unheard() or self._fleet.clock.monotonic() > self._heard_from:
-            await self._begin(name, progress)
-
-    async def _begin(self, name: str, progress: RolloutProgress) -> None:
-        """Store that the roll-out of a spec is at its first step, whatever was rolled out before."""
-        first = self._with_unwell(name, replace(progress, since=progress.began))
-        if await self._write(name, replace(self.state(name), progress=first)):
-            steps = len(self.strategy(name).steps)
-            report(self._fleet, name, STARTED, f"version {progress.version}, in {steps} steps")
-
-    def _with_unwell(self, name: str, progress: RolloutProgress) -> RolloutProgress:
-        """The progress of a step that begins, with the devices that are not well now."""
-        step = StagedRollout(self._fleet, self._configured[name], self.strategy(name))
-        step.follow(progress)
-        marks, crowded = step.unwell()
-        return replace(progress, unwell=marks, crowded=crowded)
-
-    async def _judge_steps(
-        self, name: str, staged: StagedRollout, progress: RolloutProgress
-    ) -> None:
-        seen, strategy, spec = staged.observed, staged.strategy, staged.spec
-        if why := rollout_progress.why_bad(strategy, seen):
-            await self.give_up(name, spec, why)
-            return
-        now = self._fleet.clock.monotonic()
-        lasted_s = 0.0 if self._polled_at is None else now - self._polled_at
-        known = replace(progress, soaked_s=staged.soaked_s)
-        if not staged.going:
-            return
-        after = rollout_progress.advance(strategy, known, seen, staged.turns.groups, lasted_s)
-        if (after.step, after.group) == (progress.step, progress.group):
-            staged.soaked_s = after.soaked_s
-            soak_s = strategy.steps[progress.step].soak_s
-            if abs(after.soaked_s - progress.soaked_s) >= min(SAVE_SOAK_S, soak_s / 10):
-                await self._write(name, replace(self.state(name), progress=after))
-            return
-        if after.step >= len(strategy.steps):
-            await self._prove(name, spec)
-            return
-        after = replace(self._with_unwell(name, after), since=self._fleet.clock.wall())
-        passed = rollout_progress.in_words(strategy, progress, staged.turns)
-        if await self._write(name, replace(self.state(name), progress=after)):
-            report(self._fleet, name, STEP, f"version {spec.version}: {passed} has passed")
-
-    async def _prove(self, name: str, spec: AgentSpec) -> None:
-        state = self.state(name)
-        proved = await asyncio.to_thread(state.proved, spec)
-        if state.good is not None:
-            now = self._fleet.clock.wall()
-            proved = proved.remembering(PastRollout(spec.version, spec.spec_hash, "done", now))
-        if await self._write(name, proved) and state.good is not None:
-            report(self._fleet, name, DONE, f"version {spec.version} is on all devices")
-
-    async def give_up(self, name: str, spec: AgentSpec, why: str) -> None:
-        """Give up a spec, for this reason. Raises what the registry raises."""
-        past = PastRollout(spec.version, spec.spec_hash, "aborted", self._fleet.clock.wall(), why)
-        state = replace(self.state(name), bad=spec.spec_hash, why=why).remembering(past)
-        if await self._write(name, state):
-            keep = name in self._staged and not self.strategy(name).back
-            report_given_up(self._fleet, spec, self._in_force_now[name], why, keep=keep)
+            await self._judge.begin(name, spec, progress)

@@ -11,7 +11,9 @@ from nomad_watchdog.controllers.rollout_events import CHANGED, report, report_gi
 from nomad_watchdog.controllers.rollout_state import PastRollout, RolloutState
 from nomad_watchdog.controllers.staged_rollout import StagedRollout
 from nomad_watchdog.core import allowed_times, rollout_progress
+from nomad_watchdog.core.rollout import window
 from nomad_watchdog.core.rollout_progress import RolloutProgress
+from nomad_watchdog.core.rollout_steps import Strategy
 from nomad_watchdog.errors import NotFoundError, PreconditionError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.model import AgentSpec, Presence, WallTime
@@ -100,10 +102,10 @@ class RolloutRequests:
         controller = self._controller
         state, spec = controller.state(name), controller.configured[name]
         if controller.is_given_up(name):
-            keeps = name in controller.halted() or (staged and not staged.strategy.back)
+            keeps = name in controller.halted() or state.keeps
             return ("halted" if keeps else "aborted"), state.why
         if name in controller.halted():
-            return "waiting", "until it is known which versions were given up"
+            return _halted_words(state, controller.strategy(name))
         if staged is not None:
             return _staged_words(staged, controller.progress(name), self._fleet)
         if controller.on and (state.good is None or state.good.spec_hash != spec.spec_hash):
@@ -142,7 +144,7 @@ class RolloutRequests:
         changed = await controller.document(name).update(
             lambda state: self._controlled(name, spec, state, what, by)
         )
-        await controller.read()
+        await controller.apply()
         if changed:
             self._report(name, spec, before, what, by)
             self._changed()
@@ -159,7 +161,7 @@ class RolloutRequests:
             case "retry":
                 if state.bad != spec.spec_hash:
                     raise PreconditionError(f"version {spec.version} was not given up")
-                return replace(state, bad="", why="")
+                return replace(state, bad="", why="", keeps=False)
             case _:
                 progress = self._progress(name, spec, state)
                 return replace(state, progress=self._moved(name, progress, what, by))
@@ -186,15 +188,18 @@ class RolloutRequests:
                     raise PreconditionError(f"the roll-out of class {name} is not paused")
                 return replace(progress, paused_by="")
             case "promote-all":
-                return replace(
-                    progress, step=last, group=None, soaked_s=0.0, promoted=True, paused_by=""
-                )
+                at_last = replace(progress, step=last, group=None, soaked_s=0.0, promoted=True)
             case _:
-                if progress.step >= last:
+                groups = staged.turns.groups
+                if progress.step >= last and not rollout_progress.next_group(progress, groups):
                     return replace(progress, promoted=True, paused_by="")
-                return rollout_progress.promoted(strategy, progress, staged.turns.groups)
+                at_last = rollout_progress.promoted(strategy, progress, groups)
+        # The devices of the next step were not looked at: a later leader judges only those that it sees before.
+        return replace(at_last, since=self._now(), unwell=(), crowded=True, paused_by="")
 
-    def _aborted(self, name: str, spec: AgentSpec, state: RolloutState, by: str) -> RolloutState:
+    def _aborted(
+        self, name: str, spec: AgentSpec, state: RolloutState, by: str, *, undo: bool = False
+    ) -> RolloutState:
         if state.bad == spec.spec_hash:
             raise PreconditionError(f"version {spec.version} was given up already: {state.why}")
         if not self._in_progress(name, spec, state):
@@ -203,11 +208,12 @@ class RolloutRequests:
             )
         why = f"{ABORTED_BY} {by}"
         past = PastRollout(spec.version, spec.spec_hash, "aborted", self._now(), why, by)
-        return replace(state, bad=spec.spec_hash, why=why).remembering(past)
+        keeps = not undo and not self._controller.strategy(name).back
+        return replace(state, bad=spec.spec_hash, why=why, keeps=keeps).remembering(past)
 
     def _undone(self, name: str, spec: AgentSpec, state: RolloutState, by: str) -> RolloutState:
         if self._in_progress(name, spec, state):
-            return self._aborted(name, spec, state, by)
+            return self._aborted(name, spec, state, by, undo=True)
         if state.bad == spec.spec_hash:
             raise PreconditionError(f"version {spec.version} was given up already: {state.why}")
         if state.before is None:
@@ -231,8 +237,7 @@ class RolloutRequests:
         controller = self._controller
         if what in ("abort", "undo"):
             back, state = controller.specs()[name], controller.state(name)
-            keep = not controller.strategy(name).back and what == "abort"
-            report_given_up(self._fleet, spec, back, state.why, keep=keep)
+            report_given_up(self._fleet, spec, back, state.why, keep=state.keeps)
             return
         where = ""
         if before.progress is not None and (staged := controller.staged(name)) is not None:
@@ -279,6 +284,13 @@ class RolloutRequests:
         return self._changes(spec.agent_class, state.good.spec_hash)
 
 
+def _halted_words(state: RolloutState, strategy: Strategy) -> tuple[str, str]:
+    if not strategy.steps or state.good is None:
+        return "waiting", "until it is known which versions were given up"
+    why = f"the template of version {state.good.version} is not known any more, so the others can't keep it"
+    return "halted", f"{why}: restore its file, or remove the steps of the class for this version"
+
+
 def _step(staged: StagedRollout, progress: RolloutProgress) -> dict[str, object]:
     seen = staged.observed
     step = staged.strategy.steps[min(progress.step, len(staged.strategy.steps) - 1)]
@@ -321,4 +333,6 @@ def _staged_words(
             "soaking",
             f"{seen.ready} of {seen.members} agents are ready; {left_s:.0f} s of soak are left",
         )
-    return "running", f"{seen.ready} of {seen.members} agents of the step are ready"
+    unready, most = fleet.agents.unready(), window(len(fleet.records), fleet.limits)
+    full = f"; {unready} devices have no ready agent now, {most} may" if unready >= most else ""
+    return "running", f"{seen.ready} of {seen.members} agents of the step are ready{full}"

@@ -58,6 +58,8 @@ class RolloutState:
     bad: str = ""
     """Hash of the spec that was given up."""
     why: str = ""
+    keeps: bool = False
+    """Agents of the spec that was given up keep it (rollout.on_abort)."""
     progress: RolloutProgress | None = None
     """Of the spec that is rolled out in steps."""
     before: _Spec = None
@@ -71,6 +73,13 @@ class RolloutState:
         """The state with one more roll-out that is over."""
         return replace(self, past=(*self.past, one)[-MAX_PAST:])
 
+    def completed(self, spec: AgentSpec) -> RolloutState:
+        """The state of a proven spec with the text of its template, which older versions did not store, and without the
+        progress of a spec that is not configured any more."""
+        if digest(spec) != self.template:
+            return replace(self, progress=None)
+        return replace(self, text=self.text or packed(text_of(spec)), progress=None)
+
     def proved(self, spec: AgentSpec) -> RolloutState:
         """The state once this spec is proven; what was proven before it can be returned to."""
         return replace(
@@ -80,6 +89,7 @@ class RolloutState:
             text=packed(text_of(spec)),
             bad="",
             why="",
+            keeps=False,
             progress=None,
             before=self.good,
             before_template=self.template,
@@ -95,6 +105,7 @@ class RolloutState:
             text=self.before_text,
             bad=spec.spec_hash,
             why=why,
+            keeps=False,
             progress=None,
             before=None,
             before_template="",

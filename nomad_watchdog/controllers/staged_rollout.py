@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from nomad_watchdog.controllers.rollout_state import MAX_UNWELL
@@ -14,7 +15,7 @@ from nomad_watchdog.core.rollout_progress import Observed, RolloutProgress
 from nomad_watchdog.core.rollout_soak import ObservedRun, Soak, SoakLimits
 from nomad_watchdog.core.rollout_steps import Member, RolloutTurns, Strategy
 from nomad_watchdog.fleet.fleet import Fleet
-from nomad_watchdog.fleet.trials import SUSPENDED
+from nomad_watchdog.fleet.trials import SUSPENDED, TrialDevices
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import (
     AgentSpec,
@@ -25,6 +26,7 @@ from nomad_watchdog.model import (
 )
 
 _UP: Final = (PlacementState.RUNNING, PlacementState.LOST)
+_ENDS: Final = (PlacementState.STOPPING, PlacementState.DEAD)
 _NO_LIMIT: Final = SoakLimits(soak_s=float("inf"))
 """An agent on trial that was ready and ends before its step has passed has ended too soon."""
 
@@ -47,49 +49,58 @@ class StagedRollout:
     """As `RolloutProgress.soaked_s`, with what is not stored yet."""
     going: bool = False
     """Agents may be replaced for it now."""
+    heard_from: Monotonic = field(default=Monotonic(0.0))
+    """From then on a device of which nothing is known is not waited for."""
     observed: Observed = field(default_factory=Observed)
     """As last observed."""
     _at: tuple[int, str | None] = (-1, None)
-    """RolloutStep and group of what follows."""
+    """Step and group of what follows."""
     _soak: Soak = field(default_factory=lambda: Soak(_NO_LIMIT))
     _well: dict[Slug, bool] = field(default_factory=dict)
     """Device of the step → whether it was well before its agent got the spec."""
-    _control: frozenset[Slug] = frozenset()
-    """Devices without the spec that were well when the step began."""
+    _control: frozenset[Slug] | None = None
+    """Devices that were well when the step began, or when they had been heard; None = not known yet."""
+    _unready: set[Slug] = field(default_factory=set)
+    """Devices that were tried, and whose agent of the spec has not been ready since."""
     _ready: int = 0
     _progress_at: Monotonic = field(default=Monotonic(0.0))
     """When another agent became ready, or nothing was to become ready."""
+    _is_over: bool = False
+    """The spec was given up."""
 
     @property
     def is_last(self) -> bool:
         """Whether the last step has its turn."""
         return self._at[0] >= len(self.strategy.steps) - 1
 
+    @property
+    def is_known(self) -> bool:
+        """Whether it is known which devices have their turn."""
+        return self._is_over or self._at != (-1, None)
+
     # -- whose turn it is -----------------------------------------------------------------------
 
     def follow(self, progress: RolloutProgress) -> None:
         """Apply the stored progress: which devices should have the spec now."""
-        now, at = self.fleet.clock.monotonic(), (progress.step, progress.group)
-        members = list(self._members())
+        at, members = (progress.step, progress.group), list(self._members())
+        self._is_over = False
         self.turns = rollout_steps.turns(
             self.strategy.steps, progress.step, progress.group, members
         )
-        if at != self._at:
+        if at != self._at and members:
             self._at, self.soaked_s = at, progress.soaked_s
-            self._soak, self._ready = Soak(_NO_LIMIT), 0
-            self._progress_at = now
-            self._control = frozenset(
-                slug for slug in self.fleet.records if self._is_well(slug, 0.0)
-            )
+            self._soak, self._ready, self._control = Soak(_NO_LIMIT), 0, None
+            self._unready.clear()
+            self.interrupted()
             self._remember(progress)
         open_now = allowed(self.strategy.allow, self.fleet.clock.wall())
         self.going = not (progress.paused_by or self.refused) and open_now
-        current = self.turns.current - self._soak.died.keys()
         has = self.has_spec()
+        self.begun = (self.begun & self.turns.current) - has
+        turn = self.turns.passed | (self.turns.current - self._soak.died.keys())
         # After a start of the control plane nothing is known of a device until its agent reports: replaced before that,
         # it would be no evidence.
-        current = current & has if not self.going else current - (self.unheard() - has - self.begun)
-        turn = self.turns.passed | current
+        turn = turn - (self.unheard() - has - self.begun) if self.going else turn & has
         self.trials = dict.fromkeys(turn, self.spec.spec_hash)
 
     def give_up(self, *, keep: bool) -> None:
@@ -97,59 +108,69 @@ class StagedRollout:
         kept = self.has_spec() if keep else frozenset()
         self.trials = dict.fromkeys(kept, self.spec.spec_hash)
         self.begun.clear()
-        self.going = False
+        self.going, self._is_over = False, True
         self._at = (-1, None)  # a retry begins the step anew
 
+    def interrupted(self) -> None:
+        """Nothing was observed for a while: what did not happen in that time does not count."""
+        self._progress_at = self.fleet.clock.monotonic()
+
     def starts_with_it(self, slug: Slug, move: Move | None = None) -> bool:
-        """Whether an agent that is started for a device now, or replaced in place for this reason, gets the spec: if the device's step has passed, if its
-        old agent was stopped for it, or in the last step. An agent that is gone for another reason gets the proven
-        one."""
+        """Whether an agent that is started for a device now, or replaced in place for this reason, gets the spec: if
+        the device's step has passed, if its old agent was stopped for it, or in the last step. An agent that is gone
+        for another reason gets the proven one."""
+        if self._is_over:
+            return False
+        if slug in self.turns.passed:
+            return True
         if slug not in self.trials:
             return False
-        if slug in self.turns.passed or slug in self.begun or move is Move.ROLLOUT:
-            return True
-        return self.is_last and self.going
+        return slug in self.begun or move is Move.ROLLOUT or (self.is_last and self.going)
 
     def action_ended(self, action: Action, outcome: ActionOutcome) -> None:
         """An action of a device of the class has ended."""
         if outcome is not ActionOutcome.OK:
             return
+        slug = action.slug
         match action.kind:
             case ActionKind.REPLACE:
-                self._soak.excuse(action.slug)
-                if action.move is Move.ROLLOUT and action.slug in self.trials:
-                    self.begun.add(action.slug)
+                self._soak.excuse(slug)
+                if action.move is Move.ROLLOUT and slug in self.trials:
+                    self.begun.add(slug)
             case ActionKind.START:
-                self.begun.discard(action.slug)
+                if slug not in self.begun:
+                    self._soak.ended(slug, self.fleet.clock.monotonic())
+                self.begun.discard(slug)
             case ActionKind.RETIRE:
-                self._soak.excuse(action.slug)
+                self._soak.excuse(slug)
 
     # -- what became of it ----------------------------------------------------------------------
 
     def observe(self) -> None:
         """Look at what the step's devices show now."""
         fleet, now = self.fleet, self.fleet.clock.monotonic()
-        active = {slug for slug in self.turns.current if not fleet.presence.is_resting(slug)}
-        has = self.has_spec() & active
-        for slug in active - has - self.begun:
-            if (
-                self._state(slug) is not VerdictState.STARTING
-            ):  # else it is the last state that counts
-                self._well[slug] = self._is_well(slug, self.strategy.well_before_s)
+        active = {slug for slug in self.turns.current if not self._is_out_of_reach(slug)}
+        has, placed = self.has_spec() & active, self._placed(active)
+        self._note_well(active - placed)
+        self._note_control()
+        self._excuse_replaced()
         self._soak.look(self._runs(has), active & self.trials.keys(), now)
-        failing = {slug for slug in has if self._state(slug) is VerdictState.FAILING}
+        ready = {slug for slug in has if fleet.agents.has_ready_agent(slug)}
+        self._unready = ((self._unready | placed) - ready) & active
+        failing = {slug for slug in placed if self._state(slug) is VerdictState.FAILING}
         died = self._soak.died.keys() | failing
-        ready = sum(fleet.agents.has_ready_agent(slug) for slug in has)
-        judged = {slug for slug in has if self._was_well(slug)}
-        control = self._control - self.turns.passed - has
-        is_waiting = len(has) > ready or bool(self.refused) or bool(self.begun & active)
-        if ready > self._ready or not is_waiting or not (self.going or self.refused):
+        judged = (
+            {slug for slug in has if self._was_well(slug)} if self._control is not None else set()
+        )
+        control = (self._control or frozenset()) - self.turns.passed - placed
+        is_waiting = bool(self._unready or self.refused or self.begun & active)
+        if len(ready) > self._ready or not is_waiting or not (self.going or self.refused):
             self._progress_at = now
-        self._ready = ready
+        self._ready = len(ready)
         self.observed = Observed(
             members=len(active - self._soak.died.keys()),
-            ready=ready,
-            tried=len(has | died),
+            ready=len(ready - self._soak.died.keys()),
+            tried=len(placed | died | self._unready),
             died=len(died),
             bad=sum(self._is_bad(slug) for slug in judged),
             judged=len(judged),
@@ -158,6 +179,43 @@ class StagedRollout:
             without_progress_s=now - self._progress_at,
             refused=self.refused,
         )
+
+    def _note_well(self, slugs: AbstractSet[Slug]) -> None:
+        """Whether these devices, whose agents do not have the spec, are well."""
+        for slug in slugs - self.begun:
+            if (
+                self._state(slug) is not VerdictState.STARTING
+            ):  # else it is the last state that counts
+                self._well[slug] = self._is_well(slug, self.strategy.well_before_s)
+
+    def _note_control(self) -> None:
+        """Once per step, when the devices have been heard: those that are well."""
+        heard = not self.unheard() or self.fleet.clock.monotonic() > self.heard_from
+        if self._control is None and heard:
+            self._control = frozenset(
+                slug for slug in self.fleet.records if self._is_well(slug, 0.0)
+            )
+
+    def _excuse_replaced(self) -> None:
+        """Agents whose record has a later epoch were replaced, perhaps by another replica."""
+        for slug, epoch in self._soak.epochs().items():
+            record = self.fleet.records.get(slug)
+            if record is not None and record.epoch > epoch:
+                self._soak.excuse(slug)
+
+    def _placed(self, slugs: Iterable[Slug]) -> set[Slug]:
+        """Of these: devices with a placement of the spec at the epoch of their record, running or not."""
+        records, placements = self.fleet.records, self.fleet.placements
+        return {
+            slug
+            for slug in slugs
+            if any(
+                one.epoch == records[slug].epoch
+                and one.spec_hash == self.spec.spec_hash
+                and one.state not in _ENDS
+                for one in placements.get(slug, ())
+            )
+        }
 
     def unwell(self) -> tuple[tuple[str, ...], bool]:
         """For a step that begins: the marks of its devices that are not well, and whether there are too many to be
@@ -180,19 +238,32 @@ class StagedRollout:
         starting = VerdictState.STARTING
         return frozenset(slug for slug in self.turns.current if self._state(slug) is starting)
 
-    def outages(self) -> Iterator[Slug]:
-        """Devices whose outages count with the roll-out: those with the spec that were well before."""
-        return (slug for slug in self.has_spec() & self.turns.current if self._was_well(slug))
+    def outages(self) -> frozenset[Slug]:
+        """Devices whose outages count with the roll-out: those with the spec that were well before, until their step
+        has passed, or until they are back at the proven one."""
+        slugs = self.has_spec() if self._is_over else self.has_spec() & self.turns.current
+        return frozenset(slug for slug in slugs if self._was_well(slug))
+
+    def unrepaired(self) -> frozenset[Slug]:
+        """Devices that must not be repaired by an agent of the spec."""
+        return self.has_spec() if self._is_over else self.turns.current & self.trials.keys()
 
     def has_spec(self) -> frozenset[Slug]:
         """Devices with a live agent of the spec at the epoch of their record."""
-        return frozenset(run.slug for run in self._runs(self.turns.current | self.turns.passed))
+        return frozenset(run.slug for run in self._runs(one.slug for one in self._members()))
 
     def _members(self) -> Iterator[Member]:
         for slug, record in self.fleet.records.items():
             device = record.device
             if record.presence is Presence.PRESENT and device.agent_class == self.spec.agent_class:
                 yield Member(slug, device.labels)
+
+    def _is_out_of_reach(self, slug: Slug) -> bool:
+        """Whether nothing can be done for a device now: it is paused, or its agent is on a node that does not answer.
+        The step passes without it."""
+        return self.fleet.presence.is_resting(slug) or any(
+            one.state is PlacementState.LOST for one in self.fleet.placements.get(slug, ())
+        )
 
     def _was_well(self, slug: Slug) -> bool:
         return self._well.get(slug, False)
@@ -216,6 +287,28 @@ class StagedRollout:
         return runs(self.fleet, self.spec, wanted)
 
 
+def with_unwell(
+    fleet: Fleet, spec: AgentSpec, strategy: Strategy, progress: RolloutProgress
+) -> RolloutProgress:
+    """The progress of a step that begins, with the devices that are not well now."""
+    step = StagedRollout(fleet, spec, strategy)
+    step.follow(progress)
+    marks, crowded = step.unwell()
+    return replace(progress, unwell=marks, crowded=crowded)
+
+
+def publish(trials: TrialDevices, rollouts: Mapping[str, StagedRollout]) -> None:
+    """Tell the fleet which outages count with a roll-out, and which devices are not to be repaired. `rollouts`: by
+    agent class."""
+    outages: dict[Slug, str] = {}
+    unrepaired: dict[Slug, str] = {}
+    for name, one in rollouts.items():
+        outages |= dict.fromkeys(one.outages(), f"class {name}, version {one.spec.version}")
+        if not one.strategy.repairs:
+            unrepaired |= dict.fromkeys(one.unrepaired(), one.spec.spec_hash)
+    trials.rollouts, trials.unrepaired = outages, unrepaired
+
+
 def runs(fleet: Fleet, spec: AgentSpec, wanted: Iterable[Slug]) -> Iterator[ObservedRun]:
     """The live agents of a spec at the epochs of these devices' records."""
     for slug in wanted:
@@ -231,5 +324,6 @@ def runs(fleet: Fleet, spec: AgentSpec, wanted: Iterable[Slug]) -> Iterator[Obse
                     one.restarts,
                     one.node,
                     ready=fleet.agents.has_ready_agent(slug),
-                    lost=one.state is PlacementState.LOST,
+                    # On a closed host another replica may have it replaced.
+                    lost=one.state is PlacementState.LOST or one.node in fleet.hosts.closed,
                 )

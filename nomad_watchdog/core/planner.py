@@ -240,6 +240,8 @@ def _why_replace(record: DeviceRecord, keeper: Placement, goals: Goals) -> tuple
 
 
 def _reasons(record: DeviceRecord, keeper: Placement, goals: Goals) -> Iterator[tuple[Move, str]]:
+    if keeper.state is PlacementState.LOST:
+        return  # it may still be the accepted one, and no other agent could start (S3)
     request = goals.requested.get(record.slug)
     if request is not None and request.concerns(keeper):
         yield request.move, request.reason
@@ -264,10 +266,7 @@ def _outdated(record: DeviceRecord, keeper: Placement, changes: Changes) -> str:
 
 def _elsewhere(record: DeviceRecord, keeper: Placement, homes: BackendAssignment) -> str:
     """The scheduler that the agent should move to; "" = it is where it should be."""
-    # The agent on a lost node may still be the accepted one, and no other agent could start (S3).
-    if keeper.state is PlacementState.LOST or homes.is_at_goal(keeper, record):
-        return ""
-    return homes.goal(record)
+    return "" if homes.is_at_goal(keeper, record) else homes.goal(record)
 
 
 def _start(record: DeviceRecord, dead: tuple[Placement, ...], homes: BackendAssignment) -> Action:

@@ -11,7 +11,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import Final
 
-from nomad_watchdog.core.rollout_steps import RolloutTurns, Strategy
+from nomad_watchdog.core.rollout_steps import RolloutTurns, Strategy, current_group
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import WallTime
 
@@ -71,6 +71,19 @@ class Observed:
     """Since another agent of the step became ready, or the step was allowed to go on, whichever is later."""
     refused: str = ""
     """Why the scheduler can't be prepared for the spec."""
+
+
+def of_spec(
+    stored: RolloutProgress | None, spec: str, version: str, steps: int, now: WallTime
+) -> RolloutProgress:
+    """The progress of a spec (its hash): the stored one if it is of this spec, else one that begins now. `steps`:
+    number of steps; the configuration may have fewer than when it was stored."""
+    if stored is None or stored.spec != spec:
+        return RolloutProgress(spec, version, began=now)
+    last = max(steps - 1, 0)
+    if stored.step <= last:
+        return stored
+    return replace(stored, step=last, group=None, soaked_s=0.0, unwell=(), crowded=True)
 
 
 def mark(slug: Slug) -> str:
@@ -140,11 +153,16 @@ def promoted(
     strategy: Strategy, progress: RolloutProgress, groups: tuple[str, ...]
 ) -> RolloutProgress:
     """The progress at the next group or step."""
-    if groups:
-        now = groups.index(progress.group) if progress.group in groups else 0
-        if now + 1 < len(groups):
-            return _at(progress, progress.step, groups[now + 1])
+    if following := next_group(progress, groups):
+        return _at(progress, progress.step, following[0])
     return _at(progress, min(progress.step + 1, len(strategy.steps)), None)
+
+
+def next_group(progress: RolloutProgress, groups: tuple[str, ...]) -> tuple[str, ...]:
+    """The values that have their turn after the present one."""
+    if not groups:
+        return ()
+    return groups[groups.index(current_group(groups, progress.group)) + 1 :]
 
 
 def _at(progress: RolloutProgress, step: int, group: str | None) -> RolloutProgress:
@@ -159,7 +177,6 @@ def in_words(strategy: Strategy, progress: RolloutProgress, turns: RolloutTurns)
     if number > total:
         return "all steps have passed"
     step = strategy.steps[progress.step]
-    first = turns.groups[0] if turns.groups else ""
-    group = first if progress.group is None else progress.group
+    group = current_group(turns.groups, progress.group) if turns.groups else ""
     where = f" ({step.by}={group or 'none'})" if step.by else ""
     return f"step {number} of {total}{where}"

@@ -92,6 +92,16 @@ class Soak:
         """The agent of a device is replaced on purpose: that it ends says nothing about the version."""
         self._seen.pop(slug, None)
 
+    def ended(self, slug: Slug, now: Monotonic) -> None:
+        """The agent of a device has ended by itself."""
+        seen = self._seen.pop(slug, None)
+        if seen is not None and self._too_soon(seen, now):
+            self.died[slug] = seen.run.node
+
+    def epochs(self) -> dict[Slug, Epoch]:
+        """Of the live agents that were seen last."""
+        return {slug: seen.run.epoch for slug, seen in self._seen.items()}
+
     def _too_soon(self, seen: _Seen, now: Monotonic) -> bool:
         ready_at = seen.ready_at
         return ready_at is not None and now - ready_at < self.limits.soak_s and not seen.lost

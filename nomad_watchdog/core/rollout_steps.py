@@ -107,14 +107,25 @@ def turns(
         return RolloutTurns(frozenset(passed))
     found = _of_step(steps[step], ordered)
     groups = _groups(steps[step], found)
-    now = group if group is not None and group in groups else groups[0] if groups else ""
     if groups:
         label = steps[step].by
-        position = groups.index(now)
-        before = {m.slug for m in found if groups.index(m.labels.get(label, "")) < position}
+        now = current_group(groups, group)
+        passed |= {m.slug for m in found if _place(m.labels.get(label, "")) < _place(now)}
         found = [m for m in found if m.labels.get(label, "") == now]
-        passed |= before
     return RolloutTurns(frozenset(passed), frozenset(m.slug for m in found) - passed, groups)
+
+
+def current_group(groups: Sequence[str], group: str | None) -> str:
+    """The value that has its turn: the stored one, or the next one if no device has that any more. `groups`: not
+    empty."""
+    if group is None:
+        return groups[0]
+    return next((one for one in groups if _place(one) >= _place(group)), groups[-1])
+
+
+def _place(value: str) -> tuple[bool, str]:
+    """Sort key of the values of a label: devices without it are last."""
+    return not value, value
 
 
 def _of_step(step: RolloutStep, ordered: Sequence[Member]) -> list[Member]:
@@ -130,7 +141,7 @@ def _groups(step: RolloutStep, found: Iterable[Member]) -> tuple[str, ...]:
     if not step.by:
         return ()
     values = {one.labels.get(step.by, "") for one in found}
-    return tuple(sorted(values, key=lambda value: (not value, value)))
+    return tuple(sorted(values, key=_place))
 
 
 @lru_cache(maxsize=65_536)

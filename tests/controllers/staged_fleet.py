@@ -55,6 +55,10 @@ class StagedFleet:
     started: list[tuple[Slug, str]] = field(default_factory=list)
     """Devices whose agents were started, and the versions."""
     refused: dict[str, str] = field(default_factory=dict)
+    states: dict[str, PlacementState] = field(default_factory=dict)
+    """By version: the state that its placements stay in, if they do not run."""
+    in_place: bool = False
+    """The scheduler replaces agents in place."""
 
     def __post_init__(self) -> None:
         self.strategy = replace(self.strategy, steps=complete(self.strategy.steps))
@@ -98,11 +102,14 @@ class StagedFleet:
     def restart_control_plane(self, version: str = "") -> None:
         """A new controller, configured with this version ("" = as before)."""
         self.configured = self.spec(version) if version else self.configured
-        specs = {CLASS: self.configured}
-        self.rollouts = RolloutController(
-            self.fleet, specs, self.leases, self.metrics, {CLASS: self.strategy}
-        )
+        self.rollouts = self.controller(self.leases)
         self.requests = RolloutRequests(self.fleet, self.rollouts, no_words, lambda: None)
+
+    def controller(self, leases: Leases) -> RolloutController:
+        """Another replica's controller, on the same registry."""
+        specs = {CLASS: self.configured}
+        strategies = {CLASS: self.strategy}
+        return RolloutController(self.fleet, specs, leases, self.metrics, strategies)
 
     def configure(self, version: str) -> None:
         """The running controller is configured with this version."""
@@ -139,11 +146,7 @@ class StagedFleet:
     def plan(self) -> planner.Plan:
         goals = Goals(
             {CLASS: self.rollouts.specs()[CLASS].spec_hash},
-            trials={
-                slug: spec
-                for slug, spec in self.rollouts.trials().items()
-                if spec not in self.refused
-            },
+            trials=self.rollouts.trials(self._prepared()),
             given_up=self.rollouts.given_up(),
         )
         agents = self.fleet.agents
@@ -162,12 +165,21 @@ class StagedFleet:
             readiness=readiness,
         )
 
+    def _prepared(self) -> set[str]:
+        """Specs on trial that the scheduler is prepared for, as `PreparedClasses` asks it."""
+        specs = self.rollouts.trial_specs().values()
+        return {spec.spec_hash for spec in specs} - self.refused.keys()
+
     def _apply(self, action: Action) -> None:
         record = self.fleet.records[action.slug]
         if action.kind is ActionKind.START:
             spec = self.rollouts.spec_for(record)
             assert spec is not None
             self._place(record, spec, action.epoch)
+        elif action.kind is ActionKind.REPLACE and self.in_place:
+            spec = self.rollouts.spec_for(record, action.move)
+            assert spec is not None
+            self._place(record, spec, Epoch(action.epoch + 1))
         else:
             epoch = Epoch(action.epoch + 1)
             self.site.change(action.slug, epoch=epoch, instance="")
@@ -180,7 +192,8 @@ class StagedFleet:
         self.fleet.placements[record.slug] = (
             Placement(
                 record.slug, record.device.id, epoch, CLASS, spec.spec_hash,
-                PlacementState.RUNNING, instance, (instance,), f"n{_number(record.slug) % 4}",
+                self.states.get(spec.version, PlacementState.RUNNING), instance, (instance,),
+                f"n{_number(record.slug) % 4}",
             ),
         )  # fmt: skip
         self.started.append((record.slug, spec.version))

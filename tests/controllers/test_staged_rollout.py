@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from nomad_watchdog.controllers.rollout_requests import RolloutRequests
 from nomad_watchdog.core.allowed_times import parse
+from nomad_watchdog.core.goals import no_words
 from nomad_watchdog.core.rollout_steps import RolloutStep, Strategy
 from nomad_watchdog.errors import NotFoundError, PreconditionError
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import AgentState, Epoch, VerdictState
+from nomad_watchdog.model import AgentState, Epoch, PlacementState, VerdictState
 from nomad_watchdog.registry.sqlite import SqliteRegistry
+from nomad_watchdog.replicas.leases import SoleOwner
 from tests.controllers.staged_fleet import CLASS, WINDOW, StagedFleet
+from tests.controllers.test_rollout import Onlooker
 
 STEPS = (
     RolloutStep(count=3, soak_s=20.0),
@@ -126,6 +130,7 @@ async def test_a_version_under_which_devices_turn_bad_goes_back(registry: Sqlite
     assert len(seen) == 3
     assert not fleet.fleet.recorder.incidents.opened()
     assert fleet.kinds() == ["rollout.started", "rollout.rolled_back"]
+    await fleet.tick()
     assert not fleet.fleet.trials.rollouts
 
 
@@ -154,14 +159,42 @@ async def test_agents_on_trial_do_not_repair_until_their_step_has_passed(
     assert not any(holds(slug) for slug in fleet.with_version("2"))
 
 
+async def test_a_node_that_does_not_answer_holds_no_step_up(registry: SqliteRegistry) -> None:
+    """A device of the step whose agent is on a lost node keeps it, and the step passes without it; it is replaced when
+    the node is back."""
+    fleet = await rolling(registry, Strategy(steps=(RolloutStep(count=20, soak_s=5.0),)))
+    lost = min(fleet.with_version("1"))
+    (one,) = fleet.fleet.placements[lost]
+    fleet.fleet.placements[lost] = (replace(one, state=PlacementState.LOST),)
+    await fleet.until(lambda: len(fleet.with_version("2")) == 19)
+    await fleet.until(lambda: fleet.state() == "complete")
+    fleet.fleet.placements[lost] = (one,)
+    await fleet.until(lambda: len(fleet.with_version("2")) == 20)
+
+
+async def test_without_steps_any_more_no_outage_counts_with_the_roll_out(
+    registry: SqliteRegistry,
+) -> None:
+    """When the steps are removed from the configuration in the middle, the version is rolled out without them, and
+    outages count as any other."""
+    fleet = await rolling(registry, Strategy(steps=(RolloutStep(count=3, soak_s=500.0),)))
+    await fleet.until(lambda: bool(fleet.fleet.trials.rollouts))
+    fleet.rollouts.configure({CLASS: fleet.configured}, {})
+    assert not fleet.fleet.trials.rollouts
+    assert not fleet.fleet.trials.unrepaired
+    await fleet.until(lambda: len(fleet.with_version("2")) == 20)
+
+
 async def test_halt_leaves_what_is_there(registry: SqliteRegistry) -> None:
     """With `on_abort = "halt"` the devices tried keep the bad version, and no other device gets it."""
     strategy = Strategy(steps=STEPS, back=False)
     fleet = await rolling(registry, strategy, behaviour=breaks())
     await fleet.until(lambda: fleet.state() == "halted")
     tried = fleet.with_version("2")
-    for _ in range(30):
-        await fleet.tick()
+    for _ in range(3):
+        fleet.restart_control_plane()
+        for _ in range(10):
+            await fleet.tick()
     assert fleet.with_version("2") == tried
     assert 0 < len(tried) <= 3
 
@@ -377,3 +410,164 @@ async def test_what_is_not_possible_is_said(registry: SqliteRegistry) -> None:
     await fleet.tick()
     with pytest.raises(PreconditionError, match="is not paused"):
         await fleet.requests.control(CLASS, "resume", "me")
+
+
+async def test_fewer_steps_than_were_passed(registry: SqliteRegistry) -> None:
+    """If steps are removed in the middle, the last one begins anew: no device gets its turn by that alone."""
+    steps = (RolloutStep(count=2), RolloutStep(count=3), RolloutStep(count=4, soak_s=500.0))
+    fleet = await rolling(registry, Strategy(steps=steps))
+    await fleet.until(lambda: fleet.step().startswith("step 3") and fleet.state() == "soaking")
+    fleet.strategy = replace(fleet.strategy, steps=(steps[0], RolloutStep(soak_s=500.0)))
+    fleet.rollouts.configure({CLASS: fleet.configured}, {CLASS: fleet.strategy})
+    fleet.strategy = replace(fleet.strategy, steps=(RolloutStep(count=5, soak_s=500.0),))
+    fleet.restart_control_plane()
+    for _ in range(20):
+        await fleet.tick()
+    assert (len(fleet.with_version("2")), fleet.step()) == (5, "step 1 of 1")
+
+
+async def test_until_it_is_back_a_bad_version_repairs_nothing(registry: SqliteRegistry) -> None:
+    """While more devices than the window has room wait for the way back, they are not repaired, and their outages count
+    with the roll-out."""
+    fleet = await rolling(
+        registry, Strategy(steps=(RolloutStep(count=12, soak_s=60.0),)), behaviour=breaks()
+    )
+    fleet.fleet.configure(replace(fleet.fleet.limits, replace_at_once=12))
+    await fleet.until(lambda: len(fleet.with_version("2")) == 12)
+    fleet.fleet.configure(replace(fleet.fleet.limits, replace_at_once=2))
+    await fleet.until(lambda: fleet.state() == "aborted")
+    waiting = 0
+    while bad := fleet.with_version("2"):
+        waiting = max(waiting, len(bad))
+        for slug in bad:
+            record = fleet.fleet.records[slug]
+            placements = fleet.fleet.placements[slug]
+            assert fleet.fleet.trials.holds_repairs(slug, record.epoch, placements)
+            assert fleet.fleet.trials.of(slug)
+        await fleet.tick()
+    assert waiting > 2
+
+
+@pytest.mark.parametrize("state", [PlacementState.STARTING, PlacementState.RESTARTING])
+async def test_agents_that_never_run_end_it_at_the_deadline(
+    registry: SqliteRegistry, state: PlacementState
+) -> None:
+    """An image that can't be fetched, and an agent that its scheduler restarts again and again."""
+    strategy = Strategy(steps=(RolloutStep(count=2),), progress_deadline_s=30.0)
+    fleet = await rolling(registry, strategy, states={"2": state})
+    await fleet.until(lambda: fleet.state() == "aborted", 60)
+    await fleet.until(lambda: len(fleet.with_version("1")) == 20)
+
+
+async def test_what_another_replica_replaces_did_not_end_by_itself(
+    registry: SqliteRegistry,
+) -> None:
+    """Agents on trial whose epochs go up, without an action of this replica, are no evidence against the version."""
+    fleet = await rolling(registry, Strategy(steps=(RolloutStep(count=6, soak_s=60.0),)))
+    await fleet.until(lambda: fleet.state() == "soaking")
+    for slug in sorted(fleet.with_version("2"))[:4]:
+        fleet.site.change(slug, epoch=Epoch(fleet.fleet.records[slug].epoch + 1), instance="")
+        fleet.die(slug)
+        await fleet.tick()
+    assert fleet.requests.item(CLASS)["died"] == 0
+    await fleet.until(lambda: fleet.state() == "complete")
+
+
+async def test_in_place_a_turn_ends_with_the_replacement(registry: SqliteRegistry) -> None:
+    """Where a scheduler replaces agents in place, a device is not on its way for ever: an agent that is not ready for a
+    while long after that does not end the roll-out."""
+    strategy = Strategy(steps=(RolloutStep(count=4, soak_s=100.0),), progress_deadline_s=20.0)
+    fleet = await rolling(registry, strategy, in_place=True)
+    await fleet.until(lambda: fleet.state() == "soaking")
+    for _ in range(40):
+        await fleet.tick()
+    shy = min(fleet.with_version("2"))
+    fleet.behaviour = lambda _version, slug: None if slug == shy else AgentState.OK
+    for _ in range(15):
+        await fleet.tick()
+    fleet.behaviour = lambda _version, _slug: AgentState.OK
+    await fleet.until(lambda: fleet.state() == "complete")
+
+
+async def test_the_next_leader_goes_on_with_the_soak(registry: SqliteRegistry) -> None:
+    """A replica that followed all the time loses at most what is not stored."""
+    fleet = await rolling(registry, Strategy(steps=(RolloutStep(count=3, soak_s=100.0),)))
+    standby, leases = fleet.controller(Onlooker()), SoleOwner()
+    for _ in range(60):
+        await fleet.tick()
+        await standby.poll()
+    fleet.rollouts, other = fleet.controller(leases), fleet.rollouts
+    del other
+    standby._leases = leases
+    fleet.rollouts = standby
+    fleet.requests = RolloutRequests(fleet.fleet, standby, no_words, lambda: None)
+    await fleet.until(lambda: fleet.step().startswith("step 2"), 70)
+
+
+async def test_promote_passes_one_site_at_a_time(registry: SqliteRegistry) -> None:
+    """In the last step, too: the sites after it keep their soaks."""
+    fleet = StagedFleet(registry, Strategy(steps=(RolloutStep(by="site", soak_s=500.0),)))
+    for site in "abc":
+        fleet.add(3, site=site)
+    await fleet.begin()
+    fleet.restart_control_plane("2")
+    await fleet.until(lambda: len(fleet.with_version("2")) == 3)
+    await fleet.requests.control(CLASS, "promote", "me")
+    for _ in range(60):
+        await fleet.tick()
+    assert (len(fleet.with_version("2")), fleet.state()) == (6, "soaking")
+    assert fleet.step() == "step 1 of 1 (site=b)"
+
+
+async def test_a_version_that_comes_again_begins_again(registry: SqliteRegistry) -> None:
+    """Version 2, back to version 1 in the middle, and version 2 again: at its first step."""
+    steps = (RolloutStep(count=2), RolloutStep(count=5, soak_s=500.0))
+    fleet = await rolling(registry, Strategy(steps=steps))
+    await fleet.until(lambda: fleet.step().startswith("step 2"))
+    fleet.configure("1")
+    await fleet.until(lambda: fleet.state() == "complete")
+    await fleet.until(lambda: len(fleet.with_version("1")) == 20)
+    fleet.configure("2")
+    await fleet.until(lambda: fleet.step() != "")
+    assert fleet.step().startswith("step 1")
+
+
+async def test_other_limits_in_the_middle_send_no_device_back(registry: SqliteRegistry) -> None:
+    """A reload that changes only the strategy replaces no agent before the progress was read again."""
+    fleet = await rolling(registry, Strategy(steps=(RolloutStep(count=4, soak_s=500.0),)))
+    await fleet.until(lambda: fleet.state() == "soaking")
+    fleet.started.clear()
+    strategy = replace(fleet.strategy, abort_min=9)
+    fleet.rollouts.configure({CLASS: fleet.configured}, {CLASS: strategy})
+    assert not fleet.plan().actions
+    for _ in range(5):
+        await fleet.tick()
+    assert not fleet.started
+
+
+async def test_a_new_process_knows_nothing_at_first_and_sends_no_device_back(
+    registry: SqliteRegistry,
+) -> None:
+    """After a restart the documents are read before the records, and agents report later: until then nothing is
+    replaced, and then devices with the version and without it count as before."""
+    fleet = await rolling(registry, Strategy(steps=(RolloutStep(count=6, soak_s=500.0),)))
+    await fleet.until(lambda: fleet.state() == "soaking")
+    records, placements = dict(fleet.fleet.records), dict(fleet.fleet.placements)
+    again = StagedFleet(registry, fleet.strategy)
+    again.site.clock.now = fleet.site.clock.now
+    again.restart_control_plane("2")
+    again.fleet.readiness.event.clear()
+    await again.rollouts.poll()
+    again.fleet.records.reset(records, 1)
+    again.fleet.placements.update(placements)
+    assert not again.plan().actions
+    again.fleet.readiness.event.set()
+    for _ in range(5):
+        await again.tick()
+    assert not again.started
+    again.behaviour = lambda _version, _slug: AgentState.OFFLINE
+    for _ in range(5):
+        await again.tick()
+    assert again.state() == "soaking", "all devices are offline: the version is not the cause"
+    again.behaviour = breaks()  # type: ignore[assignment]
+    await again.until(lambda: again.state() == "aborted", 10)

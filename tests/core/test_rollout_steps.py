@@ -89,3 +89,13 @@ def test_values_have_their_turn_one_after_the_other_and_devices_without_the_labe
     assert found[0].groups == ("a", "b", "")
     assert turns(step, 0, None, members) == found[0]
     assert [len(one.current) for one in found] == [1, 2, 1]
+
+
+def test_a_value_that_is_gone_sends_no_other_back() -> None:
+    """When the devices of the value that has its turn leave, the next one has it, and those before have passed."""
+    members = [Member(slug_of(DeviceId(site)), {"site": site}) for site in "abd"]
+    now = turns([RolloutStep(by="site")], 0, "c", members)
+    assert now.passed == {slug_of(DeviceId(site)) for site in "ab"}
+    assert now.current == {slug_of(DeviceId("d"))}
+    last = turns([RolloutStep(by="site")], 0, "z", members)
+    assert last.current == {slug_of(DeviceId("d"))}

@@ -166,7 +166,7 @@ class PreparedClasses:
             try:
                 wanted = await self.in_force.preview(own)
                 if wanted is not None:
-                    refused = await self._prepare_for(wanted)
+                    refused = await self._prepare_for(*self._tried(wanted, strategies or {}))
             except TransientError as error:
                 log.warning("prepare failed", extra={"reason": str(error)})
             except WatchdogError:
@@ -196,11 +196,7 @@ class PreparedClasses:
 
     def trials(self) -> Mapping[Slug, str]:
         """Devices that have had their turn in a roll-out → hash of its spec, where the scheduler is prepared for it."""
-        return {
-            slug: spec
-            for slug, spec in self.rollouts.trials().items()
-            if spec in self._trials_prepared
-        }
+        return self.rollouts.trials(self._trials_prepared)
 
     def spec_for(self, record: DeviceRecord, move: Move | None = None) -> AgentSpec | None:
         """The spec with which an agent of this device is started now: one that the scheduler was asked to be prepared
@@ -267,12 +263,30 @@ class PreparedClasses:
         specs = dict(self.rollouts.specs())
         self.prepared(specs, await self._prepare_for(specs))
 
-    async def _prepare_for(self, specs: Mapping[str, AgentSpec]) -> Mapping[str, str]:
+    def _tried(
+        self, wanted: Mapping[str, AgentSpec], strategies: Mapping[str, Strategy]
+    ) -> tuple[dict[str, AgentSpec], dict[str, AgentSpec]]:
+        """The specs that agents start with when a configuration is applied, and those that are on trial then: a new
+        spec of a class with steps must not take the place of the one before."""
+        staged = {
+            name: spec
+            for name, spec in wanted.items()
+            if (one := strategies.get(name)) is not None
+            and one.steps
+            and name in self.specs
+            and self.specs[name].spec_hash != spec.spec_hash
+        }
+        return {**wanted, **{name: self.specs[name] for name in staged}}, staged
+
+    async def _prepare_for(
+        self, specs: Mapping[str, AgentSpec], on_trial: Mapping[str, AgentSpec] | None = None
+    ) -> Mapping[str, str]:
         """Have the scheduler prepared for these specs, with the replicas' current addresses, on the shards that are
-        ours. As `Scheduler.prepare`."""
+        ours. As `Scheduler.prepare`. `on_trial`: None = those of the roll-outs in steps."""
         terms, addresses = dict(self._leases.terms()), self.addresses.addresses()
         addressed = [self.addresses.adapt(spec) for spec in specs.values()]
-        trials = [self.addresses.adapt(spec) for spec in self.rollouts.trial_specs().values()]
+        tried = self.rollouts.trial_specs() if on_trial is None else on_trial
+        trials = [self.addresses.adapt(spec) for spec in tried.values()]
         more = {"trials": trials} if trials else {}
         refused = await self._scheduler.prepare(addressed, shards=terms.keys(), **more) or {}
         self._trials_asked = frozenset(spec.spec_hash for spec in trials)

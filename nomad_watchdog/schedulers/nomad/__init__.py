@@ -105,42 +105,46 @@ class NomadScheduler:
         await self._reader.evaluate_forgotten()
         built: dict[tuple[str, str], Job] = {}
         refused: dict[str, str] = {}
-        self._trials = {spec.agent_class: spec.spec_hash for spec in trials}
+        on_trial = {spec.agent_class: spec.spec_hash for spec in trials}
         for name, spec in named(specs, trials):
             try:
-                built[spec.agent_class, spec.spec_hash] = await self._prepare_one(spec, shards)
+                built[spec.agent_class, spec.spec_hash] = await self._prepare_one(
+                    spec, shards, on_trial
+                )
             except DeniedError:
                 raise  # the token lacks a right, and no class could be prepared with it
             except (UserError, TerminalError) as error:
                 refused[name] = str(error)
-        self._built = built
+        self._built, self._trials = built, on_trial
         self._steering.forget()
         return refused
 
-    async def _prepare_one(self, spec: AgentSpec, shards: Collection[Shard] | None) -> Job:
-        job = await _jobs.build(
-            self._client, spec, self._parent(spec, Shard(0)), self._installation
-        )
+    async def _prepare_one(
+        self, spec: AgentSpec, shards: Collection[Shard] | None, on_trial: Mapping[str, str]
+    ) -> Job:
+        first = self._parent(spec, Shard(0), on_trial)
+        job = await _jobs.build(self._client, spec, first, self._installation)
         if self._strategy == "dispatch":
             addresses = agent_document.api_of(spec)
             for shard in map(Shard, range(self._shards)):
-                parent = self._parent(spec, shard)
+                parent = self._parent(spec, shard, on_trial)
                 self._names.parents.add(parent)
                 if shards is None or shard in shards:
                     await self._register_parent(job, parent, addresses)
         return job
 
-    def _parent(self, spec: AgentSpec, shard: Shard) -> str:
-        """The parent job of a spec. Raises UserError for a class name that is not allowed."""
+    def _parent(self, spec: AgentSpec, shard: Shard, on_trial: Mapping[str, str]) -> str:
+        """The parent job of a spec. `on_trial`: agent class → hash of its spec on trial. Raises UserError for a class
+        name that is not allowed."""
         usual = self._names.parent(spec.agent_class, shard)
-        on_trial = self._trials.get(spec.agent_class) == spec.spec_hash
-        return self._names.other(usual) if on_trial else usual
+        is_tried = on_trial.get(spec.agent_class) == spec.spec_hash
+        return self._names.other(usual) if is_tried else usual
 
     async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
         if self._strategy == "register":
             return await self._ensure_registered(record, epoch, spec)
         shard = shard_of(record.slug, self._shards)
-        parent = self._parent(spec, shard)
+        parent = self._parent(spec, shard, self._trials)
         if index := await self._index_of_other(parent, record.slug, epoch):
             return index
         built = self._built.get((spec.agent_class, spec.spec_hash))
