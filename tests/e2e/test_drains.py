@@ -222,6 +222,7 @@ async def evicted(client: KubernetesClient, node: str) -> int:
     return refused
 
 
+@pytest.mark.busy
 @pytest.mark.timeout(600)
 @pytest.mark.slow_because(
     "starts a Kubernetes with three nodes, and moves ten agents one at a time"

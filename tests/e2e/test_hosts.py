@@ -40,22 +40,24 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         yield it
 
 
-@pytest.mark.skipif(not Path("/proc/pressure/io").exists(), reason="this kernel has no PSI")
 @pytest.mark.slow_because("starts a control plane and an agent")
 async def test_a_real_agent_reports_the_pressure_of_its_host(
     world: World, tmp_path: Path, directory: Path
 ) -> None:
     """The agent of a registered device is asked, and the host is listed with its pressure, in the metrics, and in the
-    status of relief as calm."""
+    status of relief as calm. With a kernel that does not measure it, the host is listed with the reason."""
     config = CONFIG.replace("AGENTS", str(directory)).replace("DEVICE", str(world.device.port))
     async with ControlPlane(tmp_path, "plane", config) as plane:
         await plane.register("pump-7")
 
         def is_read(answer: Any) -> bool:
-            return any(item["pressure"] is not None for item in answer["items"])
+            return any(item["pressure"] or item["unreadable"] for item in answer["items"])
 
         answer = await plane.until("/v1/hosts", is_read, 90.0)
         (item,) = answer["items"]
+        if not Path("/proc/pressure/io").exists():
+            assert item["unreadable"]
+            return
         assert (item["agents"], item["state"], item["unreadable"]) == (1, "open", "")
         assert item["pressure"].keys() == {"cpu", "memory", "io"}
         assert all(0 <= one["avg60"] <= 100 for one in item["pressure"].values())
