@@ -104,6 +104,8 @@ class RolloutRequests:
         if controller.is_given_up(name):
             keeps = name in controller.halted() or state.keeps
             return ("halted" if keeps else "aborted"), state.why
+        if name in controller.halted() and staged is not None:
+            return "waiting", "until its devices are known"
         if name in controller.halted():
             return _halted_words(state, controller.strategy(name))
         if staged is not None:

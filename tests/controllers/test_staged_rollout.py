@@ -558,6 +558,7 @@ async def test_a_new_process_knows_nothing_at_first_and_sends_no_device_back(
     again.restart_control_plane("2")
     again.fleet.readiness.event.clear()
     await again.rollouts.poll()
+    assert again.state() == "waiting"
     again.fleet.records.reset(records, 1)
     again.fleet.placements.update(placements)
     assert not again.plan().actions
