@@ -35,6 +35,7 @@ class Allocation(TypedDict, total=False):
     DesiredDescription: str
     DesiredTransition: DesiredTransition | None
     CreateIndex: int
+    ModifyIndex: int
     CreateTime: int
     NodeID: str
     NodeName: str

@@ -148,6 +148,27 @@ def test_a_job_that_is_updated_in_place_has_no_node_before_its_new_allocation(
     assert (found.node, found.node_id) == ("n1", node)
 
 
+@pytest.mark.parametrize(
+    ("modified", "state"), [(9, PlacementState.STOPPING), (11, PlacementState.RUNNING)]
+)
+def test_the_run_before_a_change_of_its_job_is_not_the_agent_of_the_next_epoch(
+    modified: int, state: PlacementState
+) -> None:
+    """Until Nomad has looked at it, an allocation that is older than the change of its job counts as being stopped: as
+    running it would make room for the next replacement. One that Nomad has updated in place runs."""
+    who = JobIdentity(slug_of(DeviceId("d")), DeviceId("d"), Epoch(2))
+    job: Job = {"ID": "j", "Status": "running", "JobModifyIndex": 10}
+    alloc: Allocation = {
+        "ID": "a",
+        "JobID": "j",
+        "ClientStatus": "running",
+        "DesiredStatus": "run",
+        "CreateIndex": 5,
+        "ModifyIndex": modified,
+    }
+    assert placement(job, who, [alloc], [], settled=False).state is state
+
+
 def test_an_event_of_a_node_is_news_only_if_it_shows_another_state() -> None:
     """A drain, an eligibility change, a new or a removed node is a change; a node that registers
     again unchanged is not."""

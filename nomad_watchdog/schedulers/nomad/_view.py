@@ -185,7 +185,11 @@ def _state(
     stopped = bool(job.get("Stop"))
     newest = max(allocs, key=_created, default=None)
     if live:
-        return _live_state(max(live, key=_created), stopped=stopped)
+        latest = max(live, key=_created)
+        state, reason = _live_state(latest, stopped=stopped)
+        if state is PlacementState.RUNNING and _is_of_last_version(job, latest):
+            return PlacementState.STOPPING, "its job was changed, and Nomad replaces it"
+        return state, reason
     if looks_dead(job, allocs, evals):
         reason = _ending(newest)
         if stopped or settled or (newest and newest["ClientStatus"] == "complete"):
@@ -201,6 +205,12 @@ def _state(
     if newest["ClientStatus"] == "lost":
         return PlacementState.LOST, _ending(newest)
     return PlacementState.RESTARTING, f"{_ending(newest)}; {unplaced(evals)}"
+
+
+def _is_of_last_version(job: Job, alloc: Allocation) -> bool:
+    """Whether Nomad has not looked at an allocation since its job was changed: with the strategy `register`, the run of
+    the last epoch. What it looked at is stopped, or updated in place."""
+    return alloc.get("ModifyIndex", 0) < job.get("JobModifyIndex", 0) and "ModifyIndex" in alloc
 
 
 def _live_state(alloc: Allocation, *, stopped: bool) -> tuple[PlacementState, str]:
