@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from nomad_watchdog import text_files
 from nomad_watchdog.cli._api_client import ApiClient
@@ -35,6 +36,22 @@ def output_option(*formats: str) -> Callable[[F], F]:
         show_default=True,
         help="Output format.",
     )
+
+
+def refuse_options(ctx: click.Context, what: str) -> None:
+    """Raises UserError for options before the name of a subcommand: they would have no effect. `what`: what the
+    subcommand applies to, such as "migration"."""
+    given = [
+        one.opts[-1]
+        for one in ctx.command.params
+        if one.name and ctx.get_parameter_source(one.name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        command = ctx.invoked_subcommand
+        raise UserError(
+            f"{ctx.command.name} {command} applies to the {what} in progress and does not support "
+            f"{', '.join(given)}; its own options come after {command}"
+        )
 
 
 def settings_of(ctx: click.Context, file: str | None = None, *, whole: bool = False) -> Settings:

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from typing import Final, TypedDict, Unpack
 
 import click
-from click.core import ParameterSource
 
 from nomad_watchdog.cli._answers import (
     Fields,
@@ -16,7 +15,7 @@ from nomad_watchdog.cli._answers import (
     MigrationsAnswer,
     MigrationState,
 )
-from nomad_watchdog.cli._options import api_of, caller, no_color, output_option
+from nomad_watchdog.cli._options import api_of, caller, no_color, output_option, refuse_options
 from nomad_watchdog.errors import ConflictError, TransientError, UserError
 from nomad_watchdog.labels import parse_labels
 from nomad_watchdog.terminal import clean, print_json, print_table
@@ -73,7 +72,7 @@ def migrate(
     Without --device, --class, --selector or --shard the whole fleet moves, shard by shard. The configuration of
     every replica must have the block of the new backend."""
     if ctx.invoked_subcommand is not None:
-        _refuse_options(ctx)
+        refuse_options(ctx, "migration")
         return
     if not source or not goal:
         raise UserError(
@@ -97,21 +96,6 @@ def migrate(
         _print_begun(answer, dry_run=how["dry_run"])
     if how["wait"] and not how["dry_run"]:
         _wait(ctx, answer["id"])
-
-
-def _refuse_options(ctx: click.Context) -> None:
-    """Raises UserError for options before the name of a subcommand: they would have no effect."""
-    given = [
-        one.opts[-1]
-        for one in ctx.command.params
-        if one.name and ctx.get_parameter_source(one.name) is ParameterSource.COMMANDLINE
-    ]
-    if given:
-        command = ctx.invoked_subcommand
-        raise UserError(
-            f"migrate {command} applies to the migration in progress and does not support "
-            f"{', '.join(given)}; its own options come after {command}"
-        )
 
 
 @migrate.command("status")

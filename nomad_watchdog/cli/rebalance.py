@@ -6,7 +6,6 @@ import time
 from typing import Final
 
 import click
-from click.core import ParameterSource
 
 from nomad_watchdog.cli._answers import (
     Fields,
@@ -16,8 +15,8 @@ from nomad_watchdog.cli._answers import (
     RebalancesAnswer,
     RebalanceStateAnswer,
 )
-from nomad_watchdog.cli._options import api_of, caller, no_color, output_option
-from nomad_watchdog.errors import ConflictError, TransientError, UserError
+from nomad_watchdog.cli._options import api_of, caller, no_color, output_option, refuse_options
+from nomad_watchdog.errors import ConflictError, TransientError
 from nomad_watchdog.labels import parse_labels
 from nomad_watchdog.terminal import clean, print_json, print_table
 
@@ -66,7 +65,7 @@ def rebalance(  # one parameter per option
     Afterwards the largest and the smallest number of agents per host differ by at most 10 % of the mean, or by 1. Only
     agents of healthy devices are moved, and each device at most once."""
     if ctx.invoked_subcommand is not None:
-        _refuse_options(ctx)
+        refuse_options(ctx, "rebalance")
         return
     body: Fields = {"labels": parse_labels(labels), "dry_run": dry_run, "by": caller()}
     body |= {"class": agent_class} if agent_class else {}
@@ -78,21 +77,6 @@ def rebalance(  # one parameter per option
         _print_begun(ctx, answer, dry_run=dry_run)
     if wait and not dry_run:
         _wait(ctx, answer["id"])
-
-
-def _refuse_options(ctx: click.Context) -> None:
-    """Raises UserError for options before the name of a subcommand: they would have no effect."""
-    given = [
-        one.opts[-1]
-        for one in ctx.command.params
-        if one.name and ctx.get_parameter_source(one.name) is ParameterSource.COMMANDLINE
-    ]
-    if given:
-        command = ctx.invoked_subcommand
-        raise UserError(
-            f"rebalance {command} applies to the rebalance in progress and does not support "
-            f"{', '.join(given)}; its own options come after {command}"
-        )
 
 
 @rebalance.command("status")

@@ -119,49 +119,22 @@ def promote(ctx: click.Context, agent_class: str, everything: bool, output: str)
     _control(ctx, agent_class, "promote-all" if everything else "promote", output)
 
 
-@rollouts.command()
-@click.argument("agent_class", metavar="CLASS")
-@output_option("table", "json")
-@click.pass_context
-def pause(ctx: click.Context, agent_class: str, output: str) -> None:
-    """Replace no more agents; replacements in progress finish."""
-    _control(ctx, agent_class, "pause", output)
+def _add(what: str, summary: str) -> None:
+    """Add the command of a request that has no options of its own."""
+
+    @rollouts.command(what, help=summary)
+    @click.argument("agent_class", metavar="CLASS")
+    @output_option("table", "json")
+    @click.pass_context
+    def request(ctx: click.Context, agent_class: str, output: str) -> None:
+        _control(ctx, agent_class, what, output)
 
 
-@rollouts.command()
-@click.argument("agent_class", metavar="CLASS")
-@output_option("table", "json")
-@click.pass_context
-def resume(ctx: click.Context, agent_class: str, output: str) -> None:
-    """Resume a paused roll-out."""
-    _control(ctx, agent_class, "resume", output)
-
-
-@rollouts.command()
-@click.argument("agent_class", metavar="CLASS")
-@output_option("table", "json")
-@click.pass_context
-def abort(ctx: click.Context, agent_class: str, output: str) -> None:
-    """Give the version up, and go back to the proven one."""
-    _control(ctx, agent_class, "abort", output)
-
-
-@rollouts.command()
-@click.argument("agent_class", metavar="CLASS")
-@output_option("table", "json")
-@click.pass_context
-def retry(ctx: click.Context, agent_class: str, output: str) -> None:
-    """Continue with a version that was given up, at the step where it was."""
-    _control(ctx, agent_class, "retry", output)
-
-
-@rollouts.command()
-@click.argument("agent_class", metavar="CLASS")
-@output_option("table", "json")
-@click.pass_context
-def undo(ctx: click.Context, agent_class: str, output: str) -> None:
-    """Go back to the version before; also after the roll-out is complete."""
-    _control(ctx, agent_class, "undo", output)
+_add("pause", "Replace no more agents; replacements in progress finish.")
+_add("resume", "Resume a paused roll-out.")
+_add("abort", "Give the version up, and go back to the proven one.")
+_add("retry", "Continue with a version that was given up, at the step where it was.")
+_add("undo", "Go back to the version before; also after the roll-out is complete.")
 
 
 def _get(ctx: click.Context, agent_class: str) -> RolloutAnswer:

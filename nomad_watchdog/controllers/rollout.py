@@ -62,6 +62,8 @@ class RolloutController:
         self._soaks = VersionSoaks(fleet)
         self._judge = RolloutJudge(fleet, self)
         self._staged: dict[str, StagedRollout] = {}
+        self._completed: dict[str, str] = {}
+        """Class → hash of the proven spec whose document was seen to be complete."""
         self._read_at = float("-inf")
         self._heard_from = fleet.clock.monotonic() + fleet.limits.report_stale_s
         self._polled_at: Monotonic | None = None
@@ -317,11 +319,12 @@ class RolloutController:
             self._soaks.end(name)
             if self.is_given_up(name):
                 self._follow(name, spec)
-            elif is_leader(self._leases):
+            elif is_leader(self._leases) and self._completed.get(name) != spec.spec_hash:
                 whole = await asyncio.to_thread(state.completed, spec)
-                if whole != state:
-                    await self.write(name, whole)
+                if whole == state or await self.write(name, whole):
+                    self._completed[name] = spec.spec_hash
             return
+        self._completed.pop(name, None)
         if self._is_staged(name):
             await self._watch_steps(name, spec)
             return

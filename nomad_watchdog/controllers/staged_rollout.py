@@ -183,9 +183,8 @@ class StagedRollout:
     def _note_well(self, slugs: AbstractSet[Slug]) -> None:
         """Whether these devices, whose agents do not have the spec, are well."""
         for slug in slugs - self.begun:
-            if (
-                self._state(slug) is not VerdictState.STARTING
-            ):  # else it is the last state that counts
+            # While an agent starts, the last state counts.
+            if self._state(slug) is not VerdictState.STARTING:
                 self._well[slug] = self._is_well(slug, self.strategy.well_before_s)
 
     def _note_control(self) -> None:

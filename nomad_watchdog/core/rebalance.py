@@ -264,7 +264,7 @@ def step(
     is_idle: bool = False,
 ) -> Rebalance:
     """The next state of a rebalance. `window`: maximum number of agents that are being moved at a time. `is_idle`: nothing
-    has changed for so long that devices which can't be moved now are not waited for."""
+    has changed for so long that devices that can't be moved now are not waited for."""
     now = _settled(now, view)
     if now.state is not RebalanceState.RUNNING or not view.counts:
         return now

@@ -64,9 +64,9 @@ class Observed:
     judged: int = 0
     """Of these: well before."""
     control_bad: int = 0
-    """Devices without the new spec that were well when the step began, and are not well now …"""
+    """Devices without the new spec that were well when the step began, and are not well now."""
     control: int = 0
-    """… of so many."""
+    """Devices without the new spec that were well when the step began."""
     without_progress_s: float = 0.0
     """Since another agent of the step became ready, or the step was allowed to go on, whichever is later."""
     refused: str = ""

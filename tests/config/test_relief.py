@@ -66,7 +66,7 @@ def test_all_settings_reach_the_rules(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "why"),
     [
         ("relief {}", "signal"),
         (BLOCK.replace("0.05", "0.2").replace("MORE", ""), "low must be less than high"),
@@ -76,8 +76,8 @@ def test_all_settings_reach_the_rules(tmp_path: Path) -> None:
         (BLOCK.replace("MORE", 'cooldown = "1s"'), "cooldown"),
     ],
 )
-def test_a_wrong_block_is_rejected(tmp_path: Path, text: str, told: str) -> None:
+def test_a_wrong_block_is_rejected(tmp_path: Path, text: str, why: str) -> None:
     """A block without thresholds, with thresholds in the wrong order, of an unknown resource, given twice, or with a
     value out of range is rejected, and the error names it."""
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=why):
         load(written(tmp_path, text))

@@ -285,8 +285,8 @@ def test_a_host_that_never_calms_down_is_relieved_less_and_less_often() -> None:
     assert 3 <= len(gaps) <= 5
     for number, gap in enumerate(gaps):
         assert gap >= rules.cooldown_s * 2 ** (number + 1)
-    told = len(hall.of("relief.not_helped")) + len(hall.of("relief.returned"))
-    assert told >= len(gaps)
+    published = len(hall.of("relief.not_helped")) + len(hall.of("relief.returned"))
+    assert published >= len(gaps)
     assert hall.most_unready == 1
 
 

@@ -30,9 +30,7 @@ def read(folder: str = FOLDER) -> HostPressure:
         path = f"{folder}/{resource}"
         try:
             found[resource] = _some(_text(path))
-        except (
-            OSError
-        ) as error:  # no such file, no permission, or a kernel that was started with psi=0
+        except OSError as error:  # no such file, no permission, or psi=0
             found["unreadable"] = f"{path}: {os.strerror(error.errno or 0)}"
         except ValueError as error:
             found["unreadable"] = f"{path}: {error}"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from watchdog_agent.reporting import host_pressure
@@ -65,10 +64,17 @@ def test_what_cannot_be_read_is_missing_and_the_reason_is_stated(tmp_path: Path)
     (tmp_path / "io").write_text(PLAIN.format("101.0", "2.00"))
     found = host_pressure.read(folder)
     assert found["unreadable"] == f"{folder}/io: avg10 is not from 0 to 100"
-    told = {"device_id": "a", "instance": "i", "state": "ok", "pressure": found, "v": 1, "epoch": 1}
-    told |= {"sequence": 1, "ready": True, "was_ready": True, "misses": 0, "confirmed": False}
-    jsonschema.validate(told, SCHEMA)
-    pressure = ReportIn.model_validate_json(json.dumps(told)).report().pressure
+    report = {
+        "device_id": "a",
+        "instance": "i",
+        "state": "ok",
+        "pressure": found,
+        "v": 1,
+        "epoch": 1,
+    }
+    report |= {"sequence": 1, "ready": True, "was_ready": True, "misses": 0, "confirmed": False}
+    jsonschema.validate(report, SCHEMA)
+    pressure = ReportIn.model_validate_json(json.dumps(report)).report().pressure
     assert pressure is not None
     assert pressure.cpu is not None
     assert (pressure.cpu.avg60, pressure.memory) == (2.0, None)
@@ -80,7 +86,6 @@ def test_a_kernel_without_pressure_is_stated(tmp_path: Path) -> None:
     assert found == {"unreadable": f"{tmp_path}/none/io: No such file or directory"}
 
 
-@pytest.mark.skipif(not Path("/proc/pressure/io").exists(), reason="this kernel has no PSI")
 async def test_only_an_agent_that_is_asked_reads_the_pressure(world: World) -> None:
     """A report contains the pressure from the first answer that asks for it to the first that does not. The module is
     imported only then."""
@@ -105,12 +110,12 @@ main.main()
     world.peer.body = b'{"pressure": true}'
     report = await until(lambda: "pressure" in world.peer.last and world.peer.last, "pressure")
     jsonschema.validate(report, SCHEMA)
-    assert report["pressure"].keys() >= {"cpu", "memory", "io"}
+    measured = Path("/proc/pressure/io").exists()
+    assert report["pressure"].keys() >= ({"cpu", "memory", "io"} if measured else {"unreadable"})
     world.peer.body = b"{}"
     await until(lambda: "pressure" not in world.peer.last, "no pressure")
 
 
-@pytest.mark.skipif(not Path("/proc/pressure/io").exists(), reason="this kernel has no PSI")
 async def test_a_buffered_report_has_the_pressure_of_when_it_is_sent(world: World) -> None:
     """Reports that were buffered while no answer came have a reading each: it was read when they were sent, so a
     report that was made before the agent was asked has one too."""
