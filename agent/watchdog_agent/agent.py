@@ -317,7 +317,7 @@ class Agent:
             self.loop.stop()
             return
         self.was_signalled = True
-        log("signal", number=number)
+        log(wire.LOG_SIGNALLED, number=number)
         if self.exit_code is None:
             self._shut_down(128 + number)
 
@@ -326,7 +326,7 @@ class Agent:
         so no other agent resolves its alerts."""
         self.departed = departed
         if self.exit_code is None:
-            log("retired by the control plane", reason=reason)
+            log(wire.LOG_RETIRED, reason=reason)
             self._shut_down(wire.EXIT_RETIRED, report=False)
 
     def _shut_down(self, code: int, *, report: bool = True) -> None:

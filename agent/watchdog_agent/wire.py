@@ -146,6 +146,10 @@ SERVICE: Final = "device-watchdog-agent"
 STATES: Final = ("ok", "suspect", "degraded", "repairing", "offline", "unable")
 DEPARTED: Final = "departed"
 """Error code of a 410 for a device that has left the registry: its alerts are resolved."""
+LOG_SIGNALLED: Final = "signal"
+LOG_RETIRED: Final = "retired by the control plane"
+"""The messages in an agent's log with which each graceful shutdown begins: one for a signal, one for an answer of 410."""
+
 EXIT_RETIRED: Final = 0
 EXIT_CONFIG: Final = 64
 EXIT_CRASH: Final = 70

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict
 from urllib.parse import quote
 
 import aiohttp
+from watchdog_agent import wire
 
 from nomad_watchdog.demo.configuration import BRISK, CALM, Servers, StagePace, configuration
 from nomad_watchdog.demo.process import Process, clean_environment, free_port
@@ -54,6 +56,12 @@ class StageAgent(NamedTuple):
     slug: str
     pid: int
     backend: str
+
+
+def began_to_shut_down(log: str) -> bool:
+    """Whether an agent's log says that it shuts down because of a signal or an answer of 410."""
+    ends = {f'"msg": {json.dumps(message)}' for message in (wire.LOG_SIGNALLED, wire.LOG_RETIRED)}
+    return any(end in log for end in ends)
 
 
 @dataclass(slots=True)
@@ -172,8 +180,7 @@ class Stage:
                     entries = await self._in_consul()
                     return all(entry["Service"]["ID"] != slug for entry in entries)
                 log.seek(0)
-                text = log.read()
-                return '"msg": "signal"' in text or '"msg": "told to retire"' in text
+                return began_to_shut_down(log.read())
 
             yield was_graceful
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nomad_watchdog.demo.stage import began_to_shut_down
 from nomad_watchdog.schedulers.agent_zipapp import build_agent
 from tests.agent.world import OK, Agent, Listener, Peer, World, probe, says, silent, tcp, until
 
@@ -122,11 +123,14 @@ async def test_probes_are_listed_in_the_order_of_the_configuration(world: World)
 
 
 async def test_retires_on_410(world: World) -> None:
-    """An agent that receives 410 exits with 0."""
-    world.peer.status = 410
+    """An agent that receives 410 exits with 0, and its log says that it shut down."""
     agent = await world.started()
+    assert not began_to_shut_down((agent.folder / "log").read_text())
+    world.peer.status = 410
+    await world.device.stop()
     assert agent.process is not None
     assert await agent.process.wait(60.0) == 0
+    assert began_to_shut_down((agent.folder / "log").read_text())
 
 
 async def test_409_is_said_again(world: World) -> None:
@@ -151,6 +155,7 @@ async def test_signal_with_everything_wedged(world: World, number: signal.Signal
     )
     await until(lambda: len(world.device._tasks) >= 1, "a hanging probe")
     assert await agent.signal(number, 3.0) == 128 + number
+    assert began_to_shut_down((agent.folder / "log").read_text())
 
 
 async def test_api_away_then_back(world: World) -> None:
