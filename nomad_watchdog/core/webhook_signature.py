@@ -130,9 +130,12 @@ def _check_time(signed: SignatureHeaders, now: float) -> None:
 def _bytes_of(signature: str) -> bytes:
     version, _, text = signature.partition(",")
     try:
-        return base64.b64decode(text, validate=True) if version == "v1" else b""
+        decoded = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         return b""
+    # Unused bits of the last character may have any value: only the text that `sign` writes counts.
+    is_canonical = base64.b64encode(decoded).decode() == text
+    return decoded if version == "v1" and is_canonical else b""
 
 
 class Seen(StrEnum):

@@ -141,6 +141,18 @@ def test_no_change_of_a_signed_call_is_accepted(part: int, data: st.DataObject) 
         verify([secret_of(SECRET)], (parts[0], parts[1], parts[2]), body, SENT)
 
 
+def test_a_signature_is_written_in_one_way() -> None:
+    """Base64 has unused bits in its last character; another value of them is not accepted."""
+    assert HEADERS[2].endswith("=")
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    last = alphabet.index(HEADERS[2][-2])
+    assert last % 4 == 0
+    for unused in (1, 2, 3):
+        changed = f"{HEADERS[2][:-2]}{alphabet[last + unused]}="
+        with pytest.raises(SignatureError):
+            verify([secret_of(SECRET)], (HEADERS[0], HEADERS[1], changed), BODY, SENT)
+
+
 @given(st.text(max_size=80), st.text(max_size=30), st.text(max_size=200), st.binary(max_size=50))
 def test_any_headers_are_refused_in_words(one: str, two: str, three: str, body: bytes) -> None:
     """Hostile headers and bodies raise a SignatureError that does not repeat them."""
