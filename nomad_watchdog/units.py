@@ -93,12 +93,30 @@ def span(text: object) -> str:
 
 def utc(seconds: object) -> str:
     """Unix seconds as ``2026-11-29T19:48:08Z``; "" for what is no moment of the years 1 to 9999."""
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        return ""
+    moment = _moment(seconds)
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ") if moment else ""
+
+
+def local(seconds: object) -> str:
+    """Unix seconds as ``2026-11-29 20:48:08`` in the time zone of this machine or of TZ; "" as `utc`."""
+    moment = _moment(seconds)
     try:
-        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    except (ValueError, OverflowError, OSError):
+        return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S") if moment else ""
+    except (
+        ValueError,
+        OverflowError,
+        OSError,
+    ):  # beyond year 9999 there, or unknown to the C library
         return ""
+
+
+def _moment(seconds: object) -> datetime | None:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        return None
+    try:
+        return datetime.fromtimestamp(seconds, UTC)
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def progress(done: int, under_way: int, waiting: int) -> str:

@@ -4,35 +4,68 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import click
 from watchdog_agent.runtime.parsing import whole
 
+from nomad_watchdog.cli import _summary
 from nomad_watchdog.cli._answers import (
     ConfiguredReplica,
     EventPage,
     Fields,
     KnownLease,
     LeasesAnswer,
+    NextPage,
 )
 from nomad_watchdog.cli._api_client import PAGE, ApiClient, device_path
+from nomad_watchdog.cli._event_line import event_line
 from nomad_watchdog.cli._fields import leaf, mapping
 from nomad_watchdog.cli._options import api_of, no_color, output_option
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.errors import TerminalError, TransientError, UserError
 from nomad_watchdog.terminal import cell, clean, print_json, print_table
-from nomad_watchdog.units import age, utc
+from nomad_watchdog.units import age
+
+_EXPLAINED = frozenset({"id", "verdict", "since_s", "reason", "next", "next_in_s"})
+"""Fields that the first lines of `explain` show."""
 
 
 @click.command()
-@output_option("table", "json")
+@output_option()
 @click.pass_context
 def status(ctx: click.Context, output: str) -> None:
-    """Show the state of the fleet."""
-    answer = api_of(ctx).get("/v1/status")
-    print_json(answer) if output == "json" else _print_tree(answer)
+    """Show the state of the fleet on one screen. -o wide shows all fields."""
+    api = api_of(ctx)
+    answer = api.get("/v1/status")
+    if output == "json":
+        print_json(answer)
+    elif output == "wide":
+        _print_tree(answer)
+    else:
+        counts = _summary.counted(answer)
+        lines = _summary.status_lines(answer)
+        _print_cut([*lines, *_summary.device_lines(_worst(api, counts), counts)])
+
+
+def _worst(api: ApiClient, counts: list[tuple[str, int]]) -> list[Fields]:
+    """Devices with a problem, the worst verdicts first, at most MAX_DEVICES."""
+    found: list[Fields] = []
+    for verdict, _ in counts:
+        if free := _summary.MAX_DEVICES - len(found):
+            found += api.get("/v1/devices", NextPage, verdict=verdict, limit=free)["items"]
+    return found
+
+
+def _print_cut(lines: Iterable[str]) -> None:
+    """One line of the terminal each; piped, as long as they are."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for line in lines:
+        cut = width is not None and len(line) > width
+        click.echo(f"{line[: (width or 0) - 4]} ..." if cut else line)
 
 
 @click.command()
@@ -45,11 +78,13 @@ def explain(ctx: click.Context, device_id: str, output: str) -> None:
     if output == "json":
         print_json(answer)
         return
+    for line in _summary.explained(answer):
+        click.echo(line)
     last = answer.pop("events", [])
-    _print_tree(answer)
-    click.echo("events:")
+    click.echo("last events:")
     for event in last if isinstance(last, list) else []:
-        click.echo(f"  {_event_line(mapping(event))}")
+        click.echo(f"  {event_line(mapping(event))}")
+    _print_tree({name: answer[name] for name in answer if name not in _EXPLAINED})
 
 
 @click.command()
@@ -111,12 +146,13 @@ def _held_for(lease: KnownLease, now: float) -> str:
 @click.option(
     "--own", is_flag=True, help="Only events that the replica at this address observed itself."
 )
-@output_option("table", "json")
+@output_option()
 @click.pass_context
 def events(
     ctx: click.Context, /, follow: bool, since: str, own: bool, output: str, **wanted: str | None
 ) -> None:
-    """Print events, oldest first. With -f, continue with new events, and reconnect if the stream breaks."""
+    """Print events, oldest first, with local times. -o wide shows their kinds, -o json all fields. With -f, continue
+    with new events, and reconnect if the stream breaks."""
     api = api_of(ctx)
     after, within_s = _since(since)
     filters: dict[str, object] = {**wanted, "within_s": within_s, "own": "true" if own else None}
@@ -172,21 +208,7 @@ def _print_event(event: Fields, output: str) -> None:
     if output == "json":
         click.echo(json.dumps(event, ensure_ascii=True))
     else:
-        click.echo(_event_line(event))
-
-
-def _event_line(event: Mapping[str, object]) -> str:
-    """One event for people: when (UTC), kind, device, text, and the state before. `-o json` has the rest."""
-    data = mapping(event.get("data"))
-    was, lasted = data.get("was"), age(data.get("was_for_s"))
-    before = f" (was {clean(was)} for {lasted})" if was and lasted else ""
-    parts = [
-        utc(event.get("at")),
-        event.get("kind"),
-        event.get("device"),
-        event.get("text"),
-    ]
-    return "  ".join(clean(part) for part in parts if part) + before
+        click.echo(event_line(event, with_kind=output == "wide"))
 
 
 def _print_tree(value: object, depth: int = 0) -> None:
