@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from nomad_watchdog import text_files
-from nomad_watchdog.cli._api_client import ApiClient
+from nomad_watchdog.cli._api_client import TIMEOUT_S, ApiClient
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.secret_values import know
 
@@ -44,7 +44,9 @@ def refuse_options(ctx: click.Context, what: str) -> None:
     given = [
         one.opts[-1]
         for one in ctx.command.params
-        if one.name and ctx.get_parameter_source(one.name) is ParameterSource.COMMANDLINE
+        if one.name
+        and one.expose_value
+        and ctx.get_parameter_source(one.name) is ParameterSource.COMMANDLINE
     ]
     if given:
         command = ctx.invoked_subcommand
@@ -81,6 +83,8 @@ def _option_variables(ctx: click.Context) -> Iterator[str]:
     while verbs:
         prefix, verb = verbs.pop()
         for option in verb.params:
+            if isinstance(option, click.Option) and not option.allow_from_autoenv:
+                continue
             yield f"{prefix}_{(option.name or '').upper()}"
         if isinstance(verb, click.Group):
             found = ((name, verb.get_command(ctx, name)) for name in verb.list_commands(ctx))
@@ -89,7 +93,7 @@ def _option_variables(ctx: click.Context) -> Iterator[str]:
             ]
 
 
-def api_of(ctx: click.Context) -> ApiClient:
+def api_of(ctx: click.Context, *, timeout_s: float = TIMEOUT_S) -> ApiClient:
     """A client of the API at --address, else at the address in the configuration file. Raises UserError."""
     address, token_file = ctx.obj["address"], os.environ.get("NOMAD_WATCHDOG_TOKEN_FILE")
     authority = os.environ.get("NOMAD_WATCHDOG_CACERT", "")
@@ -104,7 +108,10 @@ def api_of(ctx: click.Context) -> ApiClient:
         address, token_file = settings.advertise, token_file or settings.api.token_file
         authority = authority or settings.api.ca_cert or ""
     return ApiClient(
-        address or DEFAULT_ADDRESS, _token(token_file), tls=lambda: _tls(authority, os.environ)
+        address or DEFAULT_ADDRESS,
+        _token(token_file),
+        timeout_s=timeout_s,
+        tls=lambda: _tls(authority, os.environ),
     )
 
 

@@ -151,6 +151,11 @@ def _notes(answer: Mapping[str, object]) -> Iterator[str]:
         yield f"this replica's configuration is not in force for {differing}"
     for name, why in mapping(answer.get("unprepared_classes")).items():
         yield f"class {clean(name)} can't be prepared: {clean(why)}"
+    yield from _places(answer)
+
+
+def _places(answer: Mapping[str, object]) -> Iterator[str]:
+    """The same about inventory files, nodes and the registry."""
     for file in _mappings(answer.get("inventory")):
         if problem := _text(file, "problem"):
             yield f"inventory {_text(file, 'file')}: {problem}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from nomad_watchdog.cli import _complete
 from nomad_watchdog.cli._agent_logs import kubernetes_log, local_log, nomad_log
 from nomad_watchdog.cli._answers import AgentAnswer, ProbeAnswer, ProbeRun, ProbeStarted
 from nomad_watchdog.cli._api_client import ApiClient, device_path
@@ -52,7 +53,7 @@ def list_agents(ctx: click.Context, output: str) -> None:
 
 
 @agents.command()
-@click.argument("device")
+@click.argument("device", shell_complete=_complete.devices)
 @click.option("-n", "--lines", type=click.IntRange(1, 100_000), default=100, show_default=True)
 @output_option("table", "json")
 @click.pass_context
@@ -102,7 +103,7 @@ def _check_registered(ctx: click.Context, device: str) -> None:
 
 
 @agents.command("exec-probe")
-@click.argument("device")
+@click.argument("device", shell_complete=_complete.devices)
 @output_option("table", "json")
 @click.pass_context
 def exec_probe(ctx: click.Context, device: str, output: str) -> None:

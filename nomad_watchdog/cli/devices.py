@@ -7,6 +7,7 @@ from typing import Final, TextIO
 
 import click
 
+from nomad_watchdog.cli import _complete
 from nomad_watchdog.cli._answers import BulkAnswer, Fields
 from nomad_watchdog.cli._api_client import device_path
 from nomad_watchdog.cli._fields import field_text, head
@@ -34,9 +35,14 @@ def devices() -> None:
 
 
 @devices.command()
-@click.argument("device_id", metavar="ID")
+@click.argument("device_id", metavar="ID", shell_complete=_complete.devices)
 @click.option("--address", required=True, help="Host name or IP address to probe.")
-@click.option("--class", "agent_class", help='Agent class [default: "default"].')
+@click.option(
+    "--class",
+    "agent_class",
+    shell_complete=_complete.agent_classes,
+    help='Agent class [default: "default"].',
+)
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
 @click.option(
     "--ttl",
@@ -70,8 +76,10 @@ def add(  # click hands over one argument an option
 
 
 @devices.command("ls")
-@click.option("--class", "agent_class", help="Only this agent class.")
-@click.option("--verdict", help="Only this verdict.")
+@click.option(
+    "--class", "agent_class", shell_complete=_complete.agent_classes, help="Only this agent class."
+)
+@click.option("--verdict", shell_complete=_complete.verdicts, help="Only this verdict.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
 @click.option("-q", "--query", help="Only IDs containing this text.")
 @click.option("--limit", type=click.IntRange(1, 2**31), help="Maximum number of rows.")
@@ -96,7 +104,7 @@ def list_devices(  # click hands over one argument an option
 
 
 @devices.command()
-@click.argument("device_id", metavar="ID")
+@click.argument("device_id", metavar="ID", shell_complete=_complete.devices)
 @output_option()
 @click.pass_context
 def get(ctx: click.Context, device_id: str, output: str) -> None:
@@ -109,7 +117,9 @@ def get(ctx: click.Context, device_id: str, output: str) -> None:
 
 
 @devices.command()
-@click.argument("device_ids", metavar="ID...", nargs=-1, required=True)
+@click.argument(
+    "device_ids", metavar="ID...", nargs=-1, required=True, shell_complete=_complete.devices
+)
 @click.option(
     "--now/--grace",
     "now",

@@ -16,6 +16,7 @@ from typing import Final, NoReturn
 import click
 
 from nomad_watchdog import __version__
+from nomad_watchdog.cli._global_options import GLOBAL, accept_after
 from nomad_watchdog.errors import WatchdogError
 
 EXIT_USAGE: Final = 64
@@ -53,10 +54,6 @@ VERBS: Final[dict[str, tuple[str, str]]] = {
 }
 
 
-class _Stub(click.Command):
-    """What ``--help`` shows of a command that is not imported."""
-
-
 class LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
         return list(VERBS)
@@ -67,6 +64,7 @@ class LazyGroup(click.Group):
         module, name = VERBS[cmd_name][0].split(":")
         found = getattr(import_module(f"nomad_watchdog.cli.{module}"), name)
         assert isinstance(found, click.Command)
+        accept_after(found, [one for one in self.params if one.name in GLOBAL])
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
@@ -76,6 +74,7 @@ class LazyGroup(click.Group):
 
 @click.group(
     cls=LazyGroup,
+    commands={name: click.Command(name) for name in VERBS},  # for "did you mean"; not imported yet
     context_settings={
         "auto_envvar_prefix": "NOMAD_WATCHDOG",
         "help_option_names": ["-h", "--help"],
@@ -95,6 +94,8 @@ def cli(
     ctx: click.Context, config: str | None, backend: str | None, address: str | None, no_color: bool
 ) -> None:
     """Keep exactly one watchdog agent running per device.
+
+    The options below are accepted before and after the command's name.
 
     Exit codes: 0 done, 2 changes (plan --detailed-exitcode), 64 wrong usage or configuration, 66 no
     such device, 69 unavailable, 70 internal error, 75 try again, 77 denied, 130 interrupted.

@@ -8,6 +8,7 @@ from typing import Final, TypedDict, Unpack
 
 import click
 
+from nomad_watchdog.cli import _complete
 from nomad_watchdog.cli._answers import (
     Fields,
     MigrationAnswer,
@@ -40,9 +41,19 @@ class _Options(TypedDict):
 @click.option("--from", "source", metavar="BACKEND", help="Backend that runs the agents now.")
 @click.option("--to", "goal", metavar="BACKEND", help="Backend to move them to.")
 @click.option(
-    "--device", "devices", metavar="ID", multiple=True, help="Only this device; may be repeated."
+    "--device",
+    "devices",
+    metavar="ID",
+    multiple=True,
+    shell_complete=_complete.devices,
+    help="Only this device; may be repeated.",
 )
-@click.option("--class", "agent_class", help="Only devices of this agent class.")
+@click.option(
+    "--class",
+    "agent_class",
+    shell_complete=_complete.agent_classes,
+    help="Only devices of this agent class.",
+)
 @click.option(
     "--selector",
     "labels",

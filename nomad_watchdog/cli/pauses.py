@@ -8,6 +8,7 @@ from functools import wraps
 
 import click
 
+from nomad_watchdog.cli import _complete
 from nomad_watchdog.cli._answers import Fields, PauseAnswer, PausesAnswer, PauseTarget
 from nomad_watchdog.cli._api_client import quoted
 from nomad_watchdog.cli._options import api_of, caller, no_color, output_option
@@ -37,8 +38,15 @@ def _of_devices(command: Command) -> Command:
 
     return _with(
         inner,
-        click.argument("device_ids", metavar="[DEVICE]...", nargs=-1),
-        click.option("--class", "agent_class", help="All devices of this agent class."),
+        click.argument(
+            "device_ids", metavar="[DEVICE]...", nargs=-1, shell_complete=_complete.devices
+        ),
+        click.option(
+            "--class",
+            "agent_class",
+            shell_complete=_complete.agent_classes,
+            help="All devices of this agent class.",
+        ),
         click.option(
             "--selector",
             "labels",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from nomad_watchdog.cli import _complete
 from nomad_watchdog.cli._answers import LeasesAnswer, PoolAnswer, PoolsAnswer
 from nomad_watchdog.cli._api_client import ApiClient, quoted
 from nomad_watchdog.cli._options import api_of, no_color, output_option
@@ -29,7 +30,7 @@ def list_pools(ctx: click.Context, output: str) -> None:
 
 
 @pools.command()
-@click.argument("pool", metavar="POOL")
+@click.argument("pool", metavar="POOL", shell_complete=_complete.pools)
 @click.argument("count", metavar="COUNT", type=click.IntRange(0))
 @click.pass_context
 def scale(ctx: click.Context, pool: str, count: int) -> None:
@@ -41,7 +42,7 @@ def scale(ctx: click.Context, pool: str, count: int) -> None:
 
 
 @pools.command()
-@click.argument("pool", metavar="POOL")
+@click.argument("pool", metavar="POOL", shell_complete=_complete.pools)
 @click.pass_context
 def rm(ctx: click.Context, pool: str) -> None:
     """Stop a pool that is no longer configured."""

@@ -7,6 +7,7 @@ from typing import Final
 
 import click
 
+from nomad_watchdog.cli import _complete
 from nomad_watchdog.cli._answers import (
     Fields,
     HostCount,
@@ -29,7 +30,12 @@ _UNSTEERED: Final = (
 
 
 @click.group(invoke_without_command=True)
-@click.option("--class", "agent_class", help="Move only devices of this agent class.")
+@click.option(
+    "--class",
+    "agent_class",
+    shell_complete=_complete.agent_classes,
+    help="Move only devices of this agent class.",
+)
 @click.option(
     "--selector",
     "labels",

@@ -8,6 +8,7 @@ from typing import Final
 
 import click
 
+from nomad_watchdog.cli import _complete
 from nomad_watchdog.cli._answers import PastRollouts, RolloutAnswer, RolloutsAnswer
 from nomad_watchdog.cli._api_client import quoted
 from nomad_watchdog.cli._options import api_of, caller, no_color, output_option
@@ -60,7 +61,7 @@ def list_rollouts(ctx: click.Context, output: str) -> None:
 
 
 @rollouts.command()
-@click.argument("agent_class", metavar="CLASS")
+@click.argument("agent_class", metavar="CLASS", shell_complete=_complete.agent_classes)
 @click.option("--wait", is_flag=True, help="Wait until it is complete, paused or aborted.")
 @output_option("table", "json")
 @click.pass_context
@@ -78,7 +79,7 @@ def status(ctx: click.Context, agent_class: str, wait: bool, output: str) -> Non
 
 
 @rollouts.command()
-@click.argument("agent_class", metavar="CLASS")
+@click.argument("agent_class", metavar="CLASS", shell_complete=_complete.agent_classes)
 @output_option("table", "json")
 @click.pass_context
 def history(ctx: click.Context, agent_class: str, output: str) -> None:
@@ -96,7 +97,7 @@ def history(ctx: click.Context, agent_class: str, output: str) -> None:
 
 
 @rollouts.command()
-@click.argument("agent_class", metavar="CLASS")
+@click.argument("agent_class", metavar="CLASS", shell_complete=_complete.agent_classes)
 @click.pass_context
 def diff(ctx: click.Context, agent_class: str) -> None:
     """Print what the configured version of CLASS changes in the proven one."""
@@ -110,7 +111,7 @@ def diff(ctx: click.Context, agent_class: str) -> None:
 
 
 @rollouts.command()
-@click.argument("agent_class", metavar="CLASS")
+@click.argument("agent_class", metavar="CLASS", shell_complete=_complete.agent_classes)
 @click.option("--all", "everything", is_flag=True, help="Also skip all later pauses and soaks.")
 @output_option("table", "json")
 @click.pass_context
@@ -123,7 +124,7 @@ def _add(what: str, summary: str) -> None:
     """Add the command of a request that has no options of its own."""
 
     @rollouts.command(what, help=summary)
-    @click.argument("agent_class", metavar="CLASS")
+    @click.argument("agent_class", metavar="CLASS", shell_complete=_complete.agent_classes)
     @output_option("table", "json")
     @click.pass_context
     def request(ctx: click.Context, agent_class: str, output: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import click
 from watchdog_agent.runtime.parsing import whole
 
-from nomad_watchdog.cli import _summary
+from nomad_watchdog.cli import _complete, _summary
 from nomad_watchdog.cli._answers import (
     ConfiguredReplica,
     EventPage,
@@ -69,7 +69,7 @@ def _print_cut(lines: Iterable[str]) -> None:
 
 
 @click.command()
-@click.argument("device_id", metavar="DEVICE")
+@click.argument("device_id", metavar="DEVICE", shell_complete=_complete.devices)
 @output_option("table", "json")
 @click.pass_context
 def explain(ctx: click.Context, device_id: str, output: str) -> None:
@@ -140,9 +140,24 @@ def _held_for(lease: KnownLease, now: float) -> str:
     metavar="N|AGE",
     help="Only events after this number, or newer than 90s, 1h, 2d.",
 )
-@click.option("--device", metavar="ID", help="Only events about this device.")
-@click.option("--kind", metavar="START", help="Only kinds with this prefix, such as verdict.")
-@click.option("--verdict", metavar="STATE", help="Only changes to this verdict.")
+@click.option(
+    "--device",
+    metavar="ID",
+    shell_complete=_complete.devices,
+    help="Only events about this device.",
+)
+@click.option(
+    "--kind",
+    metavar="START",
+    shell_complete=_complete.kinds,
+    help="Only kinds with this prefix, such as verdict.",
+)
+@click.option(
+    "--verdict",
+    metavar="STATE",
+    shell_complete=_complete.verdicts,
+    help="Only changes to this verdict.",
+)
 @click.option(
     "--own", is_flag=True, help="Only events that the replica at this address observed itself."
 )

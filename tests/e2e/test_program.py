@@ -63,6 +63,14 @@ class Program:
         assert process.returncode is not None
         return process.returncode, out.decode(), err.decode()
 
+    async def completed(self, *words: str) -> str:
+        """What bash is offered for the last word."""
+        line = ["nomad-watchdog", "--config", str(self.file), *words]
+        env = {"COMP_WORDS": " ".join(line), "COMP_CWORD": str(len(line) - 1)}
+        process = await self.start(_NOMAD_WATCHDOG_COMPLETE="bash_complete", **env)
+        out, _ = await asyncio.wait_for(process.communicate(), 30.0)
+        return out.decode()
+
     async def json(self, *argv: str) -> Any:
         code, out, err = await self(*argv, "-o", "json")
         assert code == 0, err
@@ -121,6 +129,7 @@ async def test_run_keeps_agents_and_leaves_them_when_it_is_told_to_stop(
     assert (await program("status"))[0] == 69
     async with program.running() as service:
         assert (await program("status"))[0] == 0
+        assert await program.completed("devices", "ls", "--class", "d") == "plain,default\n"
         await program.import_devices("a", "b", "c")
         pids = await eventually(lambda: len(found := pids_of(directory)) == 3 and found)
         service.send_signal(signal.SIGTERM)

@@ -1,0 +1,73 @@
+"""What a shell completes: IDs, classes, verdicts and kinds of events. On any error: nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Final
+
+import click
+
+from nomad_watchdog.errors import WatchdogError
+
+TIMEOUT_S: Final = 2.0
+"""Someone waits at a prompt."""
+MAX_SHOWN: Final = 100
+KINDS: Final = (
+    "absent", "agent", "audit", "classes", "condition", "config", "conflict", "error", "flapping", "incident", "inventory",
+    "migration", "node", "paused", "plan", "pool", "present", "rebalance", "refused", "registry", "relief", "repair", "replica",
+    "resumed", "rollout", "shards", "steady", "verdict",
+)  # fmt: skip
+"""The first parts of the kinds of events."""
+
+_Complete = Callable[[click.Context, click.Parameter, str], list[str]]
+
+
+def devices(ctx: click.Context, _param: click.Parameter, start: str) -> list[str]:
+    """IDs of devices that begin with what was typed."""
+    return _from_api(ctx, start, "/v1/devices", "id", q=start or None, limit=MAX_SHOWN)
+
+
+def agent_classes(ctx: click.Context, _param: click.Parameter, start: str) -> list[str]:
+    """Names of the agent classes in force."""
+    return _from_api(ctx, start, "/v1/rollouts", "class")
+
+
+def pools(ctx: click.Context, _param: click.Parameter, start: str) -> list[str]:
+    """Names of pools."""
+    return _from_api(ctx, start, "/v1/pools", "name")
+
+
+def verdicts(_ctx: click.Context, _param: click.Parameter, start: str) -> list[str]:
+    """Verdicts."""
+    from nomad_watchdog.model import VerdictState
+
+    return _matching(start, VerdictState)
+
+
+def kinds(_ctx: click.Context, _param: click.Parameter, start: str) -> list[str]:
+    """First parts of kinds of events."""
+    return _matching(start, KINDS)
+
+
+def _from_api(ctx: click.Context, start: str, path: str, field: str, **query: object) -> list[str]:
+    from nomad_watchdog.cli._answers import Page
+    from nomad_watchdog.cli._global_options import GLOBAL
+    from nomad_watchdog.cli._options import api_of
+
+    # No command runs, so what its options would have set is set here.
+    root = ctx.find_root()
+    root.obj = {name: root.params.get(name) for name in GLOBAL}
+    ctx.obj = root.obj | {
+        name: value for name, value in ctx.params.items() if name in GLOBAL and value
+    }
+    with suppress(WatchdogError):
+        page = api_of(ctx, timeout_s=TIMEOUT_S).get(path, Page, **query)
+        return _matching(start, (str(one.get(field)) for one in page["items"]))
+    return []
+
+
+def _matching(start: str, names: Iterable[str]) -> list[str]:
+    """The names that begin with `start` and that a shell can show: no control characters (S11)."""
+    found = {str(name) for name in names if name.startswith(start) and name.isprintable()}
+    return sorted(found)[:MAX_SHOWN]
