@@ -185,11 +185,7 @@ def _state(
     stopped = bool(job.get("Stop"))
     newest = max(allocs, key=_created, default=None)
     if live:
-        latest = max(live, key=_created)
-        state, reason = _live_state(latest, stopped=stopped)
-        if state is PlacementState.RUNNING and _is_of_last_version(job, latest):
-            return PlacementState.STOPPING, "its job was changed, and Nomad replaces it"
-        return state, reason
+        return _latest_state(job, max(live, key=_created), stopped=stopped)
     if looks_dead(job, allocs, evals):
         reason = _ending(newest)
         if stopped or settled or (newest and newest["ClientStatus"] == "complete"):
@@ -205,6 +201,13 @@ def _state(
     if newest["ClientStatus"] == "lost":
         return PlacementState.LOST, _ending(newest)
     return PlacementState.RESTARTING, f"{_ending(newest)}; {unplaced(evals)}"
+
+
+def _latest_state(job: Job, latest: Allocation, *, stopped: bool) -> tuple[PlacementState, str]:
+    state, reason = _live_state(latest, stopped=stopped)
+    if state is PlacementState.RUNNING and _is_of_last_version(job, latest):
+        return PlacementState.STOPPING, "its job was changed, and Nomad replaces it"
+    return state, reason
 
 
 def _is_of_last_version(job: Job, alloc: Allocation) -> bool:
