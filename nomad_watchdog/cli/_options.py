@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -193,6 +194,12 @@ def _tls(authority: str, env: Mapping[str, str]) -> SSLContext:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
+
+
+def require_terminal() -> None:
+    """Raises UserError if nobody can be asked."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UserError("no terminal for the confirmation; --auto-approve skips it")
 
 
 def caller() -> str:

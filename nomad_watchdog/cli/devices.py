@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from typing import Final, TextIO
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, TextIO
 
 import click
 
 from nomad_watchdog.cli import _complete
-from nomad_watchdog.cli._answers import BulkAnswer, Fields
-from nomad_watchdog.cli._api_client import device_path
+from nomad_watchdog.cli._answers import BulkAnswer, BulkItemAnswer, Fields
+from nomad_watchdog.cli._api_client import ApiClient, device_path
 from nomad_watchdog.cli._fields import field_text, head
-from nomad_watchdog.cli._options import api_of, no_color, output_option
+from nomad_watchdog.cli._options import api_of, no_color, output_option, require_terminal
 from nomad_watchdog.device_address import device_address
 from nomad_watchdog.errors import NotFoundError, UserError
 from nomad_watchdog.ids import parse_device_id
 from nomad_watchdog.labels import parse_labels
 from nomad_watchdog.terminal import clean, print_json, print_table
+
+if TYPE_CHECKING:
+    from nomad_watchdog.controllers.device_list import ListedDevice
 
 COLUMNS: Final = ("id", "class", "verdict", "since_s", "address", "node", "reason")
 WIDE: Final = (
@@ -146,28 +150,80 @@ def rm(ctx: click.Context, device_ids: tuple[str, ...], now: bool) -> None:
 
 @devices.command("import")
 @click.argument("file", type=click.File("r", encoding="utf-8"))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["json", "hcl", "csv"]),
+    help='Format of FILE [default: by its name; json for "-"].',
+)
+@click.option("--dry-run", is_flag=True, help="Only print what would change.")
+@click.option(
+    "--prune", is_flag=True, help="Also remove registered devices that FILE does not list."
+)
+@click.option("--auto-approve", is_flag=True, help="Skip the confirmation that --prune asks for.")
 @click.pass_context
-def import_devices(ctx: click.Context, file: TextIO) -> None:
-    """Register the devices of FILE ("-" = standard input): one JSON object per line, with id, address,
-    class and labels, as `devices export` prints them. All lines are checked before the first is sent, and all
-    errors are printed with their line numbers.
+def import_devices(  # click hands over one argument an option
+    ctx: click.Context,
+    file: TextIO,
+    form: str | None,
+    dry_run: bool,
+    prune: bool,
+    auto_approve: bool,
+) -> None:
+    """Register the devices of FILE ("-" = standard input): JSON (one object per line, as `devices export` prints
+    them, or one array), HCL (as an inventory), or CSV (columns id, address, class, ttl, label.NAME). The whole file is
+    checked before the first device is sent, and all errors are printed with their line numbers.
 
     Exits 64 if a line is rejected, by this check or by the API; the valid lines are registered."""
-    wanted = _items(file)
+    wanted = _items(file, form)
     api = api_of(ctx)
-    rejected: list[str] = []
-    for start in range(0, len(wanted), BATCH):
-        batch = wanted[start : start + BATCH]
-        devices = [item for _, item in batch]
-        answer = api.post("/v1/devices:bulk", {"devices": devices, "delete": []}, BulkAnswer)
-        for (where, item), one in zip(batch, answer["results"], strict=False):
-            if one["status"] >= 400:
-                rejected.append(f"{where}: {ascii(item['id'])[:80]}: {one.get('error')}")
-    stored = len(wanted) - len(rejected)
-    click.echo(f"{stored} device{'s' * (stored != 1)} registered", err=True)
+    removed: list[str] = []
+    if dry_run or prune:
+        from nomad_watchdog.cli._import_diff import compare
+
+        diff = compare(wanted, api.devices(), prune=prune)
+        if dry_run or (diff.removed and not auto_approve):
+            for line in diff.lines():
+                click.echo(line, err=not dry_run)
+        if dry_run:
+            return
+        if diff.removed and not auto_approve:
+            require_terminal()
+            click.confirm(f"remove {len(diff.removed)} devices?", abort=True, err=True)
+        removed = diff.removed
+    rejected = _send(api, wanted, removed)
     if rejected:
         more = [f"and {len(rejected) - MAX_REJECTED} more"] if len(rejected) > MAX_REJECTED else []
         raise UserError("\n".join(["rejected:", *rejected[:MAX_REJECTED], *more]))
+
+
+def _send(api: ApiClient, wanted: Sequence[ListedDevice], removed: Sequence[str]) -> list[str]:
+    """Register and remove in batches; the items that the API rejects, in words."""
+    rejected: list[str] = []
+    for start in range(0, len(wanted), BATCH):
+        batch = wanted[start : start + BATCH]
+        results = _bulk(api, [one.fields for one in batch], [])
+        for one, result in zip(batch, results, strict=False):
+            if result["status"] >= 400:
+                name = ascii(one.device.id)[:80]
+                rejected.append(f"{one.where}: {name}: {result.get('error')}")
+    stored = len(wanted) - len(rejected)
+    click.echo(f"{stored} device{'s' * (stored != 1)} registered", err=True)
+    gone = 0
+    for start in range(0, len(removed), BATCH):
+        names = removed[start : start + BATCH]
+        for name, result in zip(names, _bulk(api, [], names), strict=False):
+            gone += result["status"] < 400
+            if result["status"] >= 400:
+                rejected.append(f"remove {ascii(name)[:80]}: {result.get('error')}")
+    if removed:
+        click.echo(f"{gone} device{'s' * (gone != 1)} removed", err=True)
+    return rejected
+
+
+def _bulk(api: ApiClient, devices: Sequence[Fields], delete: Sequence[str]) -> list[BulkItemAnswer]:
+    body = {"devices": list(devices), "delete": list(delete)}
+    return api.post("/v1/devices:bulk", body, BulkAnswer)["results"]
 
 
 @devices.command("export")
@@ -191,10 +247,11 @@ def print_devices(items: list[Fields], output: str, *, no_color: bool) -> None:
     print_table([head(name) for name in columns], rows, no_color=no_color)
 
 
-def _items(file: TextIO) -> list[tuple[str, Fields]]:
-    """The devices of the file, each with its line. Raises UserError with all errors."""
-    from nomad_watchdog.controllers import inventory_file
+def _items(file: TextIO, form: str | None) -> list[ListedDevice]:
+    """The devices of the file. Raises UserError with all errors."""
+    from nomad_watchdog.controllers import device_list, inventory_file
 
+    name = getattr(file, "name", "-")
     try:
         text = file.read(inventory_file.MAX_BYTES + 1).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -202,6 +259,6 @@ def _items(file: TextIO) -> list[tuple[str, Fields]]:
     if len(text) > inventory_file.MAX_BYTES:
         raise UserError(f"more than {inventory_file.MAX_BYTES} bytes; nothing was sent")
     try:
-        return inventory_file.read_lines(text)
+        return device_list.parse(text, form or device_list.format_of(str(name)), str(name))
     except UserError as error:
         raise UserError(f"{error}\nnothing was sent") from None

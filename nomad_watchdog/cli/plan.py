@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from pathlib import Path
 from typing import Final
 
@@ -12,7 +11,13 @@ from watchdog_agent.runtime.parsing import loads
 
 from nomad_watchdog.cli._answers import PlanAnswer, parse
 from nomad_watchdog.cli._apply import apply_by_service
-from nomad_watchdog.cli._options import api_of, no_color, output_option, settings_of
+from nomad_watchdog.cli._options import (
+    api_of,
+    no_color,
+    output_option,
+    require_terminal,
+    settings_of,
+)
 from nomad_watchdog.daemon import factory, one_shot
 from nomad_watchdog.errors import ConflictError, TransientError, UserError
 from nomad_watchdog.terminal import clean, print_json, print_table
@@ -135,8 +140,7 @@ def _read(file: Path) -> PlanAnswer:
 
 
 def _confirm(planned: PlanAnswer, stops: int, ctx: click.Context) -> None:
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise UserError("no terminal for the confirmation; --auto-approve skips it")
+    require_terminal()
     _print(planned, "table", ctx)
     more = f" and {stops} held stops" if stops else ""
     count = len(planned["actions"]) + planned["waiting_rollout"]

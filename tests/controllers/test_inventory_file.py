@@ -27,6 +27,11 @@ device "cam 2" {
   address = "10.0.0.8"
 }
 """
+CSV = """\
+id,label.site,address,class,ttl
+cam 1,north,10.0.0.7,gateway,90s
+"cam 2",,10.0.0.8,,
+"""
 DEVICES = [
     Device(DeviceId("cam 1"), "gateway", "10.0.0.7", {"site": "north"}, 90.0),
     Device(DeviceId("cam 2"), "default", "10.0.0.8"),
@@ -61,10 +66,12 @@ def wrong(path: Path, text: str) -> str:
         ("a.hcl", HCL),
         ("a.json", "\n".join(map(json.dumps, OBJECTS)) + "\n\n"),
         ("a.json", json.dumps(OBJECTS, indent=1)),
+        ("a.csv", CSV),
+        ("A.CSV", CSV.replace("\n", "\r\n") + "\r\n"),
     ],
 )
 def test_all_forms_say_the_same(tmp_path: Path, name: str, text: str) -> None:
-    """HCL blocks, one object per line, and an array list the same devices."""
+    """HCL blocks, one object per line, an array, and CSV list the same devices."""
     assert list(load(tmp_path / name, text).values()) == DEVICES
 
 
@@ -95,17 +102,44 @@ device { address = "10.0.0.4" }
     said = wrong(tmp_path / "a.json", "\n".join(lines))
     for line in (2, 3, 4, 5):
         assert f"line {line}:" in said, said
+    text = '[\n{"id": "a", "address": "h"}, {"id": "b"},\n\n  {"id": "a",\n"address": "h"}, 7]'
+    said = wrong(tmp_path / "a.json", text)
+    assert [line.split(": ")[1] for line in said.split("\n")] == ["line 2", "line 4", "line 5"]
 
 
-@pytest.mark.parametrize("name", ["a.hcl", "a.json"])
-@pytest.mark.parametrize("text", ["", "\n", "# nothing\n", "[]"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "id,adress\na,h\n",
+            'line 1: no such column: "adress"; did you mean address? columns: id, ',
+        ),
+        (
+            "id,class\na,b\n",
+            "line 1: the first line must name the columns, at least id and address",
+        ),
+        ("id,address,id\na,h,a\n", "line 1: a column is named twice"),
+        ("id,address\na,h\n\nb\n", "line 4: 1 cells, but 2 columns"),
+        ('id,address\n"a\nb",h\n"a\nb",h\n', "line 4: id: device id "),
+        ('id,address\na,"h\n', "line 2: not CSV: "),
+        ("id,address,ttl\na,h,soon\n", "line 2: ttl: "),
+        ("id,address,label.\na,h,x\n", "line 2: labels"),
+    ],
+)
+def test_mistakes_in_csv_are_named_with_their_lines(tmp_path: Path, text: str, words: str) -> None:
+    """Unknown, missing and repeated columns, short lines, open quotes and wrong values."""
+    assert words in wrong(tmp_path / "a.csv", text)
+
+
+@pytest.mark.parametrize("name", ["a.hcl", "a.json", "a.csv"])
+@pytest.mark.parametrize("text", ["", "\n", "id,address\n", "# nothing\n", "[]"])
 def test_a_file_that_lists_nobody_is_not_believed(tmp_path: Path, name: str, text: str) -> None:
     """An empty file is rejected, because it may be incomplete."""
     assert wrong(tmp_path / name, text)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(max_size=60), st.sampled_from(["hcl", "json"]))
+@given(st.text(max_size=60), st.sampled_from(["hcl", "json", "csv"]))
 def test_any_text_is_read_or_refused(text: str, kind: str) -> None:
     """No file content causes an error other than our own."""
     import tempfile
