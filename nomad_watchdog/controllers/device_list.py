@@ -139,10 +139,10 @@ def _json_array(text: str, problems: list[str]) -> Iterator[tuple[str, object]]:
     except ValueError as error:
         problems.append(f"not JSON: {error}")
         return
-    decoder, at, line = json.JSONDecoder(), text.index("["), 1
+    decoder, at, line = json.JSONDecoder(), text.index("[") + 1, 1
     seen = 0
     for item in items:
-        while text[at] in "[, \t\r\n":
+        while text[at] in ", \t\r\n":
             at += 1
         line += text.count("\n", seen, at)
         yield f"line {line}", item
