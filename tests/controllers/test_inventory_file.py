@@ -103,9 +103,16 @@ device { address = "10.0.0.4" }
     said = wrong(tmp_path / "a.json", "\n".join(lines))
     for line in (2, 3, 4, 5):
         assert f"line {line}:" in said, said
-    text = '[\n{"id": "a", "address": "h"}, {"id": "b"},\n\n  {"id": "a",\n"address": "h"}, 7, [[8]]]'
+    text = (
+        '[\n{"id": "a", "address": "h"}, {"id": "b"},\n\n  {"id": "a",\n"address": "h"}, 7, [[8]]]'
+    )
     said = wrong(tmp_path / "a.json", text)
-    assert [line.split(": ")[1] for line in said.split("\n")] == ["line 2", "line 4", "line 5", "line 5"]
+    assert [line.split(": ")[1] for line in said.split("\n")] == [
+        "line 2",
+        "line 4",
+        "line 5",
+        "line 5",
+    ]
 
 
 @pytest.mark.parametrize(

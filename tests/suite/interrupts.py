@@ -137,7 +137,9 @@ class Interrupts:
         folder = self._config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
         ended = end_processes(run, folder, 0.0 if self._signals > 1 else END_S)
         if ended:
-            self._say(f"ended {len(ended)} processes that tests have left behind")
+            self._say(f"ended {len(ended)} processes that tests have left behind:")
+            for pid, command in ended.items():
+                self._say(f"  {pid}: {command}")
         remove_mounts(folder)
         remove_namespaces(_process(node).pid for node in self._nodes)
 
@@ -153,10 +155,10 @@ def _process(node: Any) -> subprocess.Popen[bytes]:
     return process
 
 
-def end_processes(run: bytes, folder: Path, grace_s: float) -> set[int]:
+def end_processes(run: bytes, folder: Path, grace_s: float) -> dict[int, str]:
     """End the processes that have the variable `run` ("NAME=value") in their environment, or one that names a path
-    below `folder`, the youngest first: SIGTERM, and SIGKILL after grace_s. Returns their pids."""
-    ended: set[int] = set()
+    below `folder`, the youngest first: SIGTERM, and SIGKILL after grace_s. Returns their pids and command lines."""
+    ended: dict[int, str] = {}
     number, deadline = signal.SIGTERM, time.monotonic() + grace_s
     while True:
         if grace_s == 0.0 or time.monotonic() > deadline:
@@ -164,12 +166,13 @@ def end_processes(run: bytes, folder: Path, grace_s: float) -> set[int]:
         left = _marked(run, folder)
         if not left or time.monotonic() > deadline + _KILL_S:
             return ended
+        named = {pid: _command(pid) for pid in left if pid not in ended}
         for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 if number == signal.SIGKILL or pid not in ended:
                     os.kill(pid, signal.SIGCONT)  # a stopped process would not get the SIGTERM
                     os.kill(pid, number)
-        ended.update(left)
+        ended.update(named)
         _await_one(left[0])
 
 
@@ -188,6 +191,17 @@ def _marked(run: bytes, folder: Path) -> list[int]:
         if run in environment or any(path.startswith(below) for path in paths):
             found.append((began, int(entry.name)))
     return [pid for _, pid in sorted(found, reverse=True)]
+
+
+def _command(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return (
+            (_PROC / str(pid) / "cmdline")
+            .read_bytes()
+            .replace(b"\0", b" ")
+            .decode(errors="replace")[:200]
+        )
+    return "ended"
 
 
 def _await_one(pid: int) -> None:
