@@ -23,7 +23,7 @@ from tests.simulation.virtual_time import StuckError, VirtualLoop
 pytestmark = [pytest.mark.usefixtures("yielding"), pytest.mark.timeout(900)]
 SEEDS = 300
 CHUNK = 25
-OFTEN = 75
+OFTEN = 50
 """Seeds below this are played by each run, the rest with the long tests."""
 
 

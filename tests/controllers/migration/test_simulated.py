@@ -24,7 +24,7 @@ from tests.simulation.virtual_time import VirtualLoop
 pytestmark = [pytest.mark.usefixtures("yielding"), pytest.mark.timeout(900)]
 SEEDS = 120
 CHUNK = 20
-OFTEN = 40
+OFTEN = 20
 """Seeds below this run each time, the rest with the long tests."""
 
 
