@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from nomad_watchdog.config.problems import in_body
 from nomad_watchdog.device_address import device_address
@@ -85,8 +85,15 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=False)
 
 
+def examples(*bodies: dict[str, JsonValue]) -> ConfigDict:
+    """The configuration of a model with examples of its JSON, for the description of the API."""
+    return ConfigDict(json_schema_extra={"examples": list(bodies)})
+
+
 class DeviceIn(Strict):
     """The desired state of a device, without its id."""
+
+    model_config = examples({"address": "10.0.0.7", "class": "camera", "labels": {"site": "north"}})
 
     agent_class: Name = Field("default", alias="class")
     address: Address
@@ -108,6 +115,8 @@ class DeviceIn(Strict):
 
 class DeviceItem(DeviceIn):
     """The desired state of a device."""
+
+    model_config = examples({"id": "cam-1", "address": "10.0.0.7"})
 
     id: Id
 

@@ -9,6 +9,7 @@ from urllib.parse import unquote_to_bytes
 from aiohttp import web
 from pydantic import ValidationError
 
+from nomad_watchdog.api.answers import BulkResult
 from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.auth import ACTOR, check_prefix, permit_of
 from nomad_watchdog.api.body import read
@@ -18,7 +19,7 @@ from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.api.name_checks import check_class, known_before, missing, unknown
 from nomad_watchdog.api.pagination import check_query, page_of
 from nomad_watchdog.api.responses import json_response
-from nomad_watchdog.api.schemas import MAX_BULK, BulkEnvelope, BulkResult
+from nomad_watchdog.api.schemas import MAX_BULK, BulkEnvelope
 from nomad_watchdog.clock import steps
 from nomad_watchdog.core.event_order import SignedEvent, is_replay
 from nomad_watchdog.core.roles import Right, may

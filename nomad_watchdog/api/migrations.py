@@ -28,7 +28,7 @@ async def list_migrations(request: web.Request) -> web.StreamResponse:
     return web.json_response(await _migrations(request).view())
 
 
-async def begin(request: web.Request) -> web.StreamResponse:
+async def begin_migration(request: web.Request) -> web.StreamResponse:
     """Start a migration. Both schedulers are listed first, so nothing moves to one that does not answer.
 
     Raises UserError (400) if the source has no agent of these devices, ConflictError (409) while another migration
@@ -63,15 +63,15 @@ async def begin(request: web.Request) -> web.StreamResponse:
     return web.json_response(begun, status=201)
 
 
-async def pause(request: web.Request) -> web.StreamResponse:
+async def pause_migration(request: web.Request) -> web.StreamResponse:
     return await _change(request, "pause")
 
 
-async def resume(request: web.Request) -> web.StreamResponse:
+async def resume_migration(request: web.Request) -> web.StreamResponse:
     return await _change(request, "resume")
 
 
-async def undo(request: web.Request) -> web.StreamResponse:
+async def undo_migration(request: web.Request) -> web.StreamResponse:
     return await _change(request, "undo")
 
 

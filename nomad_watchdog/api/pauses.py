@@ -84,7 +84,7 @@ def _period(body: PauseIn, now: WallTime) -> tuple[WallTime, WallTime | None]:
     return WallTime(begins), None if ends is None else WallTime(ends)
 
 
-async def resume(request: web.Request) -> web.StreamResponse:
+async def resume_targets(request: web.Request) -> web.StreamResponse:
     """End the pauses of exactly this target; devices are removed from the pauses that list them.
 
     Raises NotFoundError (404) if there is no such pause; the message lists the others."""

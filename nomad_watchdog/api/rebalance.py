@@ -30,7 +30,7 @@ async def show_rebalance(request: web.Request) -> web.StreamResponse:
     return web.json_response(await _rebalances(request).view())
 
 
-async def begin(request: web.Request) -> web.StreamResponse:
+async def begin_rebalance(request: web.Request) -> web.StreamResponse:
     """Start a rebalance.
 
     Raises ConflictError (409) while another one is in progress or agents run on several schedulers, TransientError (503)
@@ -55,15 +55,15 @@ async def begin(request: web.Request) -> web.StreamResponse:
     return web.json_response(begun, status=201)
 
 
-async def pause(request: web.Request) -> web.StreamResponse:
+async def pause_rebalance(request: web.Request) -> web.StreamResponse:
     return await _change(request, "pause")
 
 
-async def resume(request: web.Request) -> web.StreamResponse:
+async def resume_rebalance(request: web.Request) -> web.StreamResponse:
     return await _change(request, "resume")
 
 
-async def abort(request: web.Request) -> web.StreamResponse:
+async def abort_rebalance(request: web.Request) -> web.StreamResponse:
     return await _change(request, "abort")
 
 

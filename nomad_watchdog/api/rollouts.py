@@ -7,13 +7,13 @@ from typing import Annotated, Final
 from aiohttp import web
 from pydantic import AfterValidator, Field
 
+from nomad_watchdog.api.answers import AnyOut
 from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.auth import ACTOR
 from nomad_watchdog.api.body import read
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.responses import json_response
 from nomad_watchdog.api.routing import Handler, Route
-from nomad_watchdog.api.schemas import AnyOut
 from nomad_watchdog.controllers.rollout_requests import RolloutRequests
 from nomad_watchdog.device_fields import Strict, printable
 from nomad_watchdog.errors import NotFoundError

@@ -33,17 +33,13 @@ from nomad_watchdog.api import (
 from nomad_watchdog.api import (
     leases as sharing,
 )
+from nomad_watchdog.api.answers import AnyOut, BulkOut, DeviceChange, DeviceOut, DevicePage
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.responses import json_response
 from nomad_watchdog.api.routing import Route
 from nomad_watchdog.api.schemas import (
-    AnyOut,
     BulkIn,
-    BulkOut,
     ConfirmIn,
-    DeviceChange,
-    DeviceOut,
-    DevicePage,
     EventsIn,
     HeartbeatsIn,
     MigrateIn,
@@ -156,7 +152,7 @@ ROUTES: Final = (
     Route(
         "POST",
         "/v1/pauses:resume",
-        pauses.resume,
+        pauses.resume_targets,
         "End the pauses of exactly these",
         {200: AnyOut},
         body=TargetIn,
@@ -180,7 +176,7 @@ ROUTES: Final = (
     Route(
         "POST",
         "/v1/migration",
-        migrations.begin,
+        migrations.begin_migration,
         "Move agents to another scheduler; stored before the response",
         {200: "of a dry run: what would move", 201: AnyOut, 409: "another one is in progress"},
         body=MigrateIn,
@@ -200,9 +196,13 @@ ROUTES: Final = (
             needs=Right.OPERATE,
         )
         for what, handler, summary in (
-            ("pause", migrations.pause, "Stop starting new moves; moves in progress finish"),
-            ("resume", migrations.resume, "Resume a paused migration"),
-            ("undo", migrations.undo, "Move the agents back"),
+            (
+                "pause",
+                migrations.pause_migration,
+                "Stop starting new moves; moves in progress finish",
+            ),
+            ("resume", migrations.resume_migration, "Resume a paused migration"),
+            ("undo", migrations.undo_migration, "Move the agents back"),
         )
     ),
     *rollouts.ROUTES,
@@ -216,7 +216,7 @@ ROUTES: Final = (
     Route(
         "POST",
         "/v1/rebalance",
-        rebalance.begin,
+        rebalance.begin_rebalance,
         "Move agents to hosts that have fewer; stored before the response",
         {200: "of a dry run: what would move", 201: AnyOut, 409: "another one is in progress"},
         body=RebalanceIn,
@@ -232,9 +232,13 @@ ROUTES: Final = (
             needs=Right.OPERATE,
         )
         for what, handler, summary in (
-            ("pause", rebalance.pause, "Stop starting new moves; moves in progress finish"),
-            ("resume", rebalance.resume, "Resume a paused rebalance"),
-            ("abort", rebalance.abort, "End the rebalance; agents stay where they are"),
+            (
+                "pause",
+                rebalance.pause_rebalance,
+                "Stop starting new moves; moves in progress finish",
+            ),
+            ("resume", rebalance.resume_rebalance, "Resume a paused rebalance"),
+            ("abort", rebalance.abort_rebalance, "End the rebalance; agents stay where they are"),
         )
     ),
     Route(

@@ -27,6 +27,7 @@ from nomad_watchdog.device_fields import (
     Name,
     Strict,
     Ttl,
+    examples,
     printable,
 )
 from nomad_watchdog.errors import UserError
@@ -90,6 +91,11 @@ class WebhookDevice(Strict):
 class WebhookIn(Strict):
     """The event of a gateway when a device connects or disconnects."""
 
+    model_config = examples(
+        {"event": "connected", "device": {"id": "cam-1", "address": "10.0.0.7"}},
+        {"event": "disconnected", "device": {"id": "cam-1"}},
+    )
+
     event: Literal["connected", "disconnected"]
     device: WebhookDevice
 
@@ -124,6 +130,8 @@ class TargetIn(Strict):
 class PauseIn(TargetIn):
     """A pause, from now or from `from`, with an end (`for` or `until`) or until it is resumed."""
 
+    model_config = examples({"devices": ["cam-1"], "for": "2h", "reason": "new power supply"})
+
     begins: AwareDatetime | None = Field(None, alias="from")
     until: AwareDatetime | None = None
     lasts: Duration | None = Field(None, alias="for")
@@ -144,6 +152,8 @@ class PauseIn(TargetIn):
 
 class MigrateIn(Strict):
     """Which agents move from one scheduler to another: all, or those of the devices that match all conditions."""
+
+    model_config = examples({"from": "nomad", "to": "kubernetes", "labels": {"site": "north"}})
 
     source: Annotated[str, Field(alias="from", pattern=BACKEND)]
     goal: Annotated[str, Field(alias="to", pattern=BACKEND)]
@@ -307,89 +317,3 @@ class EventsIn(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     events: Annotated[list[dict[str, object]], Field(max_length=MAX_REPLICATED)]
-
-
-class DeviceOut(BaseModel):
-    """One device as it is now."""
-
-    id: str
-    slug: str
-    agent_class: str = Field(alias="class")
-    address: str
-    labels: dict[str, str]
-    presence: str
-    generation: int
-    epoch: int
-    verdict: str
-    reason: str
-    since_s: float
-    node: str
-    version: str
-    agent_age_s: float | None
-    placement_state: str | None
-    instance: str
-    source: str
-    ttl: str | None
-    expires_in_s: float | None
-    left: str | None
-    flapping: bool
-    paused: str | None
-
-
-class DevicePage(BaseModel):
-    """A page of devices; `next` is the cursor of the next page, null at the end."""
-
-    items: list[DeviceOut]
-    next: str | None
-    index: int
-
-
-class DeviceChange(BaseModel):
-    """The result of a write, which was stored before the response."""
-
-    id: str
-    slug: str
-    changed: bool
-    generation: int
-    epoch: int
-    presence: str
-    duplicate: bool = False
-    """The event was applied before; this call had no effect."""
-
-
-class BulkResult(BaseModel):
-    """The result of one item of a bulk request."""
-
-    id: str | None
-    action: Literal["put", "delete"]
-    index: int = Field(
-        description="position in the list `devices` or `delete` of the request, from 0"
-    )
-    status: int
-    changed: bool = False
-    error: str | None = None
-
-
-class BulkOut(BaseModel):
-    """Results in the order of the request: devices, then delete."""
-
-    results: list[BulkResult]
-
-
-class ErrorBody(BaseModel):
-    """The error."""
-
-    code: str
-    message: str
-
-
-class ErrorOut(BaseModel):
-    """Every response with a status of 400 and above."""
-
-    error: ErrorBody
-
-
-class AnyOut(BaseModel):
-    """An object; later versions may add fields."""
-
-    model_config = ConfigDict(extra="allow")

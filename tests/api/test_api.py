@@ -7,14 +7,16 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
+import openapi_spec_validator
 import pytest
 from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.api import Runner, body, make_app
+from nomad_watchdog.api import Runner, body, make_app, openapi
 from nomad_watchdog.api import status_page as page
 from nomad_watchdog.api.events import MAX_FOLLOWERS
+from nomad_watchdog.api.routes import ROUTES
 from nomad_watchdog.core.incidents import GroupKind
 from nomad_watchdog.errors import ConflictError, TransientError
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
@@ -311,6 +313,36 @@ async def test_openapi_and_routes_agree(served_api: ServedApi) -> None:
     assert described == routed
     for ref in set(json.dumps(spec).split('"#/components/schemas/')[1:]):
         assert ref.split('"')[0] in spec["components"]["schemas"]
+
+
+@pytest.mark.parametrize("secured", [False, True])
+def test_the_description_is_valid(secured: bool) -> None:
+    """A validator of OpenAPI 3.1 accepts it; operations have unique IDs and a tag that is declared; each one with a
+    caller names the refusals that the caller may get."""
+    spec = json.loads(json.dumps(openapi.describe(ROUTES, secured=secured)))
+    openapi_spec_validator.validate(spec)
+    operations = [one for path in spec["paths"].values() for one in path.values()]
+    ids = [one["operationId"] for one in operations]
+    assert sorted(set(ids)) == sorted(ids)
+    declared = {tag["name"] for tag in spec["tags"]}
+    assert all(set(one["tags"]) < declared for one in operations)
+    for one in operations:
+        assert ({"401", "403", "429"} <= one["responses"].keys()) is ("security" in one)
+
+
+def test_examples_are_accepted() -> None:
+    """Each example of a request's body is what the API accepts."""
+    bodies = {route.body for route in ROUTES if route.body is not None}
+    schemas = {body: body.model_json_schema() for body in bodies}
+    examples = [(model, one) for model in bodies for one in schemas[model].get("examples", ())]
+    assert {model.__name__ for model, _ in examples} >= {
+        "DeviceIn",
+        "WebhookIn",
+        "PauseIn",
+        "MigrateIn",
+    }
+    for model, one in examples:
+        model.model_validate_json(json.dumps(one))
 
 
 async def test_head_answers_as_get_does_without_a_body(served_api: ServedApi) -> None:
