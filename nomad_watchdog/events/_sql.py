@@ -215,14 +215,20 @@ def insert(db: sqlite3.Connection, event: Event) -> None:
     try:
         data = json.dumps(dict(event.data), default=str, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
-        data = json.dumps({"cut": _shown(event.data)[: MAX_DATA // 2]})
+        data = _cut(event, _shown(event.data))
     if len(data) > MAX_DATA:
-        data = json.dumps({"cut": data[: MAX_DATA // 2]})
+        data = _cut(event, data)
     text = (event.kind, event.device_id, event.slug, event.text, data, event.origin, event.incident)
     # SQLite stores no lone surrogates.
     safe = (t.encode("utf-8", "backslashreplace").decode() for t in text)
     row = (event.seq, event.at, *safe, event.own)
     db.execute("INSERT OR IGNORE INTO event VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+
+
+def _cut(event: Event, data: str) -> str:
+    """The beginning of data that is too long, or no JSON. The actor stays: each one has its own part of the file."""
+    actor = {"actor": event.data["actor"]} if isinstance(event.data.get("actor"), str) else {}
+    return json.dumps({**actor, "cut": data[: MAX_DATA // 2]})
 
 
 def _shown(data: object) -> str:

@@ -99,6 +99,27 @@ async def test_no_actor_displaces_another(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(found) <= 1_001 + sql.TAIL
 
 
+async def test_an_event_that_is_too_long_keeps_its_actor(tmp_path: Path) -> None:
+    """Bulk requests with long IDs make events that are cut. They displace no such event of another actor, and the next
+    run knows who made them."""
+    path, ids = tmp_path / "audit.db", ["\N{SNOWMAN}" * 42] * 20
+    store = EventStore(path, origin="o", max_events=100, per_actor=True)
+    await store.open()
+    history = EventLog("o", store)
+    for actor in ["token:operator"] + ["token:device"] * 200:
+        history.add(
+            at=WallTime(time.time()), kind="audit.bulk", device_id="", slug=slug_of(DeviceId("a")),
+            text="t", data={"actor": actor, "devices": ids},
+        )  # fmt: skip
+    await store.close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        sql.rotate_actors(db, 100)
+        rows = [json.loads(row) for (row,) in db.execute("SELECT data FROM event ORDER BY seq")]
+    assert all("cut" in row for row in rows)
+    actors = [row["actor"] for row in rows]
+    assert actors == ["token:operator"] + ["token:device"] * 100
+
+
 async def test_no_number_stops_the_store_or_its_rotation(tmp_path: Path) -> None:
     """Numbers that are not JSON, or of any size, are stored in some form, and so are the events after them. A row that
     an earlier version wrote with them, or a damaged one, does not keep others from being stored and deleted."""
