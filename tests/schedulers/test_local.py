@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import stat
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -204,7 +205,7 @@ async def test_exit_0_is_dead_for_good(directory: Path) -> None:
 
 
 async def test_s9_log_is_bounded(directory: Path) -> None:
-    """A log past 1 MiB is copied to a single old log and truncated."""
+    """A log past 1 MiB is copied to a single old log, which only its owner can read, and truncated."""
     code = "import time\nprint('x' * 1500000, flush=True)\ntime.sleep(600)"
     ours = scheduler(directory)
     try:
@@ -213,6 +214,7 @@ async def test_s9_log_is_bounded(directory: Path) -> None:
         log = directory / RECORD.slug / "agent.log"
         await eventually(lambda: old.exists() and log.stat().st_size == 0)
         assert old.stat().st_size == LOG_BYTES
+        assert stat.S_IMODE(old.stat().st_mode) == 0o600
     finally:
         await ours.close()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from watchdog_agent.runtime.parsing import loads
 
+from nomad_watchdog import private_files
 from nomad_watchdog.errors import TransientError, UserError, WatchdogError
 from nomad_watchdog.ids import Slug, parse_device_id, slug_of
 from nomad_watchdog.model import PlacementState
@@ -127,7 +128,9 @@ def bound_log(path: Path) -> None:
             return
         with path.open("rb") as stream:
             stream.seek(-LOG_BYTES, os.SEEK_END)
-            path.with_name("agent.log.1").write_bytes(stream.read())
+            old = path.with_name("agent.log.1")
+            private_files.file(old)
+            old.write_bytes(stream.read())
         os.truncate(path, 0)
     except FileNotFoundError:
         return
