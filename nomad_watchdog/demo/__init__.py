@@ -77,6 +77,7 @@ async def _run(backend: str, devices: int, output: str, show: Show, *, keep: boo
     interruption = _Interruption(show)
     port = free_port()
     converged = False
+    os.umask(0o077)  # for the files of all programs that it starts
     with tempfile.TemporaryDirectory(
         prefix="nomad-watchdog-demo-", ignore_cleanup_errors=True
     ) as at:

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, Self
 
+from nomad_watchdog import private_files
 from nomad_watchdog.errors import TerminalError, TransientError
 
 _POLL_S: Final = 0.02
@@ -86,7 +87,7 @@ def _claims() -> int | None:
     locks. None if the cache is not writable."""
     folder = cache_folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        private_files.folder(folder)
         return os.open(folder / "ports.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nomad_watchdog.cli.main import _code
+from nomad_watchdog.demo.process import clean_environment
 from servers import binaries
 
 
@@ -67,3 +69,15 @@ def test_the_demo_is_imported_without_a_checkout() -> None:
     """The wheel does not contain `servers`, and the demo on local processes does not need it."""
     code = "import sys; sys.modules['servers'] = None; import nomad_watchdog.demo"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_cache_is_private_whatever_the_umask(tmp_path: Path) -> None:
+    """The folder holds programs that the demo runs, so that no other user may write to it."""
+    code = "import os; os.umask(0); from nomad_watchdog.demo.process import free_port; free_port()"
+    cache = tmp_path / "above" / "cache"
+    environment = {**clean_environment(), "NOMAD_WATCHDOG_CACHE": str(cache)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    modes = [
+        stat.S_IMODE(one.stat().st_mode) for one in (cache.parent, cache, cache / "ports.lock")
+    ]
+    assert modes == [0o700, 0o700, 0o600]
