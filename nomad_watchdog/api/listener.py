@@ -7,6 +7,7 @@ connections continue with the old one.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import socket
 import ssl
@@ -154,12 +155,11 @@ def _error_text(error: OSError) -> str:
 
 
 def _state_of(api: ApiSettings) -> object:
-    state: list[tuple[int, int, int]] = []
+    """Changes with the content of the files: size and time can stay as they were while a key is replaced."""
+    state: list[bytes] = []
     for path in (api.tls_cert, api.tls_key, api.client_ca, api.ca_cert):
         try:
-            found = Path(path or "").stat()
+            state.append(hashlib.sha256(Path(path or "").read_bytes()).digest())
         except OSError:
-            state.append((0, 0, 0))
-        else:
-            state.append((found.st_mtime_ns, found.st_size, found.st_ino))
+            state.append(b"")
     return state

@@ -172,6 +172,31 @@ async def test_a_pair_that_does_not_fit_changes_nothing(
         await took_over(api, other)
 
 
+async def test_a_key_that_is_changed_in_place_is_noticed(
+    tmp_path: Path, authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new pair of the same size and modification time is used without a signal."""
+    monkeypatch.setattr(serving, "CHECK_EVERY_S", 0.05)
+    names, size = ("server.cert", "server.key"), 4096
+    other = trustme.CA()
+    pair = other.issue_cert("127.0.0.1")
+    new = (pair.cert_chain_pems[0].bytes(), pair.private_key_pem.bytes())
+
+    def write(name: str, content: bytes) -> None:
+        (tmp_path / name).write_bytes(content.ljust(size, b"\n"))
+        os.utime(tmp_path / name, (1e9, 1e9))
+
+    async with secure(tmp_path, authority) as api:
+        for name in names:
+            write(name, (tmp_path / name).read_bytes())
+        async with asyncio.timeout(20):
+            while api.listener._state != serving._state_of(api.listener.api):
+                await asyncio.sleep(0.02)
+        for name, content in zip(names, new, strict=True):
+            write(name, content)
+        await took_over(api, other)
+
+
 async def test_client_certificates_are_asked_for(tmp_path: Path, authority: trustme.CA) -> None:
     """With `client_ca`, a request without a certificate is 403, except for health checks, the agent's file and an
     agent's own report. A client with a certificate of another authority gets no connection; one of our authority is
