@@ -19,13 +19,22 @@ def read(path: str) -> bytes:
         found = os.fstat(fd)
         if found.st_uid not in (0, os.geteuid()):
             raise OSError(f"belongs to user {found.st_uid}, not to {os.geteuid()} or root")
-        if found.st_mode & 0o002:
-            raise OSError(f"can be written by everybody (mode {found.st_mode & 0o7777:04o})")
-        if found.st_mode & 0o020 and found.st_gid not in (0, os.getegid()):
-            raise OSError(f"can be written by its group (mode {found.st_mode & 0o7777:04o})")
+        _check_mode(found)
         return os.read(fd, MAX_BYTES).strip()
     finally:
         os.close(fd)
+
+
+def check(path: str) -> None:
+    """Check the private key of a certificate, which may belong to any user. Raises OSError if others can write it."""
+    _check_mode(os.stat(path))
+
+
+def _check_mode(found: os.stat_result) -> None:
+    if found.st_mode & 0o002:
+        raise OSError(f"can be written by everybody (mode {found.st_mode & 0o7777:04o})")
+    if found.st_mode & 0o020 and found.st_gid not in (0, os.getegid()):
+        raise OSError(f"can be written by its group (mode {found.st_mode & 0o7777:04o})")
 
 
 def token(path: str) -> str:

@@ -6,7 +6,7 @@ import os
 import ssl
 
 from watchdog_agent import errors
-from watchdog_agent.runtime import tls
+from watchdog_agent.runtime import secrets, tls
 from watchdog_agent.runtime.http import reason_of
 
 TYPE_CHECKING = False
@@ -53,7 +53,8 @@ class Trust:
                 except OSError:
                     found.append((0, 0))
                 else:
-                    found.append((about.st_mtime_ns, about.st_ino))
+                    # Not the modification time, which can be set back.
+                    found.append((about.st_ctime_ns, about.st_ino))
         return found
 
 
@@ -67,6 +68,8 @@ def context_of(spec: Probe) -> ssl.SSLContext:
         context.verify_mode = ssl.CERT_NONE
     if spec["client_cert"]:
         try:
+            secrets.check(spec["client_key"] or spec["client_cert"])
+
             # Without a password callback OpenSSL would prompt on the terminal and block.
             def chain(cert: str, key: str | None = None) -> None:
                 context.load_cert_chain(cert, key, password=lambda: "none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import ssl
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import trustme
+from watchdog_agent.errors import ConfigError
 from watchdog_agent.runtime import tls, tls_trust
 from watchdog_agent.runtime.http import reason_of
 
@@ -188,6 +190,36 @@ def test_pem_files_with_a_byte_order_mark_are_taken(tmp_path: Path, mark: str) -
         with suppress(OSError):
             left.append(str(one.readlink()))
     assert not [target for target in left if "memfd:pem" in target]
+
+
+def pair_in(folder: Path) -> dict[str, Any]:
+    """TLS settings of a probe with a new client certificate and its key, always of the same size and time."""
+    leaf = trustme.CA().issue_cert("agent.test")
+    for name, pem in (("cert", leaf.cert_chain_pems[0]), ("key", leaf.private_key_pem)):
+        (folder / name).write_bytes(pem.bytes().ljust(4096, b"\n"))
+        os.utime(folder / name, (1e9, 1e9))
+    files = {"client_cert": str(folder / "cert"), "client_key": str(folder / "key")}
+    return {"verify": False, "ca_cert": "", **files}
+
+
+def test_a_pair_that_is_changed_in_place_is_noticed(tmp_path: Path) -> None:
+    """A new pair of the same size and modification time is used for the next connection."""
+    spec: Any = pair_in(tmp_path)
+    trust = tls_trust.Trust(spec)
+    before, made = trust.now(), (tmp_path / "key").stat().st_ctime_ns
+    assert trust.now() is before
+    while (tmp_path / "key").stat().st_ctime_ns == made:  # until the file system's clock goes on
+        pair_in(tmp_path)
+    assert trust.now() is not before
+
+
+@pytest.mark.parametrize("mode", [0o602, 0o666])
+def test_a_key_that_others_can_write_is_refused(tmp_path: Path, mode: int) -> None:
+    """The error names the mode, so that the user can correct it."""
+    spec: Any = pair_in(tmp_path)
+    (tmp_path / "key").chmod(mode)
+    with pytest.raises(ConfigError, match=f"client_cert: can be written by everybody .*{mode:o}"):
+        tls_trust.context_of(spec)
 
 
 def test_a_number_of_the_tls_library_is_not_taken_for_one_of_the_kernel() -> None:
