@@ -337,14 +337,15 @@ class RolloutController:
             return  # its proven version is not known any more
         self._follow(name, spec)
         staged, progress = self._staged[name], self.progress(name)
+        were_ready = rollout_progress.is_ready(staged.strategy, staged.observed)
         staged.observe()
         if not is_leader(self._leases):
             staged.soaked_s = progress.soaked_s
             return
         stored = self.state(name).progress
         if stored is not None and stored.spec == progress.spec:
-            now = self._fleet.clock.monotonic()
-            lasted_s = 0.0 if self._polled_at is None else now - self._polled_at
+            now, last = self._fleet.clock.monotonic(), self._polled_at
+            lasted_s = now - last if were_ready and last is not None else 0.0
             await self._judge.judge_steps(name, staged, progress, lasted_s)
         elif not staged.unheard() or self._fleet.clock.monotonic() > self._heard_from:
             await self._judge.begin(name, spec, progress)

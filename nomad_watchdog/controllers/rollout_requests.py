@@ -176,6 +176,10 @@ class RolloutRequests:
             raise PreconditionError(
                 f"version {spec.version} was given up: {state.why}; see `retry`"
             )
+        if progress.spec != spec.spec_hash:
+            raise PreconditionError(
+                f"the roll-out of version {spec.version} has not begun yet; try again in some seconds"
+            )
         return progress
 
     def _moved(self, name: str, progress: RolloutProgress, what: str, by: str) -> RolloutProgress:

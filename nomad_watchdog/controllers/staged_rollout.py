@@ -45,6 +45,8 @@ class StagedRollout:
     """Devices that should have the spec now → its hash."""
     begun: set[Slug] = field(default_factory=set)
     """Devices whose old agent was stopped for the spec, and whose new one has not been started yet."""
+    started: set[Slug] = field(default_factory=set)
+    """Devices whose agent was started with the spec, and which is not listed yet."""
     soaked_s: float = 0.0
     """As `RolloutProgress.soaked_s`, with what is not stored yet."""
     going: bool = False
@@ -95,9 +97,11 @@ class StagedRollout:
             self._remember(progress)
         open_now = allowed(self.strategy.allow, self.fleet.clock.wall())
         self.going = not (progress.paused_by or self.refused) and open_now
-        has = self.has_spec()
-        self.begun = (self.begun & self.turns.current) - has
         turn = self.turns.passed | (self.turns.current - self._soak.died.keys())
+        placed = self._placed(turn)
+        self.begun = (self.begun & self.turns.current) - placed
+        self.started -= self._listed(self.started)
+        has = placed | self.started  # an agent that is starting must not be replaced again
         # After a start of the control plane nothing is known of a device until its agent reports: replaced before that,
         # it would be no evidence.
         turn = turn - (self.unheard() - has - self.begun) if self.going else turn & has
@@ -108,6 +112,7 @@ class StagedRollout:
         kept = self.has_spec() if keep else frozenset()
         self.trials = dict.fromkeys(kept, self.spec.spec_hash)
         self.begun.clear()
+        self.started.clear()
         self.going, self._is_over = False, True
         self._at = (-1, None)  # a retry begins the step anew
 
@@ -140,6 +145,8 @@ class StagedRollout:
             case ActionKind.START:
                 if slug not in self.begun:
                     self._soak.ended(slug, self.fleet.clock.monotonic())
+                if self.starts_with_it(slug):
+                    self.started.add(slug)
                 self.begun.discard(slug)
             case ActionKind.RETIRE:
                 self._soak.excuse(slug)
@@ -214,6 +221,16 @@ class StagedRollout:
                 and one.state not in _ENDS
                 for one in placements.get(slug, ())
             )
+        }
+
+    def _listed(self, slugs: Iterable[Slug]) -> set[Slug]:
+        """Of these: devices with a placement at the epoch of their record, and devices that are gone."""
+        records, placements = self.fleet.records, self.fleet.placements
+        return {
+            slug
+            for slug in slugs
+            if (record := records.get(slug)) is None
+            or any(one.epoch == record.epoch for one in placements.get(slug, ()))
         }
 
     def unwell(self) -> tuple[tuple[str, ...], bool]:

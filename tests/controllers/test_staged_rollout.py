@@ -93,6 +93,46 @@ async def test_no_start_joins_an_unproven_version(registry: SqliteRegistry) -> N
     assert len(fleet.with_version("2")) == 22
 
 
+async def test_an_agent_that_is_starting_is_not_replaced_again(registry: SqliteRegistry) -> None:
+    """Neither while its step goes on nor while it is paused: replacements in progress finish."""
+    fleet = await rolling(registry, Strategy(steps=(RolloutStep(count=2, soak_s=100.0),)))
+    fleet.states = {"2": PlacementState.STARTING}
+    for _ in range(10):
+        await fleet.tick()
+    await fleet.requests.control(CLASS, "pause", "me")
+    for _ in range(10):
+        await fleet.tick()
+    assert [version for _, version in fleet.started] == ["2", "2"]
+    fleet.restart_control_plane()
+    for _ in range(10):
+        await fleet.tick()
+    assert len(fleet.started) == 2
+
+
+async def test_time_without_a_look_is_no_soak(registry: SqliteRegistry) -> None:
+    """Agents that have become ready since the last look, however long ago that was, begin their soak."""
+    fleet = await rolling(registry, Strategy(steps=(RolloutStep(count=2, soak_s=20.0),)))
+    await fleet.until(lambda: len(fleet.with_version("2")) == 2)
+    fleet.site.clock.now += 25.0
+    await fleet.report()
+    await fleet.tick()
+    assert fleet.step().startswith("step 1")
+    await fleet.until(lambda: fleet.step().startswith("step 2"), 22)
+
+
+async def test_a_request_concerns_the_version_that_is_configured(registry: SqliteRegistry) -> None:
+    """A request that comes before the roll-out of a new version has begun does not change the one before it."""
+    fleet = await rolling(registry, Strategy(steps=STEPS))
+    await fleet.until(lambda: fleet.state() == "soaking")
+    fleet.configure("3")
+    for what in ("pause", "promote"):
+        with pytest.raises(PreconditionError, match="version 3 has not begun yet"):
+            await fleet.requests.control(CLASS, what, "me")
+    await fleet.tick()
+    await fleet.requests.control(CLASS, "pause", "me")
+    assert fleet.state() == "paused"
+
+
 def breaks(*slugs: Slug, version: str = "2") -> object:
     """Agents of a version report these devices as offline (none given: all devices)."""
 

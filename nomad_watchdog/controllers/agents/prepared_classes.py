@@ -88,11 +88,14 @@ class PreparedClasses:
     # -- the specs in force ---------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Read what is in force, as a control plane that starts."""
+        """Read what is in force, as a control plane that starts. Raises TransientError when it is unknown which versions
+        are proven: until then no agent may start."""
         self._ownership.prepared = {}
         await self.in_force.start()
         self._follow()
         await self.poll()
+        if self.rollouts.problem:
+            raise TransientError(self.rollouts.problem)
 
     async def poll(self) -> bool:
         """Follow the class set and the roll-outs in the registry, and prepare the scheduler for other specs; whether

@@ -133,7 +133,7 @@ class Reconciler:
 
     async def run(self) -> None:
         """Reconcile until cancelled."""
-        await self.classes.start()
+        await self._patiently(self.classes.start, "read the roll-outs")
         await self._patiently(self.classes.prepare, "prepare")
         async with asyncio.TaskGroup() as group:
             group.create_task(self.follower.run())
