@@ -75,6 +75,7 @@ class Process:
     epoch: Epoch
     instance: str
     node: str
+    spec: AgentSpec
     alive: bool = True
     term: bool = False
     """The process was asked to stop."""
@@ -347,7 +348,9 @@ class Cluster:
         if stale or not self.nodes[run.node]:
             return
         self._pids += 1
-        process = Process(self._pids, job.slug, job.device_id, job.epoch, run.instance, run.node)
+        process = Process(
+            self._pids, job.slug, job.device_id, job.epoch, run.instance, run.node, job.spec
+        )
         self.processes[process.pid] = run.process = process
         self._changed(job)
         self.on_process(process)

@@ -56,6 +56,7 @@ class Store:
         self.documents: dict[str, RegistryDocument] = {}
         self.news = News()
         self.on_write: Written = lambda _before, _after: None
+        self.on_document: Callable[[str], None] = lambda _name: None
         self.on_forget: Callable[[DeviceRecord], None] = lambda _record: None
 
     def check(self) -> str:
@@ -91,6 +92,7 @@ class Store:
             return None
         self.index += 1
         stored = self.documents[name] = RegistryDocument(document.body, self.index)
+        self.on_document(name)
         return stored
 
     def commit(self, rows: Sequence[tuple[Slug, int, bytes]]) -> list[int | None]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.core.planner import Plan
+from nomad_watchdog.core.rollout_steps import Strategy
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
@@ -33,14 +34,18 @@ class Surroundings(Protocol):
     weather: Weather
     store: Store
     cluster: Cluster
-    audit: Auditor
     metrics: Metrics
     limits: Limits
     spec: AgentSpec
+    strategies: Mapping[str, Strategy]
+    """Agent class → how its versions are rolled out; others roll out at once."""
     board: Board | None
     """None = no leases, the worst case."""
     group: asyncio.TaskGroup
     over: bool
+
+    @property
+    def audit(self) -> Auditor: ...
 
 
 class WatchedReconciler(Reconciler):
@@ -96,15 +101,21 @@ class Replica:
         self.clock = VirtualClock(asyncio.get_running_loop(), world.chance.uniform(1e9, 2e9))
         self._line = BadLine(world.weather, self.crash)
         registry = FakeRegistry(world.store, self._line)
-        scheduler = WatchedScheduler(world.cluster, self._line, self.name, world.audit)
+        scheduler = self._scheduler()
         self.fleet = Fleet(registry, world.limits, self.clock)
         specs = {world.spec.agent_class: world.spec}
         self.leases: Leases = SoleOwner()
         if world.board is not None:
             self.leases = BoardLeases(world.board, self.name, self.clock, world.weather)
-        reconciler = WatchedReconciler(self.fleet, scheduler, specs, world.metrics, self.leases)
+        reconciler = WatchedReconciler(
+            self.fleet, scheduler, specs, world.metrics, self.leases, strategies=world.strategies
+        )
         reconciler.audit, reconciler.who = world.audit, self.name
         self.reconciler = reconciler
+
+    def _scheduler(self) -> WatchedScheduler:
+        world = self.world
+        return WatchedScheduler(world.cluster, self._line, self.name, world.audit)
 
     def start(self) -> None:
         """Run until a crash."""

@@ -14,11 +14,12 @@ import asyncio
 import logging
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 from nomad_watchdog.core.acceptance import Acceptance, AcceptanceKind
+from nomad_watchdog.core.rollout_steps import Strategy
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, AgentState, Device, Limits, Presence, Report
@@ -62,6 +63,10 @@ class Outcome:
 class World:
     """One registry, one cluster, some replicas, devices that come and go, and faults."""
 
+    faults_s: float = FAULTS_S
+    strategies: Mapping[str, Strategy] = {}
+    loop: type[VirtualLoop] = VirtualLoop
+
     def __init__(self, seed: int, metrics: Metrics) -> None:
         self.seed = seed
         self.metrics = metrics
@@ -96,7 +101,7 @@ class World:
         async with asyncio.TaskGroup() as self.group:
             for replica in self.replicas:
                 replica.start()
-            ends = asyncio.get_running_loop().time() + FAULTS_S
+            ends = asyncio.get_running_loop().time() + self.faults_s
             troubles = [self.group.create_task(self._life(name, ends)) for name in self.names]
             troubles.append(self.group.create_task(self._trouble(ends)))
             await asyncio.wait(troubles)
@@ -285,10 +290,14 @@ class World:
             if present or self.store.record(slug) is not None:
                 self.wanted[slug] = present
 
+    def _hash_at_end(self) -> str:
+        """Hash of the spec that all agents should have."""
+        return self.spec.spec_hash
+
     async def _converge(self) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
-        while missing := self.audit.unsettled(self.wanted, self.spec.spec_hash):
+        while missing := self.audit.unsettled(self.wanted, self._hash_at_end()):
             if loop.time() - began > CONVERGES_S:
                 for one in missing:
                     promise, _, text = one.partition(": ")
@@ -314,7 +323,7 @@ def play(seed: int, make: Callable[[], W]) -> W:
     logging.disable(logging.CRITICAL)
     world = make()
     try:
-        with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        with asyncio.Runner(loop_factory=world.loop) as runner:
             runner.run(world.run())
     except (StuckError, ExceptionGroup) as error:
         world.audit.wrong.append(f"crashed: {error!r}")
