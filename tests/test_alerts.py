@@ -37,6 +37,8 @@ WANTED = {
     "RegistryRestored",
     "EventsDropped",
     "RolloutGivenUp",
+    "DrainWaits",
+    "ReliefImpossible",
 }
 
 

@@ -29,6 +29,7 @@ class Movers:
         capacity: CapacityMonitor,
     ) -> None:
         self.hosts = HostWatcher(fleet)
+        metrics.hosts.drains_waiting(lambda: self.hosts.waiting)
         self.rebalances = RebalanceController(
             fleet, scheduler, ownership, classes, metrics, self.hosts
         )

@@ -248,7 +248,7 @@ class ReliefController:
             events.note_fleet("relief.not_helped", text, {"node": host})
         self._report_waiting(decision)
         loads = Counter(track.load.value for track in self._tracks.values())
-        metrics.relief(len(state.moves), loads)
+        metrics.relief(len(state.moves), loads, impossible=decision.no_calm_host)
 
     def _report_waiting(self, decision: Decision) -> None:
         """Publish once that no host is calm, and once that this has ended."""

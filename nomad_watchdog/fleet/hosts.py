@@ -31,6 +31,11 @@ class HostWatcher:
         """By name."""
         return self._closed
 
+    @property
+    def waiting(self) -> int:
+        """Number of hosts that agents should leave and none can leave."""
+        return len(self._waits)
+
     def status(self) -> dict[str, object]:
         """For the status: each of these hosts, its state, the number of agents there, and why they do not leave."""
         return {

@@ -58,6 +58,16 @@ class HostMetrics(Collector):
             ("load",),
             registry=registry,
         )
+        self._impossible = Gauge(
+            "nomad_watchdog_relief_impossible",
+            "1: hosts are overloaded, and no other host is calm.",
+            registry=registry,
+        )
+        self._waiting = Gauge(
+            "nomad_watchdog_drain_waiting_hosts",
+            "Hosts that agents should leave and none can leave.",
+            registry=registry,
+        )
         for outcome in RELIEF:
             self._moves.labels(outcome)
         self.relief(0, {})
@@ -66,9 +76,15 @@ class HostMetrics(Collector):
         """Count a move by what happened to it."""
         self._moves.labels(known(outcome, RELIEF)).inc()
 
-    def relief(self, moving: int, loads: Mapping[str, int]) -> None:
-        """Numbers of moves in progress and of hosts by load; 0 on a replica that does not decide."""
+    def drains_waiting(self, count: Callable[[], int]) -> None:
+        """`count`: called at each scrape; returns the number of hosts that agents should leave and cannot."""
+        self._waiting.set_function(count)
+
+    def relief(self, moving: int, loads: Mapping[str, int], *, impossible: bool = False) -> None:
+        """Numbers of moves in progress and of hosts by load, and whether hosts are overloaded while no other host is
+        calm; 0 on a replica that does not decide."""
         self._moving.set(moving)
+        self._impossible.set(impossible)
         for load in Load:
             self._loads.labels(load.value).set(loads.get(load.value, 0))
 

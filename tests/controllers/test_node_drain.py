@@ -43,7 +43,8 @@ class Plant:
         registry, scheduler = FakeRegistry(self.store), FakeScheduler(self.cluster)
         self.fleet = Fleet(registry, limits, self.clock, self.history, receives_reports=False)
         specs = {SPEC.agent_class: SPEC}
-        self.reconciler = Reconciler(self.fleet, scheduler, specs, Metrics())
+        self.metrics = Metrics()
+        self.reconciler = Reconciler(self.fleet, scheduler, specs, self.metrics)
         self.task = asyncio.ensure_future(self.reconciler.run())
 
     async def crash(self) -> None:
@@ -139,6 +140,7 @@ def test_nothing_moves_while_no_other_node_takes_agents() -> None:
         assert isinstance(nodes, list)
         agents = len(before)
         assert nodes[0] == {"node": "n1", "state": "draining", "agents": agents, "waits": NO_OTHER}
+        assert b"nomad_watchdog_drain_waiting_hosts 1.0" in plant.metrics.render()
         began = ["node.draining", "node.ineligible", "node.drain_waits"]
         assert plant.kinds() == began
         explained = plant.fleet.views.explain(slug_of(_name_on(plant, before)))
@@ -151,6 +153,7 @@ def test_nothing_moves_while_no_other_node_takes_agents() -> None:
         await plant.until(lambda: not plant.on("n1") and plant.running() == 8)
         assert plant.most_unready <= 3
         assert sorted(plant.kinds()[3:]) == ["node.drain_resumed", "node.open"]
+        assert b"nomad_watchdog_drain_waiting_hosts 0.0" in plant.metrics.render()
         await plant.crash()
 
     play(story)

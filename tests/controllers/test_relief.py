@@ -298,6 +298,7 @@ def test_nothing_moves_while_all_hosts_are_loaded_and_that_is_reported_once() ->
     assert began.at < ended.at <= moved[0].at
     assert "no other host is calm" in began.text
     assert moved[0].at > WARM_UP_S + 900
+    assert b"nomad_watchdog_relief_impossible 0.0" in hall.metrics.render()
 
 
 def test_a_host_without_fresh_readings_is_left_alone() -> None:
@@ -308,6 +309,7 @@ def test_a_host_without_fresh_readings_is_left_alone() -> None:
     hall = played(lambda host, _n, _now: 90.0 if host == "n1" else None, 600.0)
     assert not hall.of("relief.moved")
     assert len(hall.of("relief.no_calm_host")) == 1
+    assert b"nomad_watchdog_relief_impossible 1.0" in hall.metrics.render()
 
 
 def test_a_dry_run_moves_and_stores_nothing() -> None:
