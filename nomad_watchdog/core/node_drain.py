@@ -116,8 +116,8 @@ class DrainPlanner:
     _scouts: dict[str, _Scout] = field(default_factory=dict)
     _roomy: set[str] = field(default_factory=set)
     """Classes of which an agent that left has found a place."""
-    _queued: dict[str, Monotonic] = field(default_factory=dict)
-    """Classes of which an agent waits for a host, and since when."""
+    _queued: dict[Slug, Monotonic] = field(default_factory=dict)
+    """Devices whose agent waits for a host, and since when."""
 
     def decide(self, view: DrainView) -> DrainDecision:
         """What leaves now. No cost without a host to leave."""
@@ -126,10 +126,13 @@ class DrainPlanner:
                 memory.clear()
             return NOTHING
         found = list(_candidates(view))
-        queued = _queued(view)
-        self._remember(view, {one.agent_class for one in found}, queued)
+        waiting = _waiting_for_a_host(view)
+        self._queued = {slug: self._queued.get(slug, view.now) for slug in waiting}
+        stuck = {s for s, since in self._queued.items() if view.now - since >= QUEUED_S}
+        reported = _by_class(waiting[slug] for slug in stuck)
+        self._remember(view, {one.agent_class for one in found} - reported.keys())
+        queued = _by_class(waiting.values()) | reported
         lasting = {name: why for name, why in queued.items() if name not in self._roomy}
-        reported = {name: why for name, why in lasting.items() if self._lasts(name, view.now)}
         obstacles = {one.slug: _obstacle(one, view, lasting) for one in found}
         free = [one for one in found if not obstacles[one.slug]]
         turn = min((view.shard(one.slug) for one in free), default=None)
@@ -143,13 +146,9 @@ class DrainPlanner:
             requested[one.slug] = MoveRequest(Move.DRAIN, old.ref, reason, why, old.epoch)
         return DrainDecision(requested, dict(_waiting_hosts(found, view, reported)))
 
-    def _lasts(self, name: str, now: Monotonic) -> bool:
-        return now - self._queued.get(name, now) >= QUEUED_S
-
-    def _remember(
-        self, view: DrainView, leaving: AbstractSet[str], queued: Mapping[str, str]
-    ) -> None:
-        """Note which agents that went first have found a place, and for how long others have waited for one."""
+    def _remember(self, view: DrainView, may_be_roomy: AbstractSet[str]) -> None:
+        """Note which agents that went first have found a place. `may_be_roomy`: the classes of which an agent is to
+        leave and none has waited for long."""
         for name, scout in list(self._scouts.items()):
             record = view.records.get(scout.slug)
             is_gone = record is None or record.presence is not Presence.PRESENT
@@ -158,9 +157,7 @@ class DrainPlanner:
             elif _has_place(view.placements.get(scout.slug, ()), record, scout.epoch):
                 del self._scouts[name]
                 self._roomy.add(name)
-        self._queued = {name: self._queued.get(name, view.now) for name in queued}
-        stuck = {name for name in queued if self._lasts(name, view.now)}
-        self._roomy &= leaving - stuck
+        self._roomy &= may_be_roomy
 
     def _scouted(self, ours: list[_Candidate], view: DrainView) -> dict[Slug, str]:
         """What each of our agents that could leave waits for; "" = nothing."""
@@ -203,13 +200,21 @@ def _candidates(view: DrainView) -> Iterator[_Candidate]:
                 yield _Candidate(one, there, record.device.agent_class)
 
 
-def _queued(view: DrainView) -> dict[str, str]:
+def _waiting_for_a_host(view: DrainView) -> dict[Slug, Placement]:
+    """The placements that wait for a host, and not for the end of an earlier one that is replaced in place."""
+    found = {}
+    for slug, placements in view.placements.items():
+        live = [one for one in placements if one.state is not PlacementState.DEAD]
+        if live and all(one.queued for one in live):
+            found[slug] = live[-1]
+    return found
+
+
+def _by_class(waiting: Iterable[Placement]) -> dict[str, str]:
     """Agent class → why an agent of it waits for a host."""
     return {
         one.agent_class: f"an agent of class {one.agent_class} waits for a node: {one.reason}"
-        for found in view.placements.values()
-        for one in found
-        if one.queued and one.state is not PlacementState.DEAD
+        for one in waiting
     }
 
 

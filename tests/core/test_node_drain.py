@@ -294,8 +294,27 @@ def test_a_short_queue_does_not_stop_a_class_that_has_room() -> None:
     waiting = replace(on("w"), state=PlacementState.PENDING, queued=True, node="")
     fleet.placements[waiting.slug] = (waiting,)
     assert fleet.free()
+    del fleet.placements[waiting.slug]
+    another = replace(waiting, slug=slug_of(DeviceId("v")))
+    fleet.placements[another.slug] = (another,)
+    fleet.now = Monotonic(fleet.now + QUEUED_S)
+    assert fleet.free(), "each of them waits for a moment"
     fleet.now = Monotonic(fleet.now + QUEUED_S)
     assert not fleet.free()
+
+
+def test_an_agent_that_waits_for_the_end_of_the_last_one_does_not_wait_for_a_host() -> None:
+    """A Deployment at the next epoch has no pod before that of the last epoch is gone."""
+    agents = [on(f"d{n}") for n in range(6)]
+    fleet = Fleet(agents)
+    fleet.round(Limits(replace_at_once=1))
+    fleet.round(Limits(replace_at_once=1))
+    stopping = replace(on("w"), state=PlacementState.STOPPING)
+    successor = replace(stopping, epoch=Epoch(2), state=PlacementState.PENDING, queued=True)
+    fleet.placements[stopping.slug] = (stopping, successor)
+    assert fleet.free()
+    fleet.now = Monotonic(fleet.now + QUEUED_S)
+    assert fleet.free()
 
 
 def test_another_agent_goes_first_if_one_gets_no_place() -> None:
