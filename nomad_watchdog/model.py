@@ -397,4 +397,4 @@ class Limits:
     """Time for which the record of a device that has left is kept (`core.tombstones`)."""
     presence: PresenceRules = PresenceRules()
     leaves: frozenset[str] = frozenset({"draining"})
-    """The closed hosts that agents leave (`core.node_drain`): draining ones, ineligible ones, both or none."""
+    """The closed hosts that agents leave (`core.node_drain`): those that are draining, ineligible or cordoned."""

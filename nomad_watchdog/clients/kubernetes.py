@@ -132,15 +132,25 @@ class KubernetesClient:
         raise StaleError(f"kubernetes: the list of {path} expires before all of it is read")
 
     async def _pages(self, path: str, selectors: Mapping[str, str], accept: str) -> Listed:
-        params = {"limit": str(PAGE), **selectors}
         items: list[KubernetesObject] = []
+        async for page in self.pages(path, {"limit": str(PAGE), **selectors}, accept):
+            items.extend(page.items)
+        return Listed(tuple(items), page.version)
+
+    async def pages(
+        self, path: str, params: Mapping[str, str], accept: str = _JSON
+    ) -> AsyncIterator[Listed]:
+        """Page after page of a list, for a caller that may need only the first ones; always at least one.
+
+        Raises ExpiredError when the server no longer has the version of the first page."""
+        asked = dict(params)
         while True:
-            page = await self.call("GET", path, params=params, accept=accept)
-            items.extend(page.get("items") or [])
+            page = await self.call("GET", path, params=asked, accept=accept)
             meta = page.get("metadata") or {}
+            yield Listed(tuple(page.get("items") or ()), str(meta.get("resourceVersion", "")))
             if not meta.get("continue"):
-                return Listed(tuple(items), str(meta.get("resourceVersion", "")))
-            params["continue"] = meta["continue"]
+                return
+            asked["continue"] = meta["continue"]
 
     async def watch(
         self,

@@ -69,6 +69,11 @@ class KubernetesSettings(Block):
     )
     namespaces: Annotated[int, Field(ge=1, le=64)] = 1
     service_account: Text | None = None
+    leave_cordoned: bool = False
+
+    def leaves(self) -> frozenset[str]:
+        """As `Limits.leaves`."""
+        return frozenset({"cordoned"} if self.leave_cordoned else ())
 
 
 class LocalSettings(Block):

@@ -181,7 +181,7 @@ class Settings(Block):
             concurrency=self.retry.concurrency,
             resync_s=self.resync,
             tombstone_ttl_s=self.presence.tombstone_ttl,
-            leaves=self.nomad.leaves(),
+            leaves=self.nomad.leaves() | self.kubernetes.leaves(),
             presence=PresenceRules(
                 ttl_s=self.presence.ttl or 0.0,
                 class_ttl_s={

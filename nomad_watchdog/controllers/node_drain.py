@@ -77,7 +77,8 @@ def leaving_hosts(
     """Those of the closed hosts that agents are to leave. `leaves`: as of `Limits`."""
     for name, host in closed.items():
         if not host.nodes:
-            if host.draining and "draining" in leaves:
+            kind = "draining" if host.draining else "cordoned" if host.cordoned else ""
+            if kind in leaves:
                 yield LeavingHost(name, host.state, is_last=host.is_last)
             continue
         ids = frozenset(

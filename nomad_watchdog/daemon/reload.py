@@ -52,6 +52,7 @@ _PARTS: Final = {
         "streams_per_token",
     ),
     "nomad": ("drain", "leave_ineligible"),
+    "kubernetes": ("leave_cordoned",),
     "retry": ("initial", "max", "starts_per_hour"),
     "log": ("level",),
 }

@@ -44,6 +44,8 @@ class ClosedHost:
     drained. Empty = the name is unique."""
     is_last: bool = False
     """No host of its scheduler takes agents now."""
+    cordoned: bool = False
+    """Only cordoned, as by `kubectl cordon`. Its agents stay, unless the settings say that they leave."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,6 +188,14 @@ def test_settings_decide_what_is_left(leaves: tuple[str, ...], draining: bool, m
     play(story)
 
 
+def test_a_cordoned_host_is_left_only_by_its_own_setting() -> None:
+    """`kubernetes.leave_cordoned` and not the settings of Nomad."""
+    closed = {"n1": ClosedHost(False, "cordoned", is_last=True, cordoned=True)}
+    assert not list(leaving_hosts(closed, frozenset({"draining", "ineligible"})))
+    (host,) = leaving_hosts(closed, frozenset({"cordoned"}))
+    assert host == LeavingHost("n1", "cordoned", is_last=True)
+
+
 def test_only_the_nodes_of_a_name_that_are_closed_are_left() -> None:
     """Of two nodes of one name, one is being drained and the other is ineligible."""
     closed = {"n1": ClosedHost(True, "draining", {"a": True, "b": False})}

@@ -134,6 +134,7 @@ nomad {
   drain = "wait"
   leave_ineligible = true
 }
+kubernetes { leave_cordoned = true }
 log { level = "warning" }""",
     )
     text = (service.folder / "watchdog.hcl").read_text()
@@ -147,6 +148,7 @@ log { level = "warning" }""",
         "api.token added",
         f"api.token_file {service.folder}/token → {service.folder}/other",
         "incident.min 3 → 9",
+        "kubernetes.leave_cordoned false → true",
         "log.level info → warning",
         "nomad.drain move → wait",
         "nomad.leave_ineligible false → true",
@@ -158,7 +160,7 @@ log { level = "warning" }""",
     assert await service.asked_with("second-token-of-the-api") == 200
     assert await service.asked_with("third-token-of-the-api") == 200
     assert fleet.limits.replace_at_once == 7
-    assert fleet.limits.leaves == {"ineligible"}
+    assert fleet.limits.leaves == {"ineligible", "cordoned"}
     assert fleet.presence.heartbeats.rules.grace_s == 120.0
     assert fleet.recorder._start_times.grace("default").seconds == 90.0
     assert fleet.recorder.incidents._correlator.limits.least == 9

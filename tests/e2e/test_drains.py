@@ -17,6 +17,7 @@ import pytest
 import pytest_asyncio
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
+from nomad_watchdog.core.node_drain import NO_OTHER
 from nomad_watchdog.demo.devices import SimulatedFleet
 from nomad_watchdog.demo.process import free_port
 from nomad_watchdog.demo.stage import Stage, StagePace, open_stage
@@ -222,20 +223,36 @@ async def evicted(client: KubernetesClient, node: str) -> int:
     return refused
 
 
-@pytest.mark.busy
-@pytest.mark.timeout(600)
-@pytest.mark.slow_because(
-    "starts a Kubernetes with three nodes, and moves ten agents one at a time"
-)
-@pytest.mark.parametrize("workload", ["deployment", "statefulset", "pod"])
-async def test_kubectl_drain_evicts_a_tenth_at_a_time(
-    tmp_path: Path, repository: Path, fleet: SimulatedFleet, workload: str
-) -> None:
-    """For each workload, evictions are refused while the budget has no room; no device is ever offline, and all agents
-    are ready on other nodes in the end."""
-    count, budget = 10, "watchdog-pods" if workload == "pod" else "watchdog-agents"
+@dataclass
+class Cluster:
+    """Devices whose agents all run on one of three nodes; the other two are cordoned."""
+
+    stage: Stage
+    client: KubernetesClient
+    count: int
+    node: str
+    others: list[str]
+
+    async def all_watched(self) -> bool:
+        items = await self.stage.items()
+        return sum(one["verdict"] == "watched" for one in items) == self.count
+
+    async def pods(self) -> int:
+        """Number of pods on the node."""
+        return len((await self.client.list(PODS, fields=f"spec.nodeName={self.node}")).items)
+
+    async def open_others(self) -> None:
+        for other in self.others:
+            await cordon(self.client, other, on=False)
+
+
+@asynccontextmanager
+async def cluster(
+    root: Path, repository: Path, fleet: SimulatedFleet, workload: str, count: int
+) -> AsyncIterator[Cluster]:
+    """All agents are ready, and the shipped budget is installed."""
     async with open_stage(
-        "kubernetes", tmp_path, fleet.port, strategy=workload, clients=3, pace=PATIENT
+        "kubernetes", root, fleet.port, strategy=workload, clients=3, pace=PATIENT
     ) as stage:
         assert stage.cluster is not None
         client = stage.cluster.client()
@@ -252,40 +269,118 @@ async def test_kubectl_drain_evicts_a_tenth_at_a_time(
             for number in range(count):
                 await fleet.add(f"d{number}")
             await stage.register({name: one.address for name, one in fleet.devices.items()})
-
-            async def all_watched() -> bool:
-                items = await stage.items()
-                return sum(one["verdict"] == "watched" for one in items) == count
-
-            async def has_room() -> bool:
-                found = await client.find(f"{BUDGETS}/{budget}")
-                status = (found or {}).get("status") or {}
-                return status.get("disruptionsAllowed") == 1 and status["expectedPods"] == count
-
-            await eventually(all_watched, 120.0)
-            await eventually(has_room, 60.0)
-            for other in others:
-                await cordon(client, other, on=False)
-            samples = Samples(stage)
-            sampling = asyncio.ensure_future(samples.run())
-            began = time.monotonic()
-            try:
-                await cordon(client, node, on=True)
-                refused = await asyncio.wait_for(evicted(client, node), 300.0)
-                empty_s = time.monotonic() - began
-                await eventually(all_watched, 60.0)
-                took_s = time.monotonic() - began
-            finally:
-                sampling.cancel()
-                await asyncio.gather(sampling, return_exceptions=True)
-            print(
-                f"\n{count} agents as {workload}, one at a time: node empty after {empty_s:.1f} s, all ready elsewhere "
-                f"after {took_s:.1f} s; {refused} evictions refused; without a ready agent at most "
-                f"{max(samples.counts)}, median {statistics.median(samples.counts):g}, of {len(samples.counts)} samples"
-            )
-            assert refused
-            assert not [one for one in samples.wrong if "offline" in one]
-            # The budget counts pods, and a pod is ready a moment before the API has its first report.
-            assert max(samples.counts) <= 2
+            made = Cluster(stage, client, count, node, others)
+            await eventually(made.all_watched, 120.0)
+            yield made
         finally:
             await client.close()
+
+
+@pytest.mark.busy
+@pytest.mark.timeout(600)
+@pytest.mark.slow_because(
+    "starts a Kubernetes with three nodes, and moves ten agents one at a time"
+)
+@pytest.mark.parametrize("workload", ["deployment", "statefulset", "pod"])
+async def test_kubectl_drain_evicts_a_tenth_at_a_time(
+    tmp_path: Path, repository: Path, fleet: SimulatedFleet, workload: str
+) -> None:
+    """For each workload, evictions are refused while the budget has no room; no device is ever offline, and all agents
+    are ready on other nodes in the end."""
+    count, budget = 10, "watchdog-pods" if workload == "pod" else "watchdog-agents"
+    async with cluster(tmp_path, repository, fleet, workload, count) as made:
+
+        async def has_room() -> bool:
+            found = await made.client.find(f"{BUDGETS}/{budget}")
+            status = (found or {}).get("status") or {}
+            return status.get("disruptionsAllowed") == 1 and status["expectedPods"] == count
+
+        await eventually(has_room, 60.0)
+        await made.open_others()
+        samples = Samples(made.stage)
+        sampling = asyncio.ensure_future(samples.run())
+        began = time.monotonic()
+        try:
+            await cordon(made.client, made.node, on=True)
+            refused = await asyncio.wait_for(evicted(made.client, made.node), 300.0)
+            empty_s = time.monotonic() - began
+            await eventually(made.all_watched, 60.0)
+            took_s = time.monotonic() - began
+        finally:
+            sampling.cancel()
+            await asyncio.gather(sampling, return_exceptions=True)
+        print(
+            f"\n{count} agents as {workload}, one at a time: node empty after {empty_s:.1f} s, all ready elsewhere "
+            f"after {took_s:.1f} s; {refused} evictions refused; without a ready agent at most "
+            f"{max(samples.counts)}, median {statistics.median(samples.counts):g}, of {len(samples.counts)} samples"
+        )
+        assert refused
+        assert not [one for one in samples.wrong if "offline" in one]
+        # The budget counts pods, and a pod is ready a moment before the API has its first report.
+        assert max(samples.counts) <= 2
+
+
+@pytest.mark.busy
+@pytest.mark.timeout(600)
+@pytest.mark.slow_because(
+    "starts a Kubernetes with three nodes, and moves six agents two at a time"
+)
+@pytest.mark.parametrize("workload", ["deployment", "statefulset", "pod"])
+async def test_agents_leave_a_cordoned_node_within_the_window(
+    tmp_path: Path, repository: Path, fleet: SimulatedFleet, workload: str
+) -> None:
+    """With `leave_cordoned`, which a reload applies, nothing moves while all nodes are cordoned. Then the agents move
+    within the window, that of the device that is offline last, and `kubectl drain` has nothing to evict."""
+    count, at_once = 6, 2
+    async with cluster(tmp_path, repository, fleet, workload, count) as made:
+        stage, where = made.stage, f"node {made.node} is cordoned"
+        await cordon(made.client, made.node, on=True)
+        await fleet.devices["d0"].power_off()
+
+        async def is_offline() -> bool:
+            items = await stage.items()
+            return [one["id"] for one in items if one["verdict"] == "offline"] == ["d0"]
+
+        await eventually(is_offline, 60.0)
+        closed = (await stage.call("GET", "/v1/status"))["closed_nodes"]
+        assert all("waits" not in one for one in closed), "agents stay by default"
+        text = stage.config.read_text().replace('report_stale  = "10s"', 'report_stale  = "60s"')
+        text = text.replace("\nkubernetes {\n", "\nkubernetes {\n  leave_cordoned = true\n")
+        block = f"rollout {{\n  at_once  = {at_once}\n  fraction = 0\n}}\n"
+        stage.config.write_text(text + block)
+        assert (
+            "kubernetes.leave_cordoned false → true"
+            in (await stage.call("POST", "/v1/config:reload"))["changed"]
+        )
+
+        async def waits() -> bool:
+            found = (await stage.call("GET", "/v1/status"))["closed_nodes"]
+            return [one.get("waits") for one in found if one["agents"]] == [NO_OTHER]
+
+        await eventually(waits, 60.0)
+        assert {one["epoch"] for one in await stage.items()} == {1}
+        samples = Samples(stage)
+        sampling = asyncio.ensure_future(samples.run())
+        began = time.monotonic()
+        try:
+            await made.open_others()
+
+            async def is_empty() -> bool:
+                return not await made.pods()
+
+            await eventually(is_empty, 240.0)
+            empty_s = time.monotonic() - began
+            assert await evicted(made.client, made.node) == 0
+        finally:
+            sampling.cancel()
+            await asyncio.gather(sampling, return_exceptions=True)
+        print(
+            f"\n{count} agents as {workload}, {at_once} at a time: cordoned node empty after {empty_s:.1f} s; without a "
+            f"ready agent at most {max(samples.counts)}, of {len(samples.counts)} samples"
+        )
+        assert not [one for one in samples.wrong if "offline" in one and "d0" not in one]
+        assert max(samples.counts) <= at_once
+        found = (await stage.call("GET", "/v1/events?kind=plan.replace&limit=100"))["items"]
+        assert all(where in one["text"] for one in found)
+        assert [one["device"] for one in found].index("d0") == count - 1
+        assert len(found) == count

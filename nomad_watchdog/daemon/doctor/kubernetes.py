@@ -52,7 +52,8 @@ async def check_kubernetes(settings: Settings) -> list[Check]:
         for number in range(known):
             space = names.namespace_of(first, number)
             checks += await _kubernetes_namespace(client, space, first=number == 0)
-        return checks + _kubernetes_images(settings)
+        nodes = await _kubernetes_nodes(client, leave=settings.kubernetes.leave_cordoned)
+        return [*checks, nodes, *_kubernetes_images(settings)]
     finally:
         await client.close()
 
@@ -122,6 +123,19 @@ async def _kubernetes_rights(client: KubernetesClient, namespace: str, *, first:
         cost = 'a drain evicts all bare pods of a node at once (workload = "pod")'
         return Check(name, CheckStatus.WARN, f"{found}: {cost}", fix)
     return Check(name, CheckStatus.FAIL, found, fix)
+
+
+async def _kubernetes_nodes(client: KubernetesClient, *, leave: bool) -> Check:
+    """Whether cordoned nodes can be read. `leave`: whether agents are to leave them."""
+    verbs = ("list", "watch")
+    answers = [await _kubernetes_allows(client, "", "", "nodes", verb, "") for verb in verbs]
+    missing = [verb for verb, allowed in zip(verbs, answers, strict=True) if not allowed]
+    if not missing:
+        return Check("kubernetes nodes", CheckStatus.OK, "can be listed and watched")
+    found = f"lacks {', '.join(missing)} on nodes: cordoned nodes are not reported"
+    found += ", and no agent leaves them (kubernetes.leave_cordoned)" if leave else ""
+    fix = "apply the ClusterRole of jobs/kubernetes/rbac.yaml (chart: rbac.nodes)"
+    return Check("kubernetes nodes", CheckStatus.WARN, found, fix)
 
 
 async def _kubernetes_allows(  # the parts of one question

@@ -18,7 +18,7 @@ from typing import Final
 from watchdog_agent.runtime.parsing import whole
 
 from nomad_watchdog.clients.kubernetes import KubernetesAccess, KubernetesClient, Listed
-from nomad_watchdog.clients.kubernetes_objects import KubernetesObject
+from nomad_watchdog.clients.kubernetes_objects import KubernetesObject, PodSpec
 from nomad_watchdog.clock import Clock, SystemClock
 from nomad_watchdog.errors import (
     ConflictError,
@@ -206,11 +206,13 @@ class KubernetesScheduler:
         return whole if only is None else whole.part(only)
 
     async def unchanged_since(self, snapshot: Snapshot) -> bool:
+        if any(one.is_last for one in snapshot.closed_hosts.values()):
+            return False  # another node may take agents now
         return await self._probe.unchanged_since(snapshot)
 
     async def open_hosts(self) -> frozenset[str] | None:
         """As `schedulers.open_hosts`; None without the right to list nodes."""
-        return await open_nodes(self._client, [one.pod["spec"] for one in self._built.values()])
+        return await open_nodes(self._client, self._pod_specs())
 
     def watch(self) -> AsyncIterator[Hint]:
         return _watch.hints(self._client, self._namespaces, self._selector, self._cordons)
@@ -247,6 +249,9 @@ class KubernetesScheduler:
 
     async def close(self) -> None:
         await self._client.close()
+
+    def _pod_specs(self) -> list[PodSpec]:
+        return [one.pod["spec"] for one in self._built.values()]
 
     def _namespaces(self) -> list[str]:
         return [names.namespace_of(self._first, number) for number in range(self._known)]
@@ -335,7 +340,9 @@ class KubernetesScheduler:
         self._memory.remember(found, only)
         snapshot = Snapshot(found, index, only)
         if only is None:
-            snapshot = replace(snapshot, closed_hosts=await self._cordons.read())
+            used = {one.node for some in found.values() for one in some}
+            closed = await self._cordons.read(used, self._pod_specs())
+            snapshot = replace(snapshot, closed_hosts=closed)
             self._index, self._listed, self._budgets.pods = index, True, bare_pods(all_pods)
             lists = zip((*above, *below), (*owners, *pods), strict=True)
             versions = {path: one.version for path, one in lists}

@@ -1,7 +1,8 @@
 """Cordoned nodes, on which Kubernetes places no new pods. A drain (`kubectl drain`) begins with a cordon.
 
-A field selector limits lists and watches to cordoned nodes, so the cost does not grow with the cluster. They need
-the rights `list` and `watch` on nodes. Without them nodes are unknown, and nothing is reported about them.
+A field selector limits lists and watches to cordoned nodes, so the cost does not grow with the cluster. Only while agents
+are on a cordoned node, a page of the others is read, to know whether one of them takes agents. This needs the rights
+`list` and `watch` on nodes. Without them nodes are unknown, and nothing is reported about them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import aclosing
 from typing import Final
 
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _PATH: Final = "/api/v1/nodes"
 _CORDONED: Final = "spec.unschedulable=true"
+_OTHERS: Final = {"fieldSelector": "spec.unschedulable=false", "limit": "50"}
 _PAUSE_S: Final = 30.0
 """Pause before the next watch after one that was denied or failed."""
 _KEEPS_OUT: Final = ("NoSchedule", "NoExecute")
@@ -34,11 +37,20 @@ async def open_nodes(client: KubernetesClient, pods: Collection[PodSpec]) -> fro
         found = await client.list(_PATH)
     except DeniedError:
         return None
-    return frozenset(
-        node["metadata"]["name"]
-        for node in found.items
-        if _is_ready(node) and (not pods or any(_takes(node, pod) for pod in pods))
-    )
+    return frozenset(node["metadata"]["name"] for node in found.items if _is_open(node, pods))
+
+
+async def _is_any_open(client: KubernetesClient, pods: Collection[PodSpec]) -> bool:
+    """Whether `open_nodes` would find any. Raises as `KubernetesClient.pages`."""
+    async with aclosing(client.pages(_PATH, _OTHERS)) as pages:  # type: ignore[type-var]
+        async for page in pages:
+            if any(_is_open(node, pods) for node in page.items):
+                return True
+    return False
+
+
+def _is_open(node: KubernetesObject, pods: Collection[PodSpec]) -> bool:
+    return _is_ready(node) and (not pods or any(_takes(node, pod) for pod in pods))
 
 
 def _is_ready(node: KubernetesObject) -> bool:
@@ -67,15 +79,20 @@ class Cordons:
         self._client = client
         self._closed: Mapping[str, ClosedHost] = {}
 
-    async def read(self) -> Mapping[str, ClosedHost]:
-        """By name. If the list fails, the previous one stays; never raises."""
+    async def read(
+        self, used: AbstractSet[str], pods: Collection[PodSpec]
+    ) -> Mapping[str, ClosedHost]:
+        """By name. `used`: the nodes with agents. `pods`: of the agents. If a list fails, the previous result stays; never
+        raises."""
         try:
             found = await self._client.list(_PATH, fields=_CORDONED, metadata=True)
+            names = [one["metadata"]["name"] for one in found.items]
+            is_last = not used.isdisjoint(names) and not await _is_any_open(self._client, pods)
         except WatchdogError as error:
             log.debug("nodes not read", extra={"reason": str(error)})
         else:
-            names = (one["metadata"]["name"] for one in found.items)
-            self._closed = {name: ClosedHost(draining=False, state="cordoned") for name in names}
+            one = ClosedHost(draining=False, state="cordoned", is_last=is_last, cordoned=True)
+            self._closed = dict.fromkeys(names, one)
         return self._closed
 
     async def follow(self, on_change: Callable[[], None]) -> None:

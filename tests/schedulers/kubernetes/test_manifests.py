@@ -216,7 +216,9 @@ async def test_doctor_says_what_is_missing(
         found[name] = {one.name: one for one in checks if one.name.startswith("kubernetes")}
 
     assert {one.status for one in found[USER].values()} == {CheckStatus.OK}, found[USER]
-    assert len(found[USER]) == 4
+    assert len(found[USER]) == 5
+    told = found["stranger"]["kubernetes nodes"]
+    assert (told.status, "lacks list, watch" in told.found) == (CheckStatus.WARN, True)
     told = found["stranger"]["kubernetes namespace nomad-watchdog"]
     assert (told.status, told.found) == (CheckStatus.WARN, "can't be read")
     told = found["stranger"]["kubernetes rights in nomad-watchdog"]

@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 import watchdog_agent
 
+from nomad_watchdog.core.node_drain import NO_OTHER
 from servers.kubelet.__main__ import Kubelet
 from servers.kubelet.spec import Image
 from servers.kubernetes import KubernetesCluster
@@ -135,7 +136,7 @@ async def test_a_cordoned_node_is_reported_when_that_begins_and_ends(
 ) -> None:
     """With a resync of ten minutes, `status` shows the node with its agent as soon as it is
     cordoned; each change is one event, and a restart of the control plane does not publish it
-    again."""
+    again. The agent stays; with `leave_cordoned` it stays because no other node takes it."""
     text = config(kubeconfig, device, "", good=("agntup/watchdog-agent", "10m"))
     text = text.replace('resync   = "2s"', 'resync   = "10m"')
     admin = kube.client()
@@ -162,14 +163,21 @@ async def test_a_cordoned_node_is_reported_when_that_begins_and_ends(
             what = "node plane is cordoned: no new agent is placed on it, 1 agent is there"
             assert await told() == [("node.ineligible", what)]
             await plane.process.terminate(15.0)
+            leave = "\nkubernetes {\n  leave_cordoned = true"
+            plane.file.write_text(plane.file.read_text().replace("\nkubernetes {", leave))
             await plane.start()
             await plane.ready()
-            await plane.until("/v1/status", lambda it: it["closed_nodes"], 60.0)
-            assert len(await told()) == 1
+            await plane.until(
+                "/v1/status",
+                lambda it: any(one.get("waits") == NO_OTHER for one in it["closed_nodes"]),
+                60.0,
+            )
+            waits = f"no agent leaves node plane: {NO_OTHER}; 1 agent is there"
+            assert (await told())[1:] == [("node.drain_waits", waits)]
         finally:
             await cordon(on=False)
         await plane.until("/v1/status", lambda it: not it["closed_nodes"], 60.0)
-        assert (await told())[1:] == [("node.open", "node plane takes new agents again")]
+        assert (await told())[2:3] == [("node.open", "node plane takes new agents again")]
         await plane.call("DELETE", "/v1/devices/pump")
         await plane.until("/v1/agents", lambda it: not it["items"], 60.0)
     await admin.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from nomad_watchdog.errors import DeniedError
 from nomad_watchdog.model import Epoch, PlacementState
 from nomad_watchdog.schedulers import open_hosts
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
-from nomad_watchdog.schedulers.kubernetes._nodes import open_nodes
+from nomad_watchdog.schedulers.kubernetes._nodes import Cordons, open_nodes
 from nomad_watchdog.testing.conformance import record_of
 from servers.kubernetes import KubernetesCluster
 from tests.schedulers.conftest import eventually
@@ -31,10 +32,20 @@ class Nodes:
     def __init__(self, *items: dict[str, Any]) -> None:
         self.items = items
 
-    async def list(self, _path: str) -> Listed:
+        self.pages_read = 0
+
+    async def list(self, _path: str, fields: str = "", metadata: bool = False) -> Listed:
         if not self.items:
             raise DeniedError("no right")
-        return cast("Listed", type("Found", (), {"items": self.items}))
+        cordoned = [one for one in self.items if one["spec"].get("unschedulable")]
+        return cast("Listed", type("Found", (), {"items": cordoned if fields else self.items}))
+
+    async def pages(self, _path: str, _params: object) -> AsyncIterator[Listed]:
+        """One node per page."""
+        for one in self.items:
+            if not one["spec"].get("unschedulable"):
+                self.pages_read += 1
+                yield cast("Listed", type("Found", (), {"items": [one]}))
 
 
 def node(name: str, *, ready: str = "True", **spec: Any) -> dict[str, Any]:
@@ -69,6 +80,20 @@ async def test_only_nodes_that_can_take_an_agent_count() -> None:
     assert await open_nodes(client, [{"nodeSelector": {"disk": "soft"}}]) == {"soft"}
     assert await open_nodes(client, []) == {"good", "soft", "tainted"}
     assert await open_nodes(cast("KubernetesClient", Nodes()), [{}]) is None
+
+
+async def test_other_nodes_are_read_only_while_agents_are_on_a_cordoned_one() -> None:
+    """Up to the first that takes an agent; if none does, each cordoned node is the last one."""
+    closed, taint = node("cordoned", unschedulable=True), {"key": "gpu", "effect": "NoSchedule"}
+    nodes = Nodes(closed, node("tainted", taints=[taint]), node("unready", ready="False"))
+    cordons = Cordons(cast("KubernetesClient", nodes))
+    (found,) = (await cordons.read({"other", ""}, [{}])).values()
+    assert (found.cordoned, found.is_last, nodes.pages_read) == (True, False, 0)
+    assert (await cordons.read({"cordoned"}, [{}]))["cordoned"].is_last
+    nodes.items += (node("good"), node("another"))
+    nodes.pages_read = 0
+    assert not (await cordons.read({"cordoned"}, [{}]))["cordoned"].is_last
+    assert nodes.pages_read == 3
 
 
 @pytest.mark.slow_because("starts twelve agents on two stand-ins of a kubelet")
