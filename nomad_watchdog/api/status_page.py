@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Final
 
@@ -12,15 +12,18 @@ from aiohttp import web
 
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.pagination import check_query, scan
+from nomad_watchdog.controllers.rollout_requests import RolloutRequests
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.fleet.host_view import HostRow
 from nomad_watchdog.fleet.views import DeviceView
 from nomad_watchdog.host_pressure import Resource
+from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Presence, VerdictState
 
 MAX_ROWS: Final = 200
 MAX_INCIDENTS: Final = 20
 MAX_HOSTS: Final = 50
+MAX_ROLLOUTS: Final = 50
 RENDER_EVERY_S: Final = 1.0
 """Minimum interval between two renderings, each of which reads the whole fleet."""
 
@@ -61,7 +64,7 @@ async def status_page(request: web.Request) -> web.StreamResponse:
     clock = context.fleet.clock
     async with context.page_lock:  # one rendering for all concurrent requests
         if clock.monotonic() - context.page[0] > RENDER_EVERY_S:
-            text = await _rendered(context.fleet)
+            text = await _rendered(context.fleet, context.rollouts)
             context.page = (clock.monotonic(), text)
     return web.Response(
         text=context.page[1],
@@ -70,7 +73,7 @@ async def status_page(request: web.Request) -> web.StreamResponse:
     )
 
 
-async def _rendered(fleet: Fleet) -> str:
+async def _rendered(fleet: Fleet, rollouts: RolloutRequests | None = None) -> str:
     views = [view async for view in scan(fleet, lambda r: r.presence is Presence.PRESENT)]
     views.sort(key=lambda v: (_URGENCY[v.verdict.state], v.record.device.id))
     counts = dict.fromkeys(VerdictState, 0)
@@ -84,15 +87,18 @@ async def _rendered(fleet: Fleet) -> str:
     rest = len(views) - MAX_ROWS
     more = f"<p>{rest} more devices are not listed here.</p>" if rest > 0 else ""
     empty = "" if views else "<p>No devices are registered.</p>"
+    going = rollouts.unfinished() if rollouts is not None else []
+    of_device = rollouts.of_device if rollouts is not None and going else None
+    head = '<th scope="col">Roll-out</th>' if of_device is not None else ""
     ready = "ready" if fleet.readiness.ready else f"not ready: {escape(fleet.readiness.reason)}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><title>nomad-watchdog</title>'
         f"<style>{_STYLE}</style></head><body><h1>nomad-watchdog</h1><p>{len(views)} devices, "
-        f'{ready}</p><dl>{tiles}</dl>{_incidents(fleet)}<table><thead><tr><th scope="col">Device</th>'
+        f'{ready}</p><dl>{tiles}</dl>{_incidents(fleet)}{_rollouts(going)}<table><thead><tr><th scope="col">Device</th>'
         '<th scope="col">Verdict</th><th scope="col">Since</th><th scope="col">Reason</th>'
-        '<th scope="col">Address</th><th scope="col">Node</th></tr></thead><tbody>'
-        f"{''.join(_row(view) for view in views[:MAX_ROWS])}</tbody></table>{empty}{more}{_hosts(fleet)}"
+        f'<th scope="col">Address</th><th scope="col">Node</th>{head}</tr></thead><tbody>'
+        f"{''.join(_row(view, of_device) for view in views[:MAX_ROWS])}</tbody></table>{empty}{more}{_hosts(fleet)}"
         "</body></html>"
     )
 
@@ -143,8 +149,26 @@ def _no_agent(reason: str) -> str:
     return f"; no agent runs: <bdi>{escape(reason)}</bdi>" if reason else ""
 
 
-def _row(view: DeviceView) -> str:
+def _rollouts(going: Sequence[Mapping[str, object]]) -> str:
+    """The roll-outs that are not complete, one line each."""
+    names = ("Class", "Version", "State", "Step", "Ok", "Bad", "Waiting", "Reason", "Next")
+    heads = "".join(f'<th scope="col">{name}</th>' for name in names)
+    fields = ("class", "version", "state", "step", "ok", "failed", "waiting", "reason", "next")
+    lines = "".join(_cells(str(one[name]) for name in fields) for one in going[:MAX_ROLLOUTS])
+    rest = len(going) - MAX_ROLLOUTS
+    more = f"<p>{rest} more roll-outs are not listed here.</p>" if rest > 0 else ""
+    if not going:
+        return ""
+    return (
+        "<h2>Roll-outs</h2><p>Ok: devices watched by an agent of the version. Bad: devices that were well before, and "
+        "agents that ended too soon. Waiting: devices that do not have the version.</p>"
+        f"<table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>{more}"
+    )
+
+
+def _row(view: DeviceView, of_device: Callable[[Slug], str] | None) -> str:
     node = view.placement.node if view.placement is not None else ""
+    rollout = () if of_device is None else (of_device(view.record.slug),)
     return _cells(
         (
             view.record.device.id,
@@ -153,6 +177,7 @@ def _row(view: DeviceView) -> str:
             view.verdict.reason,
             view.record.device.address,
             node,
+            *rollout,
         )
     )
 

@@ -178,6 +178,10 @@ RolloutAnswer = TypedDict(
         "step": str,
         "devices": int,
         "on_version": int,
+        "ok": int,
+        "failed": int,
+        "waiting": int,
+        "next": str,
         "change": str,
     },
 )

@@ -35,6 +35,16 @@ def leaf(key: str, value: object) -> tuple[str, str]:
     return key, cell(value)
 
 
+def rollout_line(one: Mapping[str, object]) -> str:
+    """A roll-out in one line: class, version, state, step, numbers of devices, and what happens next."""
+    step = f", {one['step']}" if one.get("step") else ""
+    then = f"; next: {one['next']}" if one.get("next") else ""
+    return (
+        f"{one.get('class')} {one.get('version')}: {one.get('state')}{step}; {one.get('ok')} ok, "
+        f"{one.get('failed')} bad, {one.get('waiting')} waiting{then}"
+    )
+
+
 def mapping(value: object) -> Mapping[str, object]:
     """The value if it is an object, else an empty one."""
     return value if isinstance(value, dict) else {}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from nomad_watchdog.cli._answers import Fields
-from nomad_watchdog.cli._fields import mapping
+from nomad_watchdog.cli._fields import mapping, rollout_line
 from nomad_watchdog.terminal import clean
 from nomad_watchdog.units import age
 
@@ -14,7 +14,7 @@ WORST_FIRST: Final = ("offline", "failing", "unwatched", "degraded", "repairing"
 """Verdicts that are listed device by device."""
 MAX_DEVICES: Final = 8
 MAX_NOTES: Final = 7
-"""Lines about the control plane. With the first lines, the devices and a prompt they fit a terminal of 24 lines."""
+"""Lines about roll-outs and the control plane. With the first lines, the devices and a prompt they fit a terminal of 24 lines."""
 
 
 def status_lines(answer: Mapping[str, object]) -> list[str]:
@@ -27,11 +27,12 @@ def status_lines(answer: Mapping[str, object]) -> list[str]:
         f"on hold:  {'; '.join(_holds(answer)) or 'nothing'}",
         f"in work:  {', '.join(_work(answer)) or 'nothing'}",
     ]
-    notes = list(_notes(answer))
+    notes = [f"roll-out: {one}" for one in _rollouts(answer)]
+    notes += [f"attention: {one}" for one in _notes(answer)]
     if len(notes) > MAX_NOTES:
         more = len(notes) - MAX_NOTES + 1
-        notes[MAX_NOTES - 1 :] = [f"and {more} more, see `nomad-watchdog status -o wide`"]
-    return [*lines, *(f"attention: {note}" for note in notes)]
+        notes[MAX_NOTES - 1 :] = [f"and {more} more lines, see `nomad-watchdog status -o wide`"]
+    return [*lines, *notes]
 
 
 def counted(answer: Mapping[str, object]) -> list[tuple[str, int]]:
@@ -130,6 +131,12 @@ def _work(answer: Mapping[str, object]) -> Iterator[str]:
         (_number(open_, "open"), "open incident{s}"),
     )
     yield from (f"{n} {what.format(s='' if n == 1 else 's')}" for n, what in numbers if n)
+
+
+def _rollouts(answer: Mapping[str, object]) -> Iterator[str]:
+    """Roll-outs that are not complete, and what each waits for."""
+    for one in mapping(answer.get("rollouts")).values():
+        yield clean(rollout_line(mapping(one)))
 
 
 def _notes(answer: Mapping[str, object]) -> Iterator[str]:

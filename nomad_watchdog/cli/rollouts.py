@@ -11,6 +11,7 @@ import click
 from nomad_watchdog.cli import _complete
 from nomad_watchdog.cli._answers import PastRollouts, RolloutAnswer, RolloutsAnswer
 from nomad_watchdog.cli._api_client import quoted
+from nomad_watchdog.cli._fields import rollout_line
 from nomad_watchdog.cli._options import api_of, caller, no_color, output_option
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.terminal import clean, print_json, print_table
@@ -42,7 +43,18 @@ def list_rollouts(ctx: click.Context, output: str) -> None:
     if output == "json":
         print_json(answer)
         return
-    heads = ["CLASS", "VERSION", "PROVEN", "STATE", "STEP", "ON VERSION", "REASON"]
+    heads = [
+        "CLASS",
+        "VERSION",
+        "PROVEN",
+        "STATE",
+        "STEP",
+        "OK",
+        "BAD",
+        "WAITING",
+        "REASON",
+        "NEXT",
+    ]
     rows = [
         [
             one["class"],
@@ -50,8 +62,11 @@ def list_rollouts(ctx: click.Context, output: str) -> None:
             one["proven"] or "-",
             one["state"],
             one["step"] or "-",
-            f"{one['on_version']} of {one['devices']}",
+            one["ok"],
+            one["failed"],
+            one["waiting"],
             one["reason"],
+            one["next"],
         ]
         for one in answer["items"]
     ]
@@ -151,14 +166,10 @@ def _control(ctx: click.Context, agent_class: str, what: str, output: str) -> No
         _print(answer)
 
 
-def _line(answer: RolloutAnswer) -> str:
-    step = f", {answer['step']}" if answer["step"] else ""
-    reason = f": {answer['reason']}" if answer["reason"] else ""
-    return f"{answer['class']} {answer['version']}: {answer['state']}{step}{reason}"
-
-
 def _print(answer: RolloutAnswer) -> None:
-    click.echo(clean(_line(answer)))
+    click.echo(clean(rollout_line(answer)))
+    if answer["reason"]:
+        click.echo(clean(answer["reason"]))
     click.echo(
         clean(
             f"{answer['on_version']} of {answer['devices']} devices have version {answer['version']}; "
@@ -178,7 +189,7 @@ def _wait(ctx: click.Context, agent_class: str) -> RolloutAnswer:
             continue
         if answer["state"] in _EXITS:
             return answer
-        if (line := _line(answer)) != printed:
+        if (line := rollout_line(answer)) != printed:
             click.echo(clean(line), err=True)
             printed = line
         time.sleep(POLL_S)  # noqa: TID251  # a command that waits

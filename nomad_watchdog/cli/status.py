@@ -23,7 +23,7 @@ from nomad_watchdog.cli._answers import (
 )
 from nomad_watchdog.cli._api_client import PAGE, ApiClient, device_path
 from nomad_watchdog.cli._event_line import event_line
-from nomad_watchdog.cli._fields import leaf, mapping
+from nomad_watchdog.cli._fields import leaf, mapping, rollout_line
 from nomad_watchdog.cli._options import api_of, no_color, output_option
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.errors import TerminalError, TransientError, UserError
@@ -44,7 +44,12 @@ def status(ctx: click.Context, output: str) -> None:
     if output == "json":
         print_json(answer)
     elif output == "wide":
+        found = mapping(answer.pop("rollouts", None))
         _print_tree(answer)
+        if found:
+            click.echo("rollouts:")
+        for one in found.values():
+            click.echo(clean(f"  {rollout_line(mapping(one))}"))
     else:
         counts = _summary.counted(answer)
         lines = _summary.status_lines(answer)

@@ -6,17 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
+from nomad_watchdog.controllers import rollout_words
 from nomad_watchdog.controllers.rollout import RolloutController
 from nomad_watchdog.controllers.rollout_events import CHANGED, report, report_given_up
 from nomad_watchdog.controllers.rollout_state import PastRollout, RolloutState
-from nomad_watchdog.controllers.staged_rollout import StagedRollout
-from nomad_watchdog.core import allowed_times, rollout_progress
-from nomad_watchdog.core.rollout import window
+from nomad_watchdog.core import rollout_progress
 from nomad_watchdog.core.rollout_progress import RolloutProgress
-from nomad_watchdog.core.rollout_steps import Strategy
 from nomad_watchdog.errors import NotFoundError, PreconditionError
 from nomad_watchdog.fleet.fleet import Fleet
-from nomad_watchdog.model import AgentSpec, Presence, WallTime
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import AgentSpec, WallTime
 
 ABORTED_BY: Final = "aborted by"
 
@@ -44,18 +43,20 @@ class RolloutRequests:
         """For the status: roll-outs that are not complete; empty where new versions need no proof."""
         if not self._controller.on:
             return {}
-        controller = self._controller
-        names = [
-            name
-            for name in controller.configured
-            if self._words(name, controller.staged(name))[0] != "complete"
-        ]
         return {
             "rollouts": {
-                name: self.item(name) | {"wished": controller.configured[name].version}
-                for name in names
+                str(one["class"]): one | {"wished": one["version"]} for one in self.unfinished()
             }
         }
+
+    def unfinished(self) -> list[dict[str, object]]:
+        """The roll-outs that are not complete, by class."""
+        controller = self._controller
+        return [
+            self.item(name)
+            for name in sorted(controller.configured)
+            if rollout_words.standing(controller, name, self._fleet).state != "complete"
+        ]
 
     async def view(self) -> dict[str, object]:
         """The roll-outs of all classes. Raises as `RolloutController.read`."""
@@ -71,48 +72,44 @@ class RolloutRequests:
         """The roll-out of one class. Raises NotFoundError for an unknown class."""
         controller, spec = self._controller, self._spec(name)
         state, staged = controller.state(name), controller.staged(name)
-        in_force, soak = controller.specs()[name], controller.soak(name)
-        given_up = controller.is_given_up(name)
-        on_spec = self._on_spec(spec)
+        soak, numbers = controller.soak(name), rollout_words.counts(self._fleet, spec)
+        now = rollout_words.standing(controller, name, self._fleet)
         found: dict[str, object] = {
             "class": name,
             "version": spec.version,
             "spec": spec.spec_hash,
             "proven": state.good.version if state.good is not None else "",
-            "in_force": in_force.version,
-            "devices": self._devices(name),
-            "on_version": on_spec,
+            "in_force": controller.specs()[name].version,
+            "devices": numbers.devices,
+            "on_version": numbers.on_version,
+            "ok": numbers.ok,
+            "waiting": numbers.devices - numbers.on_version,
             "ready": staged.observed.ready if staged is not None else 0,
             "soaking": soak.soaking() if soak is not None else 0,
             "died": len(soak.died) if soak is not None else 0,
             "bad": 0,
-            "given_up": state.why if given_up else "",
+            "failed": len(soak.died) if soak is not None else 0,
+            "given_up": state.why if controller.is_given_up(name) else "",
             "step": "",
             "number": 0,
             "steps": 0,
             "paused_by": "",
             "change": self._change(state, spec),
+            "state": now.state,
+            "reason": now.reason,
+            "next": now.next,
         }
         if staged is not None:
-            found |= _step(staged, controller.progress(name))
-        return found | dict(zip(("state", "reason"), self._words(name, staged), strict=True))
+            found |= rollout_words.step_fields(staged, controller.progress(name))
+            found["failed"] = staged.observed.bad + staged.observed.died
+        return found
 
-    def _words(self, name: str, staged: StagedRollout | None) -> tuple[str, str]:
-        """State and reason of a roll-out."""
-        controller = self._controller
-        state, spec = controller.state(name), controller.configured[name]
-        if controller.is_given_up(name):
-            keeps = name in controller.halted() or state.keeps
-            return ("halted" if keeps else "aborted"), state.why
-        if name in controller.halted() and staged is not None:
-            return "waiting", "until its devices are known"
-        if name in controller.halted():
-            return _halted_words(state, controller.strategy(name))
-        if staged is not None:
-            return _staged_words(staged, controller.progress(name), self._fleet)
-        if controller.on and (state.good is None or state.good.spec_hash != spec.spec_hash):
-            return "running", "the version is on trial on all devices"
-        return "complete", ""
+    def of_device(self, slug: Slug) -> str:
+        """As `rollout_words.of_device`; "" for an unknown device."""
+        record = self._fleet.records.get(slug)
+        if record is None:
+            return ""
+        return rollout_words.of_device(self._controller, self._fleet, record)
 
     def history(self, name: str) -> dict[str, object]:
         """Roll-outs that are over, the newest last. Raises NotFoundError."""
@@ -265,80 +262,8 @@ class RolloutRequests:
             raise NotFoundError(f"there is no agent class {ascii(name)[:40]}; known: {known}")
         return found
 
-    def _devices(self, name: str) -> int:
-        return sum(
-            record.presence is Presence.PRESENT and record.device.agent_class == name
-            for record in self._fleet.records.values()
-        )
-
-    def _on_spec(self, spec: AgentSpec) -> int:
-        """Devices whose agent at the record's epoch has the spec."""
-        records = self._fleet.records
-        return sum(
-            any(
-                one.spec_hash == spec.spec_hash and one.epoch == records[slug].epoch
-                for one in found
-            )
-            for slug, found in self._fleet.placements.items()
-            if slug in records
-        )
-
     def _change(self, state: RolloutState, spec: AgentSpec) -> str:
         """What the configured spec changes in the proven one, in words; "" = nothing, or not known."""
         if state.good is None or state.good.spec_hash == spec.spec_hash:
             return ""
         return self._changes(spec.agent_class, state.good.spec_hash)
-
-
-def _halted_words(state: RolloutState, strategy: Strategy) -> tuple[str, str]:
-    if not strategy.steps or state.good is None:
-        return "waiting", "until it is known which versions were given up"
-    why = f"the template of version {state.good.version} is not known any more, so the others can't keep it"
-    return "halted", f"{why}: restore its file, or remove the steps of the class for this version"
-
-
-def _step(staged: StagedRollout, progress: RolloutProgress) -> dict[str, object]:
-    seen = staged.observed
-    step = staged.strategy.steps[min(progress.step, len(staged.strategy.steps) - 1)]
-    return {
-        "step": rollout_progress.in_words(staged.strategy, progress, staged.turns),
-        "number": progress.step + 1,
-        "steps": len(staged.strategy.steps),
-        "step_devices": seen.members,
-        "tried": seen.tried,
-        "died": seen.died,
-        "bad": seen.bad,
-        "soaked_s": round(staged.soaked_s, 1),
-        "soak_s": step.soak_s,
-        "paused_by": progress.paused_by,
-        "began": progress.began,
-        "since": progress.since,
-    }
-
-
-def _staged_words(
-    staged: StagedRollout, progress: RolloutProgress, fleet: Fleet
-) -> tuple[str, str]:
-    step = staged.strategy.steps[min(progress.step, len(staged.strategy.steps) - 1)]
-    if progress.paused_by:
-        return "paused", f"paused by {progress.paused_by}; `resume` goes on"
-    if step.pause:
-        return "paused", "waits for `nomad-watchdog rollouts promote`"
-    if staged.refused:
-        return "running", f"the scheduler can't be prepared for it: {staged.refused}"
-    now = fleet.clock.wall()
-    if not allowed_times.allowed(staged.strategy.allow, now):
-        opens = allowed_times.begins_next(staged.strategy.allow, now)
-        after = "" if opens is None else f", in {(opens - now) / 60:.0f} min"
-        times = ", ".join(one.text for one in staged.strategy.allow)
-        return "waiting", f"outside of rollout.allow ({times}){after}"
-    seen = staged.observed
-    if rollout_progress.is_ready(staged.strategy, seen):
-        left_s = max(0.0, step.soak_s - staged.soaked_s)
-        return (
-            "soaking",
-            f"{seen.ready} of {seen.members} agents are ready; {left_s:.0f} s of soak are left",
-        )
-    unready, most = fleet.agents.unready(), window(len(fleet.records), fleet.limits)
-    full = f"; {unready} devices have no ready agent now, {most} may" if unready >= most else ""
-    return "running", f"{seen.ready} of {seen.members} agents of the step are ready{full}"

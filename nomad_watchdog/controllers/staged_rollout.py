@@ -57,6 +57,8 @@ class StagedRollout:
     """As last observed."""
     _at: tuple[int, str | None] = (-1, None)
     """Step and group of what follows."""
+    _first_steps: Mapping[Slug, int] | None = None
+    """As of `rollout_steps.first_steps`; None = not needed since the progress was applied."""
     _soak: Soak = field(default_factory=lambda: Soak(_NO_LIMIT))
     _well: dict[Slug, bool] = field(default_factory=dict)
     """Device of the step → whether it was well before its agent got the spec."""
@@ -85,7 +87,7 @@ class StagedRollout:
     def follow(self, progress: RolloutProgress) -> None:
         """Apply the stored progress: which devices should have the spec now."""
         at, members = (progress.step, progress.group), list(self._members())
-        self._is_over = False
+        self._is_over, self._first_steps = False, None
         self.turns = rollout_steps.turns(
             self.strategy.steps, progress.step, progress.group, members
         )
@@ -119,6 +121,16 @@ class StagedRollout:
     def interrupted(self) -> None:
         """Nothing was observed for a while: what did not happen in that time does not count."""
         self._progress_at = self.fleet.clock.monotonic()
+
+    def first_step(self, slug: Slug) -> int:
+        """The number of the first step that has this device, 0 = the first."""
+        if self._first_steps is None:
+            self._first_steps = rollout_steps.first_steps(self.strategy.steps, self._members())
+        return self._first_steps.get(slug, len(self.strategy.steps) - 1)
+
+    def has_died(self, slug: Slug) -> bool:
+        """Whether the device's agent of the spec ended too soon in this step."""
+        return slug in self._soak.died
 
     def starts_with_it(self, slug: Slug, move: Move | None = None) -> bool:
         """Whether an agent that is started for a device now, or replaced in place for this reason, gets the spec: if

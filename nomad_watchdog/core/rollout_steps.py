@@ -115,6 +115,16 @@ def turns(
     return RolloutTurns(frozenset(passed), frozenset(m.slug for m in found) - passed, groups)
 
 
+def first_steps(steps: Sequence[RolloutStep], members: Iterable[Member]) -> dict[Slug, int]:
+    """Device → number of the first step that has it, 0 = the first."""
+    ordered = sorted(members, key=lambda one: _rank(one.slug))
+    found: dict[Slug, int] = {}
+    for number, one in enumerate(steps):
+        for member in _of_step(one, ordered):
+            found.setdefault(member.slug, number)
+    return found
+
+
 def current_group(groups: Sequence[str], group: str | None) -> str:
     """The value that has its turn: the stored one, or the next one if no device has that any more. `groups`: not
     empty."""

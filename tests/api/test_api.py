@@ -518,11 +518,11 @@ async def test_the_page_is_made_once_for_all_who_ask_meanwhile(
         if come == 20:
             all_there.set()
 
-    async def make(fleet: Any) -> str:
+    async def make(*parts: Any) -> str:
         nonlocal made
         made += 1
         await all_there.wait()
-        return await real(fleet)
+        return await real(*parts)
 
     monkeypatch.setattr(page, "check_query", count)
     monkeypatch.setattr(page, "_rendered", make)

@@ -40,6 +40,12 @@ BAD = GOOD | {
     "in_work": 2,
     "waiting_rollout": 7,
     "incidents": {"open": 1},
+    "rollouts": {
+        "gate": {
+            "class": "gate", "version": "2", "state": "in progress", "step": "step 1 of 3", "ok": 2, "failed": 0,
+            "waiting": 8, "next": "soaks for 9m",
+        }
+    },
     "config": {"problem": "line 3: no such setting", "needs_restart": ["api.listen"]},
     "unprepared_classes": {f"class-{n}": "no template" for n in range(20)},
     "closed_nodes": [{"node": "n1", "state": "draining", "agents": 9, "waits": "no room elsewhere"}],
@@ -78,9 +84,11 @@ def test_what_needs_an_operator_is_named_with_what_to_do() -> None:
     assert f"on hold:  {stops}; {departures}" in lines
     work = "2 actions running, 4 actions queued, 7 agents waiting for a roll-out, 1 open incident"
     assert f"in work:  {work}" in lines
+    progress = "2 ok, 0 bad, 8 waiting; next: soaks for 9m"
+    assert f"roll-out: gate 2: in progress, step 1 of 3; {progress}" in lines
     assert "attention: configuration: line 3: no such setting" in lines
     assert "attention: restart the service to apply api.listen" in lines
-    assert lines[-1] == "attention: and 17 more, see `nomad-watchdog status -o wide`"
+    assert lines[-1] == "and 18 more lines, see `nomad-watchdog status -o wide`"
 
 
 def test_the_worst_devices_are_listed_and_the_rest_is_counted() -> None:

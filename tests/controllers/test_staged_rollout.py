@@ -421,9 +421,9 @@ async def test_outside_of_the_allowed_times_nothing_is_replaced(registry: Sqlite
     for _ in range(5):
         await fleet.tick()
     assert (fleet.state(), fleet.started) == ("waiting", [])
-    assert "outside of rollout.allow (00:00-00:01), in 7" in str(
-        fleet.requests.item(CLASS)["reason"]
-    )
+    item = fleet.requests.item(CLASS)
+    assert item["reason"] == "outside of rollout.allow (00:00-00:01)"
+    assert str(item["next"]).startswith("continues in 7")
     fleet.site.clock.now += 12 * 3600 - fleet.site.clock.wall() % 43_200
     await fleet.until(lambda: len(fleet.with_version("2")) == 3, 30)
     fleet.site.clock.now += 3600.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from tests.agent.world import OK, Listener, says
@@ -92,6 +93,13 @@ async def test_a_bad_version_is_tried_on_two_devices_only(
             assert (await program("rollouts", "promote", "default"))[0] == 0
             await wait(75, "default 3: paused, step 2 of 3")
             assert await versions() == ["1"] * 4 + ["3"] * 2
+            _, out, _ = await program("status")
+            line = "  default 3: paused, step 2 of 3; 2 ok, 0 bad, 4 waiting; next: nothing until"
+            assert line in out, out
+            said = [(await program.json("explain", name))["rollout"] for name in NAMES]
+            keeps = "the device keeps version 1 until step 3 of 3 of the roll-out of version 3 (now"
+            assert sum(one.startswith(keeps) for one in said) == 4, said
+            assert "<td><bdi>the device keeps version 1 until step 3" in await page(program)
             _, out, _ = await program("rollouts", "diff", "default")
             assert out.startswith("version 1 -> 3\n")
             assert "version 1 → 3" in out
@@ -108,6 +116,15 @@ async def test_a_bad_version_is_tried_on_two_devices_only(
     finally:
         await device.stop()
         await alive.stop()
+
+
+async def page(program: Program) -> str:
+    """The text of the status page."""
+    async with (
+        aiohttp.ClientSession() as client,
+        client.get(f"http://127.0.0.1:{program.port}/") as response,
+    ):
+        return await response.text()
 
 
 async def _items(program: Program) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from nomad_watchdog.controllers import rollout_words
 from nomad_watchdog.controllers.agents.executor import ActionExecutor
 from nomad_watchdog.controllers.agents.placement_informer import PlacementInformer
 from nomad_watchdog.controllers.agents.plan_builder import PlanBuilder
@@ -109,6 +110,7 @@ class LoopStatus:
             "holder": lease.holder,
             "next_resync_in_s": round(self.informer.until_resync_s, 1),
             **self._home(slug),
+            **self._rollout(slug),
         }
 
     def _home(self, slug: Slug) -> dict[str, object]:
@@ -117,6 +119,14 @@ class LoopStatus:
         if record is None or not (home := homes.of(record)):
             return {}
         return {"home": home, "should_live_on": homes.goal(record)}
+
+    def _rollout(self, slug: Slug) -> dict[str, object]:
+        """What the roll-out of its class means for a device."""
+        record = self.fleet.records.get(slug)
+        if record is None:
+            return {}
+        words = rollout_words.of_device(self.classes.rollouts, self.fleet, record)
+        return {"rollout": words} if words else {}
 
     def _next(self, slug: Slug, lease: Lease) -> str:
         """What happens next for a device, and what it waits for; never empty."""
