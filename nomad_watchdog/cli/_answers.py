@@ -104,6 +104,7 @@ class _Plan(TypedDict):
 class PlanAnswer(_Plan, total=False):
     waiting: list[str]
     rollouts: list[Text]
+    staged: list[Text]
     inventory: list[Text]
     not_in_force: list[str]
     preparing: list[str]

@@ -152,7 +152,11 @@ def _print(view: PlanAnswer, output: str, ctx: click.Context) -> None:
         print_json(view)
         return
     _print_actions(view, ctx)
-    for one in [*view.get("rollouts", ()), *view.get("inventory", ())]:
+    for one in [
+        *view.get("rollouts", ()),
+        *view.get("staged", ()),
+        *view.get("inventory", ()),
+    ]:
         click.echo(clean(one["text"]))
     if differing := view.get("not_in_force"):
         click.echo(

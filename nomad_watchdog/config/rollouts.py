@@ -72,10 +72,16 @@ class RolloutStrategySettings(Block):
         tuple[Annotated[str, AfterValidator(checked_time)], ...], Field(max_length=32)
     ] = ()
     repairs: bool = False
+    upgrades: Literal["now", "wait"] = "now"
 
-    def strategy(self) -> Strategy:
+    def strategy(self, *, own_version: bool, soak_s: float) -> Strategy:
+        """`own_version`: the version of the class is that of the control plane. `soak_s`: soak of a class without steps
+        that waits for an upgrade; it has one of all devices."""
+        defers = own_version and self.upgrades == "wait"
+        whole = [rollout_steps.RolloutStep(soak_s=soak_s)] if defers else []
         return Strategy(
-            steps=rollout_steps.complete(one.step() for one in self.step),
+            steps=rollout_steps.complete([one.step() for one in self.step] or whole),
+            defers_upgrades=defers,
             progress_deadline_s=self.progress_deadline,
             abort_share=self.abort_share,
             abort_min=self.abort_min,

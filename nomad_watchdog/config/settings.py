@@ -198,7 +198,9 @@ class Settings(Block):
     def strategies(self) -> dict[str, Strategy]:
         """How the versions of each class are rolled out."""
         return {
-            name: (kind.rollout or self.rollout).strategy()
+            name: (kind.rollout or self.rollout).strategy(
+                own_version="version" not in kind.model_fields_set, soak_s=self.rollout.soak
+            )
             for name, kind in self.agent_class.items()
         }
 

@@ -229,9 +229,16 @@ class RolloutController:
 
     def progress(self, name: str) -> RolloutProgress:
         """How far the configured spec of a class has come in its roll-out in steps."""
-        spec, now = self._configured[name], self._fleet.clock.wall()
-        stored, steps = self.state(name).progress, self.strategy(name).steps
-        return rollout_progress.of_spec(stored, spec.spec_hash, spec.version, len(steps), now)
+        spec, strategy, state = self._configured[name], self.strategy(name), self.state(name)
+        is_upgrade = state.good is not None and state.good.version != spec.version
+        return rollout_progress.of_spec(
+            state.progress,
+            spec.spec_hash,
+            spec.version,
+            len(strategy.steps),
+            self._fleet.clock.wall(),
+            defers=strategy.defers_upgrades and is_upgrade,
+        )
 
     def state(self, name: str) -> RolloutState:
         """What the registry stores of a class, as last read."""

@@ -18,6 +18,9 @@ from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import AgentSpec
 
+DEFERRAL: Final = (
+    "it waits for an operator, because the control plane was upgraded (rollout.upgrades)"
+)
 SAVE_SOAK_S: Final = 10.0
 """Soak time that is lost at most when another replica becomes the leader, seconds; less for a short soak."""
 
@@ -73,7 +76,9 @@ class RolloutJudge:
         )
         if await self._book.write(name, replace(self._book.state(name), progress=first)):
             steps = len(self._book.strategy(name).steps)
-            report(self._fleet, name, STARTED, f"version {progress.version}, in {steps} steps")
+            how = f"in {steps} steps" if steps > 1 else "in 1 step"
+            waits = f"; {DEFERRAL}" if progress.paused_by else ""
+            report(self._fleet, name, STARTED, f"version {progress.version}, {how}{waits}")
 
     async def judge_steps(
         self, name: str, staged: StagedRollout, progress: RolloutProgress, lasted_s: float

@@ -193,6 +193,8 @@ class RolloutRequests:
             case "promote-all":
                 at_last = replace(progress, step=last, group=None, soaked_s=0.0, promoted=True)
             case _:
+                if progress.paused_by == rollout_progress.DEFERRED:
+                    return replace(progress, paused_by="")
                 groups = staged.turns.groups
                 if progress.step >= last and not rollout_progress.next_group(progress, groups):
                     return replace(progress, promoted=True, paused_by="")

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from nomad_watchdog.controllers.rollout import RolloutController
+from nomad_watchdog.controllers.rollout_judge import DEFERRAL
 from nomad_watchdog.controllers.staged_rollout import StagedRollout
 from nomad_watchdog.core import allowed_times, rollout_progress
+from nomad_watchdog.core.goals import Changes
 from nomad_watchdog.core.rollout import window
 from nomad_watchdog.core.rollout_progress import RolloutProgress
 from nomad_watchdog.fleet.fleet import Fleet
@@ -107,7 +109,7 @@ def _staged(staged: StagedRollout, progress: RolloutProgress, name: str, fleet: 
     step = staged.strategy.steps[min(progress.step, len(staged.strategy.steps) - 1)]
     if progress.paused_by:
         resume = f"nothing until `{COMMAND} resume {name}`"
-        return Standing("paused", f"paused by {progress.paused_by}", resume)
+        return Standing("paused", _paused(progress), resume)
     if step.pause:
         promote = f"nothing until `{COMMAND} promote {name}`"
         return Standing("paused", "a pause that waits for an operator", promote)
@@ -124,6 +126,12 @@ def _staged(staged: StagedRollout, progress: RolloutProgress, name: str, fleet: 
         after = "" if opens is None else f" in {(opens - now) / 60:.0f} min"
         return Standing("waiting", f"outside of rollout.allow ({times})", f"continues{after}")
     return _going(staged, progress, fleet)
+
+
+def _paused(progress: RolloutProgress) -> str:
+    if progress.paused_by == rollout_progress.DEFERRED:
+        return DEFERRAL
+    return f"paused by {progress.paused_by}"
 
 
 def _going(staged: StagedRollout, progress: RolloutProgress, fleet: Fleet) -> Standing:
@@ -237,14 +245,22 @@ def _of_staged(
     )
 
 
-def announced(controller: RolloutController) -> Iterator[dict[str, object]]:
-    """The roll-outs in steps, for a plan."""
+def announced(controller: RolloutController, changes: Changes) -> Iterator[dict[str, object]]:
+    """The roll-outs in steps, for a plan. `changes`: as of `core.goals.Goals`."""
     for name, spec in sorted(controller.configured.items()):
         staged = controller.staged(name)
         if staged is None or controller.is_given_up(name):
             continue
-        progress, proven = controller.progress(name), controller.specs()[name].version
+        progress, proven = controller.progress(name), controller.specs()[name]
         where = rollout_progress.in_words(staged.strategy, progress, staged.turns)
-        waits = f", paused by {progress.paused_by}" if progress.paused_by else ""
-        text = f"class {name}: version {proven} → {spec.version} in steps, {where}{waits}"
-        yield {"class": name, "version": spec.version, "proven": proven, "text": text}
+        waits = ""
+        if progress.paused_by:
+            waits = f", {_paused(progress)}: `{COMMAND} resume {name}` begins it"
+        what = changes(name, proven.spec_hash) or f"version {proven.version} → {spec.version}"
+        yield {
+            "class": name,
+            "version": spec.version,
+            "proven": proven.version,
+            "paused_by": progress.paused_by,
+            "text": f"class {name}: roll-out in steps, {where}{waits}; {what}",
+        }

@@ -73,13 +73,26 @@ class Observed:
     """Why the scheduler can't be prepared for the spec."""
 
 
+DEFERRED: Final = "rollout.upgrades"
+"""`RolloutProgress.paused_by` of a version that came with another version of the control plane."""
+
+
 def of_spec(
-    stored: RolloutProgress | None, spec: str, version: str, steps: int, now: WallTime
+    stored: RolloutProgress | None,
+    spec: str,
+    version: str,
+    steps: int,
+    now: WallTime,
+    *,
+    defers: bool = False,
 ) -> RolloutProgress:
     """The progress of a spec (its hash): the stored one if it is of this spec, else one that begins now. `steps`:
-    number of steps; the configuration may have fewer than when it was stored."""
+    number of steps; the configuration may have fewer than when it was stored. `defers`: it begins paused, unless another
+    spec of this version has begun."""
     if stored is None or stored.spec != spec:
-        return RolloutProgress(spec, version, began=now)
+        begun = stored is not None and stored.version == version and stored.paused_by != DEFERRED
+        paused_by = DEFERRED if defers and not begun else ""
+        return RolloutProgress(spec, version, began=now, paused_by=paused_by)
     last = max(steps - 1, 0)
     if stored.step <= last:
         return stored

@@ -62,6 +62,8 @@ class Strategy:
     """When agents may be replaced by it; empty = always."""
     repairs: bool = False
     """Agents of an unproven spec repair devices."""
+    defers_upgrades: bool = False
+    """The version is that of the control plane, and another one begins paused."""
 
 
 AT_ONCE: Final = Strategy()

@@ -268,10 +268,12 @@ def test_docs_name_every_setting_and_no_other() -> None:
 
 
 def test_the_example_of_roll_outs_is_valid(tmp_path: Path) -> None:
-    """The HCL example of docs/rollouts.md passes the check, each block on one line, and its steps are complete."""
+    """The HCL examples of docs/rollouts.md pass the check, each block on one line, and the steps are complete."""
     text = (DOCS / "rollouts.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```hcl\n(.*?)```", text, re.DOTALL)
-    (strategy,) = load(write(tmp_path, example)).strategies().values()
+    examples = re.findall(r"```hcl\n(.*?)```", text, re.DOTALL)
+    found = [load(write(tmp_path, one)).strategies()["default"] for one in examples]
+    strategy, deferred = found
+    assert deferred.defers_upgrades
     assert [one.soak_s for one in strategy.steps] == [600.0, 1800.0, 0.0, 0.0]
     assert [one.by for one in strategy.steps] == ["", "", "", "site"]
 
@@ -287,6 +289,7 @@ def test_the_example_of_roll_outs_is_valid(tmp_path: Path) -> None:
         ("step { fraction = 0 }", "rollout > step[0] > fraction"),
         ('allow = ["Mo 9-16"]', "'Mo 9-16' is not a weekly time"),
         ('on_abort = "stop"', "rollout > on_abort"),
+        ('upgrades = "never"', "rollout > upgrades"),
         ("step {\n selector = 5\n }", "rollout > step[0] > selector"),
     ],
 )
@@ -294,6 +297,39 @@ def test_what_is_no_roll_out(tmp_path: Path, text: str, why: str) -> None:
     """Each is refused with its place in the file."""
     with pytest.raises(UserError, match=re.escape(why)):
         load(write(tmp_path, f"rollout {{\n {text}\n}}\n"))
+
+
+def test_an_upgrade_waits_in_classes_without_a_version_of_their_own(tmp_path: Path) -> None:
+    """Such a class has at least one step, with the soak of the fleet; a class with a version is rolled out as before."""
+    text = """
+    rollout {
+      upgrades = "wait"
+      soak     = "5m"
+    }
+    agent_class "own" {
+      version = "1"
+      PROBE
+    }
+    agent_class "default" {
+      PROBE
+    }
+    agent_class "steps" {
+      PROBE
+      rollout {
+        upgrades = "wait"
+        step { count = 1 }
+      }
+    }
+    agent_class "now" {
+      PROBE
+      rollout {}
+    }
+    """.replace("PROBE", 'probe "tcp" { port = 80 }')
+    found = load(write(tmp_path, text)).strategies()
+    assert {name for name, one in found.items() if one.defers_upgrades} == {"default", "steps"}
+    assert [step.soak_s for step in found["default"].steps] == [300.0]
+    assert len(found["steps"].steps) == 2
+    assert not found["own"].steps
 
 
 def test_the_example_of_the_docs_is_valid(tmp_path: Path) -> None:

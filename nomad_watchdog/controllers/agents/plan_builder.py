@@ -12,6 +12,7 @@ from nomad_watchdog.controllers.agents.capacity import CapacityMonitor
 from nomad_watchdog.controllers.agents.prepared_classes import PreparedClasses
 from nomad_watchdog.controllers.held_changes import report_hold
 from nomad_watchdog.controllers.migration import MigrationController
+from nomad_watchdog.controllers.rollout_words import announced
 from nomad_watchdog.core import planner, rollout
 from nomad_watchdog.core.actions import Action, Move
 from nomad_watchdog.core.goals import Goals
@@ -211,6 +212,7 @@ class PlanBuilder:
             "specs": self.classes.rollouts.configured_hashes(),
             "not_in_force": list(self.classes.in_force.differences()),
             "preparing": sorted(self.classes.behind()),
+            "staged": list(announced(self.classes.rollouts, self.classes.changes)),
             "unprepared_classes": dict(self.classes.unprepared),
             "unplaced": self._unplaced(),
         }
