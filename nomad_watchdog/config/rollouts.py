@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from nomad_watchdog.config.types import Block, Fraction, Positive, Seconds, Text
+from nomad_watchdog.config.types import Block, Fraction, Positive, Seconds, Text, Url
 from nomad_watchdog.core import allowed_times, rollout_steps
+from nomad_watchdog.core.rollout_analysis import Analysis
 from nomad_watchdog.core.rollout_steps import Strategy
 
 
@@ -58,6 +60,43 @@ class RolloutStepSettings(Block):
         )
 
 
+class AnalysisSettings(Block):
+    """A query of Prometheus that judges a version while a step has its turn."""
+
+    url: Url
+    query: Annotated[str, Field(max_length=1024, pattern=r"\S")]
+    min: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    max: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    failures: Annotated[int, Field(ge=1, le=1000)] = 3
+    interval: Annotated[Positive, Field(ge=1)] = 30.0
+    timeout: Annotated[Positive, Field(le=60)] = 5.0
+    token_file: Text = ""
+
+    @model_validator(mode="after")
+    def _fits(self) -> AnalysisSettings:
+        if self.min is None and self.max is None:
+            raise ValueError("analysis needs min or max: the limits of the query's value")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min ({self.min:g}) is more than max ({self.max:g})")
+        if self.timeout > self.interval:
+            raise ValueError(
+                f"timeout ({self.timeout:g}s) must not be longer than interval ({self.interval:g}s)"
+            )
+        return self
+
+    def rules(self) -> Analysis:
+        return Analysis(
+            url=self.url,
+            query=self.query,
+            minimum=-math.inf if self.min is None else self.min,
+            maximum=math.inf if self.max is None else self.max,
+            failures=self.failures,
+            interval_s=self.interval,
+            timeout_s=self.timeout,
+            token_file=self.token_file,
+        )
+
+
 class RolloutStrategySettings(Block):
     """What a class may override."""
 
@@ -73,6 +112,7 @@ class RolloutStrategySettings(Block):
     ] = ()
     repairs: bool = False
     upgrades: Literal["now", "wait"] = "now"
+    analysis: AnalysisSettings | None = None
 
     def strategy(self, *, own_version: bool, soak_s: float) -> Strategy:
         """`own_version`: the version of the class is that of the control plane. `soak_s`: soak of a class without steps
@@ -82,6 +122,7 @@ class RolloutStrategySettings(Block):
         return Strategy(
             steps=rollout_steps.complete([one.step() for one in self.step] or whole),
             defers_upgrades=defers,
+            analysis=None if self.analysis is None else self.analysis.rules(),
             progress_deadline_s=self.progress_deadline,
             abort_share=self.abort_share,
             abort_min=self.abort_min,

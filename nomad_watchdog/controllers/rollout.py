@@ -19,7 +19,7 @@ from nomad_watchdog.controllers.rollout_state import (
     document_format,
     restored,
 )
-from nomad_watchdog.controllers.staged_rollout import StagedRollout, publish
+from nomad_watchdog.controllers.staged_rollout import ReadQuery, StagedRollout, publish
 from nomad_watchdog.core import rollout_progress
 from nomad_watchdog.core.actions import Action, ActionOutcome, Move
 from nomad_watchdog.core.rollout_progress import RolloutProgress
@@ -303,6 +303,11 @@ class RolloutController:
             {name: frozenset(one.trials) for name, one in self._staged.items()},
             self._in_force_now,
         )
+
+    async def analyse(self, read: ReadQuery) -> None:
+        """As the leader, read the queries that are due. `read` raises nothing."""
+        if is_leader(self._leases):
+            await asyncio.gather(*(one.analyse(read) for one in list(self._staged.values())))
 
     async def read(self) -> None:
         """Read the documents and apply them. Raises what the registry raises."""

@@ -95,7 +95,8 @@ class RolloutJudge:
         if (after.step, after.group) == (progress.step, progress.group):
             staged.soaked_s = after.soaked_s
             soak_s = strategy.steps[progress.step].soak_s
-            if abs(after.soaked_s - progress.soaked_s) >= min(SAVE_SOAK_S, soak_s / 10):
+            gained_s = abs(after.soaked_s - progress.soaked_s)
+            if gained_s and gained_s >= min(SAVE_SOAK_S, soak_s / 10):
                 await self._book.write(name, replace(self._book.state(name), progress=after))
             return
         if after.step >= len(strategy.steps):

@@ -144,10 +144,12 @@ def _going(staged: StagedRollout, progress: RolloutProgress, fleet: Fleet) -> St
     soak_s = staged.strategy.steps[progress.step].soak_s
     if rollout_progress.is_ready(staged.strategy, seen):
         left_s = max(0.0, soak_s - staged.soaked_s)
+        query = f"; {seen.query_waits} (rollout.analysis)" if seen.query_waits else ""
         return Standing(
             "soaking",
-            f"{seen.ready} of {seen.members} agents are ready; {left_s:.0f} s of soak are left",
-            f"{then} in {left_s:.0f} s",
+            f"{seen.ready} of {seen.members} agents are ready; {left_s:.0f} s of soak are left{query}",
+            f"{then} in {left_s:.0f} s"
+            + (" if the query is within its limits then" if query else ""),
         )
     unready, most = fleet.agents.unready(), window(len(fleet.records), fleet.limits)
     full = f"; {unready} devices have no ready agent now, {most} may" if unready >= most else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -11,6 +11,7 @@ from nomad_watchdog.controllers.rollout_state import MAX_UNWELL
 from nomad_watchdog.core import rollout_progress, rollout_steps
 from nomad_watchdog.core.actions import Action, ActionKind, ActionOutcome, Move
 from nomad_watchdog.core.allowed_times import allowed
+from nomad_watchdog.core.rollout_analysis import Analysis, Measured, QueryValue, after, why_bad
 from nomad_watchdog.core.rollout_progress import Observed, RolloutProgress
 from nomad_watchdog.core.rollout_soak import ObservedRun, Soak, SoakLimits
 from nomad_watchdog.core.rollout_steps import Member, RolloutTurns, Strategy
@@ -27,6 +28,7 @@ from nomad_watchdog.model import (
 
 _UP: Final = (PlacementState.RUNNING, PlacementState.LOST)
 _ENDS: Final = (PlacementState.STOPPING, PlacementState.DEAD)
+ReadQuery = Callable[[Analysis], Awaitable[QueryValue]]
 _NO_LIMIT: Final = SoakLimits(soak_s=float("inf"))
 """An agent on trial that was ready and ends before its step has passed has ended too soon."""
 
@@ -55,6 +57,9 @@ class StagedRollout:
     """From then on a device of which nothing is known is not waited for."""
     observed: Observed = field(default_factory=Observed)
     """As last observed."""
+    measured: Measured = field(default_factory=Measured)
+    """What the query of the analysis has shown in this step."""
+    _queried_at: Monotonic = field(default=Monotonic(float("-inf")))
     _at: tuple[int, str | None] = (-1, None)
     """Step and group of what follows."""
     _first_steps: Mapping[Slug, int] | None = None
@@ -95,6 +100,7 @@ class StagedRollout:
             self._at, self.soaked_s = at, progress.soaked_s
             self._soak, self._ready, self._control = Soak(_NO_LIMIT), 0, None
             self._unready.clear()
+            self.measured = Measured()
             self.interrupted()
             self._remember(progress)
         open_now = allowed(self.strategy.allow, self.fleet.clock.wall())
@@ -197,7 +203,31 @@ class StagedRollout:
             control=len(control),
             without_progress_s=now - self._progress_at,
             refused=self.refused,
+            **self._queried(now),
         )
+
+    def _queried(self, now: Monotonic) -> dict[str, str]:
+        """The fields of `Observed` of the query."""
+        rules = self.strategy.analysis
+        if rules is None:
+            return {}
+        if not self.going:
+            self.measured = Measured()
+        bad = why_bad(rules, self.measured, now, self.strategy.progress_deadline_s)
+        waits = "" if self.measured.passed else self.measured.words
+        return {"query_bad": bad, "query_waits": waits}
+
+    async def analyse(self, read: ReadQuery) -> None:
+        """Read the query of the analysis, if devices try the spec now and its interval has passed."""
+        rules, now, at = self.strategy.analysis, self.fleet.clock.monotonic(), self._at
+        if rules is None or not (self.going and self.observed.tried):
+            return
+        if now - self._queried_at < rules.interval_s:
+            return
+        self._queried_at = now
+        found = await read(rules)
+        if self._at == at:
+            self.measured = after(rules, self.measured, found, self.fleet.clock.monotonic())
 
     def _note_well(self, slugs: AbstractSet[Slug]) -> None:
         """Whether these devices, whose agents do not have the spec, are well."""

@@ -71,6 +71,10 @@ class Observed:
     """Since another agent of the step became ready, or the step was allowed to go on, whichever is later."""
     refused: str = ""
     """Why the scheduler can't be prepared for the spec."""
+    query_bad: str = ""
+    """Why the query of the analysis makes the version bad."""
+    query_waits: str = ""
+    """Why the step may not pass because of the query, in words; "" = it may."""
 
 
 DEFERRED: Final = "rollout.upgrades"
@@ -117,6 +121,8 @@ def why_bad(strategy: Strategy, seen: Observed) -> str:
                 f"{seen.bad} of {seen.judged} devices are not well since they have it, "
                 f"and {seen.control_bad} of {seen.control} devices without it"
             )
+    if seen.query_bad:
+        return seen.query_bad
     if seen.without_progress_s > strategy.progress_deadline_s and not _is_nearly_ready(seen):
         why = f": {seen.refused}" if seen.refused else ""
         return (
@@ -157,8 +163,8 @@ def advance(
     if not is_ready(strategy, seen):
         return replace(progress, soaked_s=0.0) if progress.soaked_s else progress
     soaked_s = progress.soaked_s + lasted_s
-    if soaked_s < step.soak_s and not progress.promoted:
-        return replace(progress, soaked_s=soaked_s)
+    if (soaked_s < step.soak_s or seen.query_waits) and not progress.promoted:
+        return replace(progress, soaked_s=min(soaked_s, step.soak_s))
     return promoted(strategy, progress, groups)
 
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Final
 
 from nomad_watchdog.core.allowed_times import WeeklyTime
+from nomad_watchdog.core.rollout_analysis import Analysis
 from nomad_watchdog.ids import Slug
 
 
@@ -62,6 +63,8 @@ class Strategy:
     """When agents may be replaced by it; empty = always."""
     repairs: bool = False
     """Agents of an unproven spec repair devices."""
+    analysis: Analysis | None = None
+    """A query that must be within its limits; None = none."""
     defers_upgrades: bool = False
     """The version is that of the control plane, and another one begins paused."""
 

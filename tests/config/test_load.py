@@ -17,7 +17,7 @@ from nomad_watchdog.config.pools import MetricSettings
 from nomad_watchdog.config.probes import GatewaySettings, ProbeSettings
 from nomad_watchdog.config.problems import model_of
 from nomad_watchdog.config.relief import SignalSettings
-from nomad_watchdog.config.rollouts import RolloutStepSettings
+from nomad_watchdog.config.rollouts import AnalysisSettings, RolloutStepSettings
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.units import parse_duration, parse_size
@@ -254,6 +254,7 @@ def test_docs_name_every_setting_and_no_other() -> None:
     assert {f"agent_class.{name}" for name in AgentClassSettings.model_fields} <= wanted
     wanted |= {f"on.{name}" for name in BackendOverrides.model_fields}
     wanted |= {f"step.{name}" for name in RolloutStepSettings.model_fields}
+    wanted |= {f"analysis.{name}" for name in AnalysisSettings.model_fields}
     wanted |= {f"probe.{name}" for name in ProbeSettings.model_fields}
     wanted |= {f"metric.{name}" for name in MetricSettings.model_fields}
     wanted |= {f"gateway.{name}" for name in GatewaySettings.model_fields}
@@ -272,7 +273,8 @@ def test_the_example_of_roll_outs_is_valid(tmp_path: Path) -> None:
     text = (DOCS / "rollouts.md").read_text(encoding="utf-8")
     examples = re.findall(r"```hcl\n(.*?)```", text, re.DOTALL)
     found = [load(write(tmp_path, one)).strategies()["default"] for one in examples]
-    strategy, deferred = found
+    strategy, queried, deferred = found
+    assert queried.analysis is not None
     assert deferred.defers_upgrades
     assert [one.soak_s for one in strategy.steps] == [600.0, 1800.0, 0.0, 0.0]
     assert [one.by for one in strategy.steps] == ["", "", "", "site"]
@@ -290,6 +292,21 @@ def test_the_example_of_roll_outs_is_valid(tmp_path: Path) -> None:
         ('allow = ["Mo 9-16"]', "'Mo 9-16' is not a weekly time"),
         ('on_abort = "stop"', "rollout > on_abort"),
         ('upgrades = "never"', "rollout > upgrades"),
+        ('analysis {\n query = "q"\n max = 1\n }', "rollout > analysis > url"),
+        (
+            'analysis {\n url = "http://p?x=1"\n query = "q"\n max = 1\n }',
+            "rollout > analysis > url",
+        ),
+        ('analysis {\n url = "http://p"\n query = " "\n max = 1\n }', "analysis > query"),
+        ('analysis {\n url = "http://p"\n query = "q"\n }', "analysis needs min or max"),
+        (
+            'analysis {\n url = "http://p"\n query = "q"\n min = 2\n max = 1\n }',
+            "min (2) is more than max (1)",
+        ),
+        (
+            'analysis {\n url = "http://p"\n query = "q"\n max = 1\n interval = "1s"\n }',
+            "timeout (5s) must not be longer than interval (1s)",
+        ),
         ("step {\n selector = 5\n }", "rollout > step[0] > selector"),
     ],
 )
@@ -297,6 +314,23 @@ def test_what_is_no_roll_out(tmp_path: Path, text: str, why: str) -> None:
     """Each is refused with its place in the file."""
     with pytest.raises(UserError, match=re.escape(why)):
         load(write(tmp_path, f"rollout {{\n {text}\n}}\n"))
+
+
+def test_a_query_judges_the_roll_outs_of_all_classes(tmp_path: Path) -> None:
+    """The limits that are not given are open."""
+    text = """
+    rollout {
+      analysis {
+        url   = "http://127.0.0.1:9090"
+        query = "sum(rate(errors_total[5m]))"
+        max   = 0.05
+      }
+    }
+    """
+    (strategy,) = load(write(tmp_path, text)).strategies().values()
+    assert strategy.analysis is not None
+    assert (strategy.analysis.minimum, strategy.analysis.maximum) == (-math.inf, 0.05)
+    assert strategy.analysis.query == "sum(rate(errors_total[5m]))"
 
 
 def test_an_upgrade_waits_in_classes_without_a_version_of_their_own(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from nomad_watchdog.clients import (
     _kubernetes_errors,
     consul,
     hashicorp_environment,
+    prometheus,
 )
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config import class_set, load
@@ -51,7 +52,7 @@ from nomad_watchdog.events import _sql as event_sql
 from nomad_watchdog.events import merged_log
 from nomad_watchdog.fleet import pauses
 from nomad_watchdog.model import AgentSpec, WallTime
-from nomad_watchdog.pools import _kubernetes_objects, local, metric_reader
+from nomad_watchdog.pools import _kubernetes_objects, local
 from nomad_watchdog.registry import backup, codec, epoch_floor
 from nomad_watchdog.replicas.file_lease import FileLeases
 from nomad_watchdog.schedulers.local import _placement, files
@@ -385,7 +386,7 @@ PARSERS = [
     plain("Consul's index", consul._index, numbers, TransientError),
     plain("Kubernetes' status", lambda text: _kubernetes_errors.translate(429, text.encode("utf-8", "replace"), "x", text), numbers | with_token({"code": 1, "reason": "r", "details": {"retryAfterSeconds": 1}})),
     plain("quantity", _kubernetes_objects.number, numbers.map("{}Mi".format), ValueError),
-    plain("Prometheus' answer", lambda text: metric_reader._sample(parsing.loads(text)), with_token(PROMETHEUS), ValueError),
+    plain("Prometheus' answer", lambda text: prometheus.sample(parsing.loads(text)), with_token(PROMETHEUS), ValueError),
     plain("Consul's refusal", lambda text: consul._txn_refusal("x", text, ""), with_token({"Errors": [{"OpIndex": 0, "What": "x"}]})),
     plain("credential plugin", lambda text: _kubernetes_credentials._parse(text.encode("utf-8", "replace"), "p"), with_token(PLUGIN), UserError),
     plain("roll-out", lambda text: rollout.document_format("c").decode(text.encode("utf-8", "replace")), with_token({"v": 1, "good": None})),

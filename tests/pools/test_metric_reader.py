@@ -179,7 +179,7 @@ async def test_a_slow_server_is_waited_for_no_longer_than_the_time_out(
         {"kind": "queue", "url": address, "value": "a", "target": 1.0, "timeout": 0.2}
     )
 
-    assert (value, reason) == (None, "queue: TimeoutError")
+    assert (value, reason) == (None, "queue: no answer within 0.2 s")
 
 
 async def test_usage_and_devices_are_read_where_they_are_known() -> None:

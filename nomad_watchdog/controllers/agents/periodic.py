@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
+from nomad_watchdog.clients.prometheus import RolloutQueries
 from nomad_watchdog.controllers.agents.executor import ActionExecutor
 from nomad_watchdog.controllers.agents.placement_informer import PlacementInformer
 from nomad_watchdog.controllers.agents.plan_builder import PlanBuilder
@@ -35,6 +36,7 @@ PRESENCE_EVERY_S: Final = 1.0
 PREPARE_FIRST_S: Final = 0.5
 """From the first start that fails because the scheduler is not prepared to the next `prepare`."""
 SWEEP_EVERY_S: Final = 30.0
+ANALYSE_EVERY_S: Final = 1.0
 MAX_FORGOTTEN: Final = 2_000
 """Tombstones that are deleted at a time."""
 LISTED_S: Final = (TOMBSTONE_REST_S - REST_S) / 2
@@ -88,6 +90,12 @@ class PeriodicJobs:
         yield every(SWEEP_EVERY_S, self.sweep)
         yield self._prepare_for_ever()
         yield self._prepare_when_needed()
+        yield self._analyse_for_ever()
+
+    async def _analyse_for_ever(self) -> None:
+        """Read the queries of roll-outs: apart from their judgement, which must not wait for a server."""
+        async with RolloutQueries() as queries:
+            await every(ANALYSE_EVERY_S, lambda: self.classes.rollouts.analyse(queries.read))
 
     async def _judge_for_ever(self) -> None:
         took_s = 0.0
