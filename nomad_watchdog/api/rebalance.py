@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from aiohttp import web
 
+from nomad_watchdog.api.answers import AnyOut
 from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.auth import ACTOR
 from nomad_watchdog.api.body import read
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.name_checks import check_class_name
+from nomad_watchdog.api.routing import Route
 from nomad_watchdog.api.schemas import RebalanceIn
 from nomad_watchdog.controllers.rebalance_requests import RebalanceRequests
 from nomad_watchdog.core.rebalance import Rebalance
+from nomad_watchdog.core.roles import Right
 from nomad_watchdog.errors import NotFoundError, TransientError
 from nomad_watchdog.fleet.pauses import new_id
 
@@ -71,3 +76,42 @@ async def _change(request: web.Request, what: str) -> web.StreamResponse:
     changed = await _rebalances(request).control(what)
     audit(request, "rebalance", what, rebalance=changed["id"])
     return web.json_response(changed)
+
+
+ROUTES: Final = (
+    Route(
+        "GET",
+        "/v1/rebalance",
+        show_rebalance,
+        "The last rebalance, and the number of agents per host",
+        {200: AnyOut},
+    ),
+    Route(
+        "POST",
+        "/v1/rebalance",
+        begin_rebalance,
+        "Move agents to hosts that have fewer; stored before the response",
+        {200: "of a dry run: what would move", 201: AnyOut, 409: "another one is in progress"},
+        body=RebalanceIn,
+        needs=Right.OPERATE,
+    ),
+    *(
+        Route(
+            "POST",
+            f"/v1/rebalance:{what}",
+            handler,
+            summary,
+            {200: AnyOut, 404: "no rebalance is in progress", 409: "it is not paused"},
+            needs=Right.OPERATE,
+        )
+        for what, handler, summary in (
+            (
+                "pause",
+                pause_rebalance,
+                "Stop starting new moves; moves in progress finish",
+            ),
+            ("resume", resume_rebalance, "Resume a paused rebalance"),
+            ("abort", abort_rebalance, "End the rebalance; agents stay where they are"),
+        )
+    ),
+)

@@ -45,7 +45,6 @@ from nomad_watchdog.api.schemas import (
     MigrateIn,
     PauseIn,
     PoolScaleIn,
-    RebalanceIn,
     ReplicatedReportsIn,
     ReportIn,
     TargetIn,
@@ -206,41 +205,7 @@ ROUTES: Final = (
         )
     ),
     *rollouts.ROUTES,
-    Route(
-        "GET",
-        "/v1/rebalance",
-        rebalance.show_rebalance,
-        "The last rebalance, and the number of agents per host",
-        {200: AnyOut},
-    ),
-    Route(
-        "POST",
-        "/v1/rebalance",
-        rebalance.begin_rebalance,
-        "Move agents to hosts that have fewer; stored before the response",
-        {200: "of a dry run: what would move", 201: AnyOut, 409: "another one is in progress"},
-        body=RebalanceIn,
-        needs=Right.OPERATE,
-    ),
-    *(
-        Route(
-            "POST",
-            f"/v1/rebalance:{what}",
-            handler,
-            summary,
-            {200: AnyOut, 404: "no rebalance is in progress", 409: "it is not paused"},
-            needs=Right.OPERATE,
-        )
-        for what, handler, summary in (
-            (
-                "pause",
-                rebalance.pause_rebalance,
-                "Stop starting new moves; moves in progress finish",
-            ),
-            ("resume", rebalance.resume_rebalance, "Resume a paused rebalance"),
-            ("abort", rebalance.abort_rebalance, "End the rebalance; agents stay where they are"),
-        )
-    ),
+    *rebalance.ROUTES,
     Route(
         "GET",
         "/v1/departures",

@@ -22,6 +22,7 @@ from nomad_watchdog.units import parse_duration, parse_size, show
 
 MAX_SHOWN: Final = 50
 PATTERNS: Final[Mapping[str, str]] = {
+    r"\S": "text that is not blank",
     r"^[a-z][a-z0-9-]{0,31}$": "a name of a-z, 0-9 and - that begins with a letter, at most 32 characters",
     r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)*$": (
         'a path such as "nomad-watchdog" or "team/watchdog", of letters, digits, ".", "_", "-" and "/"'

@@ -25,9 +25,6 @@ from nomad_watchdog.errors import (
     WatchdogError,
 )
 from nomad_watchdog.replicas.leases import Replica
-from tests.cli.test_real_api import served
-
-__all__ = ["served"]
 
 
 @pytest.mark.parametrize(

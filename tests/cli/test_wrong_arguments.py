@@ -8,9 +8,6 @@ from pathlib import Path
 import pytest
 
 from nomad_watchdog.cli.main import _code
-from tests.cli.test_real_api import served
-
-__all__ = ["served"]
 
 
 @pytest.mark.parametrize(
