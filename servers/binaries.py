@@ -57,6 +57,19 @@ class Tool:
     """Build tags that exclude parts that are not needed here and take minutes to build."""
 
 
+def _prometheus(name: str, minutes: int) -> Tool:
+    return Tool(
+        # The version of its Go module, which is 3.13; any release with its regular version number passes too.
+        minimum=(0, 313, 0),
+        minutes=minutes,
+        module="prometheus",
+        package=f"github.com/prometheus/prometheus/cmd/{name}",
+        version="--version",
+        stamp="github.com/prometheus/common/version.Version",
+        tags="remove_all_sd",
+    )
+
+
 def _kube(name: str, minutes: int) -> Tool:
     return Tool(
         # 1.34: the first version whose StatefulSet revision label fits every name of this project
@@ -91,15 +104,8 @@ TOOLS: Final = {
         stamp="k8s.io/client-go/pkg/version.gitVersion",
     ),
     "nomad-autoscaler": Tool(minimum=(0, 4, 7), minutes=2),
-    "prometheus": Tool(
-        # The version of its Go module, which is 3.13; any release with its regular version number passes too.
-        minimum=(0, 313, 0),
-        minutes=2,
-        package="github.com/prometheus/prometheus/cmd/prometheus",
-        version="--version",
-        stamp="github.com/prometheus/common/version.Version",
-        tags="remove_all_sd",
-    ),
+    "prometheus": _prometheus("prometheus", 2),
+    "promtool": _prometheus("promtool", 2),
     "kwok": Tool(minimum=(0, 7, 0), minutes=1, version="--version"),
 }
 

@@ -115,6 +115,8 @@ async def test_each_query_has_an_answer_on_a_real_prometheus(tmp_path: Path) -> 
             assert await ask(by_title["fleet", "Devices"]) == [DEVICES]
             assert await ask(by_title["fleet", "Offline"]) == [0.0]
             assert await ask(by_title["control-plane", "Replicas"]) == [1.0]
+            assert await ask("nomad_watchdog_shards_held") == [1.0]
+            assert await ask(by_title["control-plane", "Shards without a holder"]) == [0.0]
             wanted = [expr for _, _, expr in queries() if not any(n in expr for n in NONE_HERE)]
 
             async def all_answered() -> bool:  # a rate needs two scrapes

@@ -25,6 +25,7 @@ from nomad_watchdog.metrics.labels import (
     SchedulerErrorKind,
     known,
 )
+from nomad_watchdog.metrics.leases import LeaseMetrics
 from nomad_watchdog.metrics.rollouts import RolloutMetrics
 from nomad_watchdog.model import PlacementState, Unheard, VerdictState
 
@@ -44,6 +45,7 @@ class Metrics:
         self._make_pools()
         self._make_api()
         self.hosts = HostMetrics(self.registry)
+        self.leases = LeaseMetrics(self._gauge)
         self._info = self._gauge("build_info", "Always 1; see the labels.", "version", "python")
         self._info.labels(__version__, platform.python_version()).set(1)
         self._routes: frozenset[str] = frozenset()

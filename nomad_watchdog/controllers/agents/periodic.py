@@ -130,6 +130,7 @@ class PeriodicJobs:
             for placement in found:
                 states[placement.state] += 1
         metrics.placements(states)
+        metrics.leases.shards(len(self.leases.terms()), self.leases.shards)
         metrics.snapshot_age(self.informer.age_s)
         metrics.queue(len(self.queue), self.queue.oldest_s())
         metrics.unheard(fleet.verdicts.unheard())
