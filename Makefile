@@ -54,7 +54,7 @@ SERVERS_nomad      := nomad consul
 SERVERS_kubernetes := consul etcd kube-apiserver kube-controller-manager kube-scheduler
 # What the tests need besides, and what only the long ones need.
 SERVERS_tests      := nats-server helm
-SERVERS_long       := metrics-server nomad-autoscaler prometheus promtool
+SERVERS_long       := metrics-server nomad-autoscaler prometheus promtool amtool
 
 demo: $(VENV)/.run
 	@$(BIN)/nomad-watchdog $(if $(BACKEND),--backend $(BACKEND)) demo \

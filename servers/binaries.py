@@ -106,6 +106,14 @@ TOOLS: Final = {
     "nomad-autoscaler": Tool(minimum=(0, 4, 7), minutes=2),
     "prometheus": _prometheus("prometheus", 2),
     "promtool": _prometheus("promtool", 2),
+    "amtool": Tool(
+        minimum=(0, 27, 0),
+        minutes=2,
+        module="alertmanager",
+        package="github.com/prometheus/alertmanager/cmd/amtool",
+        version="--version",
+        stamp="github.com/prometheus/common/version.Version",
+    ),
     "kwok": Tool(minimum=(0, 7, 0), minutes=1, version="--version"),
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from servers.binaries import find
-from tests.test_alerts import RULES, rules
+from tests.test_alerts import ALERTMANAGER, RULES, rules
 
 pytestmark = [pytest.mark.servers, pytest.mark.long, pytest.mark.lasts(10)]
 STEP_S = 30
@@ -177,3 +177,22 @@ async def test_short_disturbances_are_silent(tmp_path: Path) -> None:
             for alert, series in brief.items()
         ],
     )
+
+
+async def test_alertmanager_takes_its_file_and_wakes_somebody_for_critical_alerts() -> None:
+    """Alertmanager's own parser accepts the file, and routes each alert by its severity."""
+    program = str(await asyncio.to_thread(find, "amtool"))
+
+    def run(*argv: str) -> str:
+        done = subprocess.run(
+            [program, *argv], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.strip()
+
+    assert "SUCCESS" in await asyncio.to_thread(run, "check-config", str(ALERTMANAGER))
+    receivers = {"warning": "operators", "critical": "on-call"}
+    for rule in rules():
+        labels = [f"alertname={rule['alert']}", f"severity={rule['labels']['severity']}"]
+        argv = ["config", "routes", "test", f"--config.file={ALERTMANAGER}", *labels]
+        assert await asyncio.to_thread(run, *argv) == receivers[rule["labels"]["severity"]]
