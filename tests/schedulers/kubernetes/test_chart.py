@@ -191,6 +191,40 @@ def test_the_guide_shows_values_that_are_accepted_and_names_all(
     assert [name for name in values if f"`{name}`" not in told] == []
 
 
+def test_monitoring_is_rendered_on_request(chart: Chart, repository: Path) -> None:
+    """The rules with absolute links, the dashboards, and a ServiceMonitor that selects our Service and has the token
+    and the CA. By default none of them."""
+    ours = {"monitoring": {"enabled": True, "labels": {"release": "prometheus"}, "docsUrl": "https://docs/",
+                           "grafanaUrl": "https://grafana"}}  # fmt: skip
+    things = chart.template(ours | {"api": {"secret": "api", "tlsSecret": "tls"}})
+    kinds = {one["kind"] for one in chart.template({})}
+    assert not kinds & {"ServiceMonitor", "PrometheusRule"}
+
+    shipped = yaml.safe_load((repository / "jobs/prometheus/nomad-watchdog.rules.yml").read_text())
+    rule = the("PrometheusRule", things)
+    assert rule["metadata"]["labels"]["release"] == "prometheus"
+    for group in shipped["groups"]:
+        for one in group["rules"]:
+            if "alert" in one:
+                at = one["annotations"]["runbook"].removeprefix("docs/")
+                one["annotations"]["runbook_url"] = f"https://docs/{at}"
+                one["annotations"]["dashboard_url"] = "https://grafana/d/nomad-watchdog-fleet"
+    assert rule["spec"] == shipped
+
+    monitor = the("ServiceMonitor", things)["spec"]
+    (endpoint,) = monitor["endpoints"]
+    service = the("Service", things)
+    assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
+    assert endpoint["scheme"] == "https"
+    assert endpoint["authorization"] == {"credentials": {"name": "api", "key": "token"}}
+    assert endpoint["tlsConfig"]["ca"]["secret"] == {"name": "tls", "key": "ca.crt"}
+
+    boards = {path.name: path.read_text() for path in (repository / "jobs/grafana").iterdir()}
+    shown = [one["data"] for one in things if "dashboard" in one["metadata"]["name"]]
+    assert {name: text for data in shown for name, text in data.items()} == boards
+
+
 def test_every_value_has_its_place(chart: Chart, tmp_path: Path) -> None:
     """Image, names, namespaces, peers and pod additions appear where they belong; a user's variable
     overrides ours; the permissions for the record are in the first namespace only."""
