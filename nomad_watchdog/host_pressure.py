@@ -51,3 +51,22 @@ class HostPressure:
     def is_known(self) -> bool:
         """Whether at least one resource was read."""
         return self.cpu is not None or self.memory is not None or self.io is not None
+
+
+@dataclass(frozen=True, slots=True)
+class HostUsage:
+    """How much of a host is in use by the statistics of its scheduler, percent of its capacity, 0 to 100. None = not
+    known. It is no pressure: a host that is in use may let no task wait."""
+
+    cpu: float | None = None
+    memory: float | None = None
+
+    def values(self) -> dict[Resource, float]:
+        """Those that are known."""
+        found = {Resource.CPU: self.cpu, Resource.MEMORY: self.memory}
+        return {resource: value for resource, value in found.items() if value is not None}
+
+
+def percent(part: float, whole: float) -> float | None:
+    """The share of a capacity, within 0 and 100; None without a capacity."""
+    return min(100.0, max(0.0, 100.0 * part / whole)) if whole > 0 else None

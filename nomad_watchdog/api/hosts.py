@@ -14,7 +14,8 @@ from nomad_watchdog.host_pressure import Resource
 
 
 async def list_hosts(request: web.Request) -> web.StreamResponse:
-    """All hosts with agents. `pressure` is null without a fresh reading, and so is a resource that cannot be read."""
+    """All hosts with agents. `pressure` is null without a fresh reading, and so is a resource that cannot be read. Then
+    `usage` has the scheduler's statistics, in percent, if there are any."""
     check_query(request, set())
     rows = request.app[CONTEXT].fleet.hosts.rows()
     return json_response({"items": [_json(row) for row in rows]})
@@ -30,6 +31,7 @@ def _json(row: HostRow) -> dict[str, object]:
         "agents": row.agents,
         "state": row.state,
         "pressure": pressure,
+        "usage": None if row.usage is None else asdict(row.usage),
         "age_s": None if row.age_s is None else round(row.age_s, 1),
         "unreadable": row.unreadable,
     }

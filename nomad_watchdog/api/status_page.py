@@ -127,7 +127,12 @@ def _highest(row: HostRow) -> float:
 
 def _host_row(row: HostRow) -> str:
     stalls = [None if row.pressure is None else row.pressure.of(one) for one in Resource]
-    texts = ("unknown" if one is None else f"{one.avg10:.1f} % {one.avg60:.1f} %" for one in stalls)
+    usage = {} if row.usage is None else row.usage.values()
+    without = (f"{usage[one]:.1f} % used" if one in usage else "unknown" for one in Resource)
+    texts = (
+        used if one is None else f"{one.avg10:.1f} % {one.avg60:.1f} %"
+        for one, used in zip(stalls, without, strict=True)
+    )
     return _cells((row.name, str(row.agents), row.state, *texts))
 
 

@@ -274,13 +274,17 @@ class StallAnswer(TypedDict):
     avg60: float
 
 
-class HostAnswer(TypedDict):
+class _HostAnswer(TypedDict):
     host: str
     agents: int
     state: str
     pressure: dict[str, StallAnswer | None] | None
     age_s: float | None
     unreadable: str
+
+
+class HostAnswer(_HostAnswer, total=False):
+    usage: dict[str, float | None] | None
 
 
 class HostsAnswer(TypedDict):

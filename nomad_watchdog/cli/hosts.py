@@ -26,7 +26,8 @@ def hosts() -> None:
 def list_hosts(ctx: click.Context, output: str) -> None:
     """List hosts with their agents, their state and their pressure.
 
-    Pressure is the share of the last 10 and 60 seconds in which a task of the host waited for the resource."""
+    Pressure is the share of the last 10 and 60 seconds in which a task of the host waited for the resource. Where it
+    can't be read, "used" is the share of the capacity by the scheduler's statistics."""
     answer = api_of(ctx).get("/v1/hosts", HostsAnswer)
     if output == "json":
         print_json(answer)
@@ -37,16 +38,18 @@ def list_hosts(ctx: click.Context, output: str) -> None:
 
 
 def _row(item: HostAnswer) -> list[object]:
-    stalls = item["pressure"] or {}
+    stalls, usage = item["pressure"] or {}, item.get("usage") or {}
     return [
         item["host"],
         item["agents"],
         item["state"],
-        *(_stall(stalls.get(name)) for name in _RESOURCES),
+        *(_stall(stalls.get(name), usage.get(name)) for name in _RESOURCES),
         "" if item["age_s"] is None else f"{age(item['age_s'])} ago",
         item["unreadable"],
     ]
 
 
-def _stall(stall: StallAnswer | None) -> str:
-    return UNKNOWN if stall is None else f"{stall['avg10']:.1f}% {stall['avg60']:.1f}%"
+def _stall(stall: StallAnswer | None, used: float | None) -> str:
+    if stall is None:
+        return UNKNOWN if used is None else f"{used:.1f}% used"
+    return f"{stall['avg10']:.1f}% {stall['avg60']:.1f}%"

@@ -125,6 +125,7 @@ class ObjectStatus(TypedDict, total=False):
     conditions: list[ObjectCondition] | None
     containerStatuses: list[ContainerStatus] | None
     message: str
+    capacity: dict[str, str] | None
     phase: str
     readyReplicas: int
     reason: str
@@ -143,6 +144,13 @@ class KubernetesObject(TypedDict, total=False):
 
 
 class ContainerUsage(TypedDict, total=False):
+    usage: dict[str, str]
+
+
+class NodeMetrics(TypedDict, total=False):
+    """A node of the metrics API (metrics.k8s.io)."""
+
+    metadata: Required[ObjectMeta]
     usage: dict[str, str]
 
 

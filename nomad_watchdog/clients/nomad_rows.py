@@ -238,3 +238,20 @@ class Frame(TypedDict, total=False):
 
     Index: int
     Events: list[StreamEvent] | None
+
+
+class HostCpuStats(TypedDict, total=False):
+    Idle: float
+    """Percent."""
+
+
+class HostMemoryStats(TypedDict, total=False):
+    Total: int
+    Available: int
+
+
+class ClientStats(TypedDict, total=False):
+    """Of ``/v1/client/stats``."""
+
+    CPU: list[HostCpuStats] | None
+    Memory: HostMemoryStats | None

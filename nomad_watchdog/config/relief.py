@@ -18,11 +18,22 @@ class SignalSettings(Block):
     kind: Literal["cpu", "memory", "io"]
     high: Annotated[Fraction, Field(gt=0)]
     low: Fraction
+    usage_high: Annotated[Fraction, Field(gt=0)] | None = None
+    usage_low: Fraction | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.low >= self.high:
             raise ValueError("low must be less than high")
+        if (self.usage_high is None) is not (self.usage_low is None):
+            raise ValueError("usage_high and usage_low must be set together")
+        if self.usage_high is not None and self.usage_low is not None:
+            if self.kind == "io":
+                raise ValueError(
+                    "schedulers have no statistics of io; remove usage_high and usage_low"
+                )
+            if self.usage_low >= self.usage_high:
+                raise ValueError("usage_low must be less than usage_high")
         return self
 
 
@@ -50,6 +61,11 @@ class ReliefSettings(Block):
             thresholds={
                 Resource(one.kind): PressureThresholds(100 * one.high, 100 * one.low)
                 for one in self.signal
+            },
+            usage={
+                Resource(one.kind): PressureThresholds(100 * one.usage_high, 100 * one.usage_low)
+                for one in self.signal
+                if one.usage_high is not None and one.usage_low is not None
             },
             looks=self.looks,
             stale_s=self.stale,

@@ -160,15 +160,17 @@ class ReliefController:
         fleet, now = self._fleet, self._fleet.clock.monotonic()
         tracks: dict[str, LoadTrack] = {}
         for host in fleet.pressures.hosts():
-            found = fleet.pressures.reading(host)
-            if found is None or not found.pressure.is_known:
-                continue
-            if now - found.received_at > rules.stale_s:
-                continue
             before = self._tracks.get(host, host_load.UNKNOWN)
-            tracks[host] = host_load.observe(
-                before, found.pressure, found.received_at, rules.thresholds, rules.looks
-            )
+            found, used = fleet.pressures.reading(host), fleet.pressures.usage(host)
+            if found is not None and found.pressure.is_known:
+                if now - found.received_at <= rules.stale_s:
+                    tracks[host] = host_load.observe(
+                        before, found.pressure, found.received_at, rules.thresholds, rules.looks
+                    )
+            elif used is not None and rules.usage:
+                tracks[host] = host_load.observe_usage(
+                    before, used.usage, used.received_at, rules.usage, rules.looks
+                )
         self._tracks = tracks
 
     def _candidates(self, hosts: Collection[str]) -> Mapping[str, list[Candidate]]:

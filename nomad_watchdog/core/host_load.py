@@ -1,5 +1,7 @@
 """(last track of a host, reading) → whether the host is overloaded, calm, or neither.
 
+A reading is the kernel's pressure or, for a host whose pressure can't be read, the use of its capacity by the scheduler's
+statistics, which has thresholds of its own.
 Hysteresis: a number of consecutive readings above a high threshold make a host overloaded, and as many below a low
 one make it calm. Between the thresholds it stays what it was. Without a fresh reading its load is unknown.
 """
@@ -11,7 +13,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
-from nomad_watchdog.host_pressure import HostPressure, Resource
+from nomad_watchdog.host_pressure import HostPressure, HostUsage, Resource
 from nomad_watchdog.model import Monotonic
 
 READING_S: Final = 10.0
@@ -29,7 +31,7 @@ class Load(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PressureThresholds:
-    """Of the pressure on one resource, percent of the last 10 seconds; `low` < `high`."""
+    """Of the pressure on one resource, percent of the last 10 seconds, or of its use, percent; `low` < `high`."""
 
     high: float
     low: float
@@ -76,18 +78,41 @@ def observe(
     """The track after a fresh reading. `looks`: number of consecutive readings for a change, 1 or more.
 
     The load is UNKNOWN if a resource that has thresholds was not read."""
+    stalls = {one: stall.avg10 for one in Resource if (stall := pressure.of(one)) is not None}
+    return _observe(track, stalls, "pressure", read_at, thresholds, looks)
+
+
+def observe_usage(
+    track: LoadTrack,
+    usage: HostUsage,
+    read_at: Monotonic,
+    thresholds: Mapping[Resource, PressureThresholds],
+    looks: int,
+) -> LoadTrack:
+    """As `observe`, of the scheduler's statistics. `thresholds`: of the use of the capacity."""
+    return _observe(track, usage.values(), "usage", read_at, thresholds, looks)
+
+
+def _observe(  # the parts of a reading
+    track: LoadTrack,
+    values: Mapping[Resource, float],
+    kind: str,
+    read_at: Monotonic,
+    thresholds: Mapping[Resource, PressureThresholds],
+    looks: int,
+) -> LoadTrack:
     if read_at - track.read_at < READING_S:
         return track
     above, below, excess, worst = False, True, 0.0, ""
+    if not thresholds.keys() or not thresholds.keys() <= values.keys():
+        return LoadTrack(read_at=read_at)
     for resource, limit in thresholds.items():
-        stall = pressure.of(resource)
-        if stall is None:
-            return LoadTrack(read_at=read_at)
-        above |= stall.avg10 >= limit.high
-        below &= stall.avg10 <= limit.low
-        if stall.avg10 / limit.high >= excess:
-            excess = stall.avg10 / limit.high
-            worst = f"{resource.value} pressure {stall.avg10:.0f} % (high: {limit.high:.0f} %)"
+        value = values[resource]
+        above |= value >= limit.high
+        below &= value <= limit.low
+        if value / limit.high >= excess:
+            excess = value / limit.high
+            worst = f"{resource.value} {kind} {value:.0f} % (high: {limit.high:.0f} %)"
     times_above = track.above + 1 if above else 0
     times_below = track.below + 1 if below else 0
     load = track.load

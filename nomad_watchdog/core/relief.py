@@ -41,6 +41,7 @@ class ReliefRules:
     """The settings."""
 
     thresholds: Mapping[Resource, PressureThresholds]
+    """Of the pressure."""
     looks: int = 3
     """Consecutive readings that change the load of a host."""
     stale_s: float = 60.0
@@ -54,6 +55,8 @@ class ReliefRules:
     cooldown_s: float = 300.0
     """First rest of a host and of a device."""
     dry_run: bool = True
+    usage: Mapping[Resource, PressureThresholds] = field(default_factory=dict)
+    """Of the use of a host whose pressure can't be read. Without any such a host is left alone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.controllers import inventory_file
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.controllers.expiry import ExpiryController
+from nomad_watchdog.controllers.host_usage import HostUsageController
 from nomad_watchdog.controllers.inventory import InventoryController
 from nomad_watchdog.controllers.migration_requests import MigrationRequests
 from nomad_watchdog.controllers.rebalance_requests import RebalanceRequests
@@ -207,11 +208,13 @@ class _ControlPlane:
         except UserError:
             await runner.cleanup()
             raise
-        relief = self._relief()
+        relief, reconciler = self._relief(), self.reconciler
+        usage = HostUsageController(reconciler.fleet, self.scheduler, reconciler.ownership)
+        self.metrics.hosts.usages = reconciler.fleet.hosts.usages
         reloader = self._reloader(inventory, authenticator, listener, relief)
         app[CONTEXT].reloads = reloader
         log.info("serving", extra={"listen": settings.api.listen, "backend": settings.backend})
-        loops = [*replicators, departures.run, inventory.run, reloader.run, relief.run]
+        loops = [*replicators, departures.run, inventory.run, reloader.run, relief.run, usage.run]
         try:
             async with asyncio.TaskGroup() as group:
                 certificates = group.create_task(listener.follow())

@@ -12,7 +12,7 @@ from heapq import nsmallest
 from typing import Final
 
 from nomad_watchdog.clock import Clock
-from nomad_watchdog.host_pressure import HostPressure
+from nomad_watchdog.host_pressure import HostPressure, HostUsage
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import (
     DeviceRecord,
@@ -33,6 +33,18 @@ MAX_HOSTS: Final = 10_000
 """Maximum number of hosts with a reading. Those of others are discarded."""
 _PRESENT: Final = Presence.PRESENT
 _RUNNING: Final = PlacementState.RUNNING
+
+
+USAGE_STALE_S: Final = 90.0
+"""Age at which the scheduler's statistics of a host no longer count."""
+
+
+@dataclass(frozen=True, slots=True)
+class UsageReading:
+    """What the scheduler's statistics show of a host whose pressure can't be read."""
+
+    usage: HostUsage
+    received_at: Monotonic
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +68,7 @@ class HostPressures:
         self._records, self._placements = records, placements
         self._clock, self._stale_s = clock, stale_s
         self._readings: dict[str, HostReading] = {}
+        self._usages: dict[str, UsageReading] = {}
         self._readers: frozenset[Slug] = frozenset()
         self._chosen_at = float("-inf")
         self._failed_at: dict[Slug, Monotonic] = {}
@@ -101,6 +114,27 @@ class HostPressures:
         if found is None or not found.pressure.is_known or self.is_stale(found):
             return None
         return found
+
+    def blind(self) -> list[str]:
+        """The hosts whose agents report that the pressure can't be read, in order."""
+        return [
+            host
+            for host, one in sorted(self._readings.items())
+            if not one.pressure.is_known and not self.is_stale(one)
+        ]
+
+    def used(self, found: Mapping[str, HostUsage]) -> None:
+        """Take the scheduler's statistics of hosts, in place of earlier ones. Empty ones are left out."""
+        now = self._clock.monotonic()
+        self._usages = {host: UsageReading(one, now) for host, one in found.items() if one.values()}
+
+    def usage(self, host: str) -> UsageReading | None:
+        """The scheduler's statistics of a host, unless they are stale or its pressure is known."""
+        found = self._usages.get(host)
+        if found is None or self.fresh(host) is not None:
+            return None
+        is_fresh = self._clock.monotonic() - found.received_at <= USAGE_STALE_S
+        return found if is_fresh else None
 
     def is_stale(self, reading: HostReading) -> bool:
         """Whether the reading is too old to count. A reason why nothing can be read stays until it is checked again."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.fleet.host_pressures import HostPressures
-from nomad_watchdog.host_pressure import HostPressure, Resource
+from nomad_watchdog.host_pressure import HostPressure, HostUsage, Resource
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Placement, PlacementState
 from nomad_watchdog.schedulers import ClosedHost
@@ -32,6 +32,8 @@ class HostRow:
     """Age of the newest reading, even if that is stale."""
     unreadable: str
     """Why the pressure, or a part of it, cannot be read."""
+    usage: HostUsage | None = None
+    """The scheduler's statistics, only of a host whose pressure cannot be read, and only on the leader."""
 
 
 class HostView:
@@ -66,9 +68,16 @@ class HostView:
                 if stall is not None:
                     yield name, resource, round(stall.avg60 / 100, 6)
 
+    def usages(self) -> Iterator[tuple[str, Resource, float]]:
+        """The scheduler's statistics, as shares of the capacity, 0 to 1."""
+        for name in self._pressures.hosts():
+            if (found := self._pressures.usage(name)) is not None:
+                for resource, value in found.usage.values().items():
+                    yield name, resource, round(value / 100, 6)
+
     def _row(self, name: str, agents: int) -> HostRow:
         closed, newest = self.closed.get(name), self._pressures.reading(name)
-        fresh = self._pressures.fresh(name)
+        fresh, used = self._pressures.fresh(name), self._pressures.usage(name)
         shown = newest is not None and (fresh is not None or not self._pressures.is_stale(newest))
         return HostRow(
             name=name,
@@ -77,4 +86,5 @@ class HostView:
             pressure=None if fresh is None else fresh.pressure,
             age_s=None if newest is None else self._clock.monotonic() - newest.received_at,
             unreadable=newest.pressure.unreadable if newest is not None and shown else "",
+            usage=None if used is None else used.usage,
         )

@@ -40,6 +40,8 @@ class HostMetrics(Collector):
     def __init__(self, registry: CollectorRegistry) -> None:
         self.ratios: Callable[[], Iterable[Ratio]] = tuple
         """Returns the fresh readings in the order of the hosts."""
+        self.usages: Callable[[], Iterable[Ratio]] = tuple
+        """Returns the scheduler's statistics of hosts without such a reading."""
         registry.register(self)
         self._moves = Counter(
             "nomad_watchdog_relief_moves",
@@ -90,11 +92,21 @@ class HostMetrics(Collector):
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         """The series of one scrape."""
-        found = GaugeMetricFamily(
-            "nomad_watchdog_host_pressure_ratio",
-            "Share of the last 60 seconds in which a task of the host waited for the resource.",
-            labels=("host", "resource"),
-        )
-        for host, resource, ratio in islice(self.ratios(), MAX_HOSTS * len(Resource)):
-            found.add_metric((host, resource.value), ratio)
-        yield found
+        for name, text, ratios in (
+            (
+                "pressure",
+                "Share of the last 60 seconds in which a task of the host waited for the resource.",
+                self.ratios(),
+            ),
+            (
+                "usage",
+                "Share of the capacity in use by the scheduler's statistics, of hosts without pressure.",
+                self.usages(),
+            ),
+        ):
+            found = GaugeMetricFamily(
+                f"nomad_watchdog_host_{name}_ratio", text, labels=("host", "resource")
+            )
+            for host, resource, ratio in islice(ratios, MAX_HOSTS * len(Resource)):
+                found.add_metric((host, resource.value), ratio)
+            yield found

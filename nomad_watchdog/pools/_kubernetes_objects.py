@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from watchdog_agent.runtime.parsing import finite
-
 from nomad_watchdog.clients.kubernetes_objects import PodMetrics
+from nomad_watchdog.clients.kubernetes_quantities import number
 from nomad_watchdog.config.pools import MetricSettings, PoolSettings
 from nomad_watchdog.core.pool_scaling import Measure
 from nomad_watchdog.errors import UserError
@@ -180,26 +179,3 @@ def used(pod: PodMetrics, pool: PoolSettings) -> tuple[float, float]:
     except (KeyError, TypeError) as error:
         raise ValueError("no usage of a pod") from error
     return 100_000.0 * cpu / pool.cpu, 100.0 * memory / pool.memory
-
-
-_SUFFIX: Final = {
-    "n": 1e-9,
-    "u": 1e-6,
-    "m": 1e-3,
-    "": 1.0,
-    "k": 1e3,
-    "M": 1e6,
-    "G": 1e9,
-    "Ki": 2.0**10,
-    "Mi": 2.0**20,
-    "Gi": 2.0**30,
-}
-
-
-def number(quantity: str) -> float:
-    """The value of a quantity such as "250m", "12Mi" or "31415926n". Raises ValueError."""
-    text = quantity.rstrip("abcdefghijklmnopqrstuvwxyzKMGTPE")
-    suffix = quantity[len(text) :]
-    if suffix not in _SUFFIX:
-        raise ValueError(f"quantity {quantity!r}")
-    return finite(text) * _SUFFIX[suffix]

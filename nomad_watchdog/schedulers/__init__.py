@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from typing import Any, Final, Protocol
 
 from nomad_watchdog.errors import UserError
+from nomad_watchdog.host_pressure import HostUsage
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
 
@@ -199,6 +200,13 @@ async def open_hosts(scheduler: Scheduler) -> frozenset[str] | None:
     without a method `open_hosts`. Raises as `Scheduler.snapshot`."""
     read = getattr(scheduler, "open_hosts", None)
     return None if read is None else await read()
+
+
+async def host_usage(scheduler: Scheduler, hosts: Collection[str]) -> Mapping[str, HostUsage]:
+    """The use of these hosts by the scheduler's statistics, which a backend with a method `host_usage` has. Hosts that it
+    has none of are left out. Raises as `Scheduler.snapshot`."""
+    read = getattr(scheduler, "host_usage", None)
+    return {} if read is None else await read(hosts)
 
 
 def check_spec(backend: str, spec: AgentSpec) -> None:

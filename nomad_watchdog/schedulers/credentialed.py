@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Collection, Mapping
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core.agent_token import TokenClaim, issue
 from nomad_watchdog.errors import TerminalError
+from nomad_watchdog.host_pressure import HostUsage
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
 from nomad_watchdog.schedulers import (
@@ -18,6 +19,7 @@ from nomad_watchdog.schedulers import (
     Hint,
     Scheduler,
     Snapshot,
+    host_usage,
     open_hosts,
     unchanged_since,
 )
@@ -65,6 +67,9 @@ class TokenIssuingScheduler:
 
     async def open_hosts(self) -> frozenset[str] | None:
         return await open_hosts(self.inner)
+
+    async def host_usage(self, hosts: Collection[str]) -> Mapping[str, HostUsage]:
+        return await host_usage(self.inner, hosts)
 
     def watch(self) -> AsyncIterator[Hint]:
         return self.inner.watch()

@@ -21,6 +21,7 @@ from nomad_watchdog.errors import (
     UserError,
     WatchdogError,
 )
+from nomad_watchdog.host_pressure import HostUsage
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers import (
@@ -30,6 +31,7 @@ from nomad_watchdog.schedulers import (
     Scheduler,
     Snapshot,
     by_device,
+    host_usage,
     open_hosts,
     unchanged_since,
 )
@@ -230,6 +232,11 @@ class MultiScheduler:
         if len(used) > 1:
             raise ConflictError(f"agents run on several schedulers: {', '.join(sorted(used))}")
         return await open_hosts(self._parts[used[0] if used else self.name])
+
+    async def host_usage(self, hosts: Collection[str]) -> Mapping[str, HostUsage]:
+        """As `schedulers.host_usage`, of all schedulers."""
+        each = [await host_usage(part, hosts) for part in self._parts.values()]
+        return {host: one for found in each for host, one in found.items()}
 
     def _merged(self, snapshots: Mapping[str, Snapshot]) -> dict[Slug, tuple[Placement, ...]]:
         return by_device(

@@ -43,6 +43,7 @@ async def test_an_answer_asks_and_the_reading_is_listed(served_api: ServedApi) -
     status, answer = await report(served_api)
     assert (status, answer["pressure"]) == (200, True)
     item = {"host": "north", "agents": 1, "state": "open", "unreadable": ""}
+    item["usage"] = None
     empty = {**item, "pressure": None, "age_s": None}
     assert await served_api.ask("GET", "/v1/hosts") == (200, {"items": [empty]})
     assert (await report(served_api, {**FULL, "of_a_later_version": 1}))[0] == 200

@@ -48,6 +48,15 @@ def test_hosts_are_a_table(
     assert south.split()[3:] == ["unknown", "unknown", "unknown", "no", "such", "file"]
 
 
+def test_without_pressure_the_usage_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The scheduler's statistics are marked, so that nobody takes them for pressure."""
+    run(monkeypatch, Answers({**BLIND, "usage": {"cpu": 12.34, "memory": None}}))
+    _, south = capsys.readouterr().out.splitlines()
+    assert south.split()[3:] == ["12.3%", "used", "unknown", "unknown"]
+
+
 def test_hosts_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """JSON is the answer of the API; an empty list is stated in the table."""
     run(monkeypatch, Answers(ITEM), "-o", "json")

@@ -56,13 +56,21 @@ def test_all_settings_reach_the_rules(tmp_path: Path) -> None:
       min_age = "1h"
       cooldown = "90s"
       dry_run = false
+      signal "cpu" {
+        high       = 0.5
+        low        = 0.1
+        usage_high = 0.9
+        usage_low  = 0.6
+      }
     """
     rules = load(written(tmp_path, BLOCK.replace("MORE", more))).relief_rules()
     limits = {
         Resource.MEMORY: PressureThresholds(20.0, 5.0),
         Resource.IO: PressureThresholds(100.0, 0.0),
+        Resource.CPU: PressureThresholds(50.0, 10.0),
     }
-    assert rules == ReliefRules(limits, 5, 120.0, 2, 3, 3600.0, 90.0, dry_run=False)
+    usage = {Resource.CPU: PressureThresholds(90.0, 60.0)}
+    assert rules == ReliefRules(limits, 5, 120.0, 2, 3, 3600.0, 90.0, dry_run=False, usage=usage)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +80,17 @@ def test_all_settings_reach_the_rules(tmp_path: Path) -> None:
         (BLOCK.replace("0.05", "0.2").replace("MORE", ""), "low must be less than high"),
         (BLOCK.replace("memory", "disk").replace("MORE", ""), "disk"),
         (BLOCK.replace("MORE", 'signal "memory" {\nhigh = 0.5\nlow = 0.1\n}'), "same kind"),
+        (BLOCK.replace("MORE", "").replace("0.05", "0\n usage_low = 0.1"), "set together"),
+        (
+            BLOCK.replace("MORE", "").replace("0.05", "0\n usage_low = 0.9\n usage_high = 0.9"),
+            "usage_low must be less",
+        ),
+        (
+            BLOCK.replace("MORE", "")
+            .replace("memory", "io")
+            .replace("0.05", "0\n usage_low = 0\n usage_high = 1"),
+            "no statistics of io",
+        ),
         (BLOCK.replace("MORE", "at_once = 0"), "at_once"),
         (BLOCK.replace("MORE", 'cooldown = "1s"'), "cooldown"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 import pytest
 
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
+from nomad_watchdog.controllers.host_usage import HostUsageController
 from nomad_watchdog.controllers.relief import ReliefController
 from nomad_watchdog.controllers.relief_state import FORMAT
 from nomad_watchdog.core.acceptance import AcceptanceKind
@@ -22,7 +23,7 @@ from nomad_watchdog.core.relief import ReliefMove, ReliefRules, ReliefState, Res
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.events.log import Event
 from nomad_watchdog.fleet.fleet import Fleet
-from nomad_watchdog.host_pressure import HostPressure, Resource, Stall
+from nomad_watchdog.host_pressure import HostPressure, HostUsage, Resource, Stall
 from nomad_watchdog.ids import DeviceId, Shard, Slug, slug_of
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentState, Device, Epoch, Limits, Report, WallTime
@@ -79,6 +80,20 @@ class Shares(SoleOwner):
         return dict.fromkeys(map(Shard, sorted(self.held)), self.term)
 
 
+class Measured(FakeScheduler):
+    """Has statistics of the hosts: the usage of their memory, as the hall injects it."""
+
+    hall: Hall
+
+    async def host_usage(self, hosts: Collection[str]) -> Mapping[str, HostUsage]:
+        used = self.hall.used
+        return (
+            {}
+            if used is None
+            else {h: HostUsage(None, used(h, self.hall.agents(h))) for h in hosts}
+        )
+
+
 class Replica:
     """One control plane."""
 
@@ -86,12 +101,14 @@ class Replica:
         self.metrics = Metrics()
         self.leases = Shares(held=held)
         self.fleet = Fleet(FakeRegistry(hall.store), Limits(), hall.clock)
-        scheduler, specs = FakeScheduler(hall.cluster), {SPEC.agent_class: SPEC}
+        scheduler, specs = Measured(hall.cluster), {SPEC.agent_class: SPEC}
+        scheduler.hall = hall
         self.reconciler = Reconciler(self.fleet, scheduler, specs, self.metrics, self.leases)
         self.relief = ReliefController(
             self.fleet, self.reconciler.ownership, self.metrics, self.reconciler.wake
         )
         self.relief.configure(rules)
+        self.usage = HostUsageController(self.fleet, scheduler, self.reconciler.ownership)
         self.reconciler.plan_builder.sources.append(self.relief.requested)
         self.reconciler.executor.avoids.append(self.relief.avoids)
         self.tasks: list[asyncio.Task[None]] = []
@@ -120,7 +137,9 @@ class Hall:
         seed: int = 1,
         cluster: type[Even] = Even,
         replicas: int = 1,
+        used: Callable[[str, int], float] | None = None,
     ) -> None:
+        self.used = used
         self.injected = injected
         self.chance = random.Random(seed)
         self.cluster = cluster(chance=self.chance, nodes=dict.fromkeys(HOSTS, True))
@@ -153,6 +172,7 @@ class Hall:
             self.began = self._time()
             for one in self.replicas:
                 one.tasks.append(self.group.create_task(one.relief.run()))
+                one.tasks.append(self.group.create_task(one.usage.run()))
             look = self.group.create_task(self._look())
             await asyncio.sleep(seconds)
             self.ended_with = {host: self.agents(host) for host in HOSTS}
@@ -310,6 +330,25 @@ def test_a_host_without_fresh_readings_is_left_alone() -> None:
     assert not hall.of("relief.moved")
     assert len(hall.of("relief.no_calm_host")) == 1
     assert b"nomad_watchdog_relief_impossible 1.0" in hall.metrics.render()
+
+
+def test_a_host_without_pressure_is_relieved_by_its_usage() -> None:
+    """Where no pressure can be read, the scheduler's statistics and their own thresholds decide; without such thresholds
+    nothing moves."""
+
+    def used(host: str, agents: int) -> float:
+        return 20.0 * agents if host == "n1" else 5.0
+
+    usage = {Resource.MEMORY: PressureThresholds(high=70.0, low=30.0)}
+    rules = replace(RULES, usage=usage)
+    hall = played(lambda *_: None, 1500.0, rules=rules, used=used, cluster=Steered)
+    assert hall.ended_with["n1"] == 3
+    (moved,) = hall.of("relief.moved")
+    assert "memory usage 80 % (high: 70 %)" in moved.text
+    rows = {one.name: one for one in hall.fleet.hosts.rows()}
+    assert (rows["n1"].usage, rows["n1"].pressure) == (HostUsage(None, 60.0), None)
+    assert ("n1", Resource.MEMORY, 0.6) in list(hall.fleet.hosts.usages())
+    assert not played(lambda *_: None, 600.0, used=used).of("relief.moved")
 
 
 def test_a_dry_run_moves_and_stores_nothing() -> None:

@@ -12,8 +12,9 @@ from nomad_watchdog.core.host_load import (
     LoadTrack,
     PressureThresholds,
     observe,
+    observe_usage,
 )
-from nomad_watchdog.host_pressure import HostPressure, Resource, Stall
+from nomad_watchdog.host_pressure import HostPressure, HostUsage, Resource, Stall
 from nomad_watchdog.model import Monotonic
 
 LIMITS = {
@@ -75,6 +76,20 @@ def test_a_resource_that_was_not_read_makes_the_load_unknown() -> None:
     blind = HostPressure(memory=Stall(90, 90))
     track = observe(overloaded, blind, Monotonic(1000.0), LIMITS, 3)
     assert (track.load, track.above, track.readings) == (Load.UNKNOWN, 0, 0)
+
+
+def test_usage_has_thresholds_of_its_own() -> None:
+    """A host by its scheduler's statistics is overloaded and calm by them; without any its load is unknown."""
+    limits = {Resource.MEMORY: PressureThresholds(90.0, 70.0)}
+    track = UNKNOWN
+    for at in (0.0, 30.0):
+        track = observe_usage(track, HostUsage(5.0, 95.0), Monotonic(at), limits, 2)
+    assert (track.load, track.worst) == (Load.OVERLOADED, "memory usage 95 % (high: 90 %)")
+    unknown = observe_usage(track, HostUsage(5.0, None), Monotonic(60.0), limits, 2)
+    assert unknown.load is Load.UNKNOWN
+    assert observe_usage(track, HostUsage(5.0, 5.0), Monotonic(60.0), {}, 1).load is Load.UNKNOWN
+    calm = observe_usage(UNKNOWN, HostUsage(99.0, 70.0), Monotonic(0.0), limits, 1)
+    assert calm.is_calm
 
 
 def test_the_worst_resource_is_named() -> None:

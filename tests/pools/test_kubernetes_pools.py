@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
+from nomad_watchdog.clients.kubernetes_quantities import number
 from nomad_watchdog.config.pools import PoolSettings
 from nomad_watchdog.errors import DeniedError, NotFoundError, TerminalError, UserError
-from nomad_watchdog.pools._kubernetes_objects import _quantity, manifests, number, used
+from nomad_watchdog.pools._kubernetes_objects import _quantity, manifests, used
 from nomad_watchdog.pools.kubernetes import KubernetesPools
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
 from servers.kubernetes import KubernetesCluster

@@ -15,8 +15,6 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
-from watchdog_agent.runtime.parsing import whole
-
 from nomad_watchdog.clients.kubernetes import KubernetesAccess, KubernetesClient, Listed
 from nomad_watchdog.clients.kubernetes_objects import KubernetesObject, PodSpec
 from nomad_watchdog.clock import Clock, SystemClock
@@ -28,6 +26,7 @@ from nomad_watchdog.errors import (
     UserError,
     WatchdogError,
 )
+from nomad_watchdog.host_pressure import HostUsage
 from nomad_watchdog.ids import Shard, Slug, shard_of
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
 from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot, named
@@ -37,6 +36,7 @@ from nomad_watchdog.schedulers.kubernetes._budgets import PodBudgets, bare_pods
 from nomad_watchdog.schedulers.kubernetes._nodes import Cordons, open_nodes
 from nomad_watchdog.schedulers.kubernetes._secrets import AgentSecret, secret_name
 from nomad_watchdog.schedulers.kubernetes._unchanged import ChangeProbe
+from nomad_watchdog.schedulers.kubernetes._usage import read_usage
 from nomad_watchdog.schedulers.kubernetes.names import Kind, Ref
 from nomad_watchdog.schedulers.kubernetes.namespaces import remember_namespaces
 from nomad_watchdog.schedulers.vanished import Vanished
@@ -161,7 +161,7 @@ class KubernetesScheduler:
                 who = _view.identity(found)
                 if who.epoch == ref.epoch:
                     await secret.set_owner(body, found)
-                    return _version(found)
+                    return _view.version_of(found)
                 if who.epoch > ref.epoch:
                     await secret.delete(any_writer=True)
                     raise ConflictError(f"{who.slug} is at epoch {who.epoch}, not {ref.epoch}")
@@ -178,7 +178,7 @@ class KubernetesScheduler:
             await secret.set_owner(body, made)
             if found is not None:
                 await secret.delete_earlier(who.epoch)
-            return _version(made)
+            return _view.version_of(made)
         raise TransientError(f"{ref} was changed by another writer in each of {_TRIES} attempts")
 
     async def retire(self, placement: Placement, grace_s: float) -> None:
@@ -187,7 +187,7 @@ class KubernetesScheduler:
             for _ in range(_TRIES):
                 found = await self._client.find(ref.path, metadata=True)
                 try:
-                    if found is not None and _epoch(found) == ref.epoch:
+                    if found is not None and _view.epoch_of(found) == ref.epoch:
                         self._check_installation(found, ref)
                         await self._delete(found, ref, grace_s)
                     elif ref.kind != "pod":
@@ -213,6 +213,10 @@ class KubernetesScheduler:
     async def open_hosts(self) -> frozenset[str] | None:
         """As `schedulers.open_hosts`; None without the right to list nodes."""
         return await open_nodes(self._client, self._pod_specs())
+
+    async def host_usage(self, hosts: Collection[str]) -> Mapping[str, HostUsage]:
+        """As `schedulers.host_usage`."""
+        return await read_usage(self._client, hosts)
 
     def watch(self) -> AsyncIterator[Hint]:
         return _watch.hints(self._client, self._namespaces, self._selector, self._cordons)
@@ -285,7 +289,7 @@ class KubernetesScheduler:
                 version="" if pod else meta["resourceVersion"],
                 propagation="" if pod else "Foreground",
             )
-        return _version(found)
+        return _view.version_of(found)
 
     async def _delete_pods(self, placement: Placement, ref: Ref, grace_s: float) -> None:
         """Delete the pods of an epoch whose object is gone or at another epoch."""
@@ -360,7 +364,7 @@ class KubernetesScheduler:
             *(self._client.find(ref.path, metadata=True) for ref in refs)
         )
         for ref, there in zip(refs, answers, strict=True):
-            if there is None or _epoch(there) != ref.epoch:
+            if there is None or _view.epoch_of(there) != ref.epoch:
                 continue
             if _view.labels_of(there).get(names.INSTALLATION) == self._installation:
                 raise StaleError(f"the lists of kubernetes lack {ref.path}, which exists")
@@ -386,15 +390,3 @@ class KubernetesScheduler:
 
 def _flat(lists: Sequence[Listed]) -> list[KubernetesObject]:
     return [one for found in lists for one in found.items]
-
-
-def _version(thing: KubernetesObject) -> int:
-    return whole(thing["metadata"]["resourceVersion"])
-
-
-def _epoch(thing: KubernetesObject) -> int:
-    """The epoch of an object; -1 if it has none."""
-    try:
-        return whole(_view.labels_of(thing).get(names.EPOCH, ""))
-    except ValueError:
-        return -1

@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from watchdog_agent.runtime.parsing import whole
+
 from nomad_watchdog.clients.kubernetes_objects import KubernetesObject
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import DeviceId, Slug, parse_device_id, slug_of
@@ -222,3 +224,15 @@ def _why_no_pod(owner: KubernetesObject | None) -> str:
     if failure is not None and failure["status"] == "True":
         return f"its pod cannot be created: {failure.get('message', '')}"[:300]
     return "waiting for its pod"
+
+
+def version_of(thing: KubernetesObject) -> int:
+    return whole(thing["metadata"]["resourceVersion"])
+
+
+def epoch_of(thing: KubernetesObject) -> int:
+    """The epoch of an object; -1 if it has none."""
+    try:
+        return whole(labels_of(thing).get(names.EPOCH, ""))
+    except ValueError:
+        return -1

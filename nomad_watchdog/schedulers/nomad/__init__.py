@@ -27,6 +27,7 @@ from nomad_watchdog.errors import (
     UserError,
     WatchdogError,
 )
+from nomad_watchdog.host_pressure import HostUsage
 from nomad_watchdog.ids import Shard, Slug, shard_of
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot, agent_document, named
@@ -39,6 +40,7 @@ from nomad_watchdog.schedulers.nomad._steering import (
     steered_service,
     takers,
 )
+from nomad_watchdog.schedulers.nomad._usage import read_usage
 from nomad_watchdog.schedulers.nomad._view import SOURCE, age, identity, unplaced
 from nomad_watchdog.schedulers.nomad._watch import hints
 from nomad_watchdog.schedulers.nomad.nodes import RIGHT, NodeList
@@ -240,6 +242,10 @@ class NomadScheduler:
         except DeniedError:
             return None
         return takers(found.body, self._built.values())
+
+    async def host_usage(self, hosts: Collection[str]) -> Mapping[str, HostUsage]:
+        """As `schedulers.host_usage`."""
+        return await read_usage(self._client, self._nodes.now, hosts)
 
     def watch(self) -> AsyncIterator[Hint]:
         return hints(self._client, self._names, self._nodes)
