@@ -268,6 +268,7 @@ def _options(settings: Settings, backend: str, installation: str) -> dict[str, o
             "settings": kubernetes_settings(settings),
             "namespace": settings.kubernetes.namespace,
             "namespaces": settings.kubernetes.namespaces,
+            "leave_cordoned": settings.kubernetes.leave_cordoned,
         }
     return shared
 

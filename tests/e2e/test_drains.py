@@ -241,6 +241,16 @@ class Cluster:
         """Number of pods on the node."""
         return len((await self.client.list(PODS, fields=f"spec.nodeName={self.node}")).items)
 
+    async def leave_cordoned(self, at_once: int) -> list[str]:
+        """Have agents leave cordoned nodes from now on; the settings that changed."""
+        text = self.stage.config.read_text()
+        text = text.replace('report_stale  = "10s"', 'report_stale  = "60s"')
+        text = text.replace("\nkubernetes {\n", "\nkubernetes {\n  leave_cordoned = true\n")
+        block = f"rollout {{\n  at_once  = {at_once}\n  fraction = 0\n}}\n"
+        self.stage.config.write_text(text + block)
+        changed: list[str] = (await self.stage.call("POST", "/v1/config:reload"))["changed"]
+        return changed
+
     async def open_others(self) -> None:
         for other in self.others:
             await cordon(self.client, other, on=False)
@@ -248,9 +258,14 @@ class Cluster:
 
 @asynccontextmanager
 async def cluster(
-    root: Path, repository: Path, fleet: SimulatedFleet, workload: str, count: int
+    root: Path,
+    repository: Path,
+    fleet: SimulatedFleet,
+    workload: str,
+    count: int,
+    unavailable: int | None = None,
 ) -> AsyncIterator[Cluster]:
-    """All agents are ready, and the shipped budget is installed."""
+    """All agents are ready, and the shipped budget is installed. `unavailable`: another `maxUnavailable` for it."""
     async with open_stage(
         "kubernetes", root, fleet.port, strategy=workload, clients=3, pace=PATIENT
     ) as stage:
@@ -262,6 +277,8 @@ async def cluster(
                     "PodDisruptionBudget",
                     "watchdog-agents",
                 ):
+                    if unavailable is not None:
+                        one["spec"]["maxUnavailable"] = unavailable
                     await client.apply(f"{BUDGETS}/watchdog-agents", one)
             node, *others = (one.node for one in stage.nodes)
             for other in others:
@@ -344,14 +361,7 @@ async def test_agents_leave_a_cordoned_node_within_the_window(
         await eventually(is_offline, 60.0)
         closed = (await stage.call("GET", "/v1/status"))["closed_nodes"]
         assert all("waits" not in one for one in closed), "agents stay by default"
-        text = stage.config.read_text().replace('report_stale  = "10s"', 'report_stale  = "60s"')
-        text = text.replace("\nkubernetes {\n", "\nkubernetes {\n  leave_cordoned = true\n")
-        block = f"rollout {{\n  at_once  = {at_once}\n  fraction = 0\n}}\n"
-        stage.config.write_text(text + block)
-        assert (
-            "kubernetes.leave_cordoned false → true"
-            in (await stage.call("POST", "/v1/config:reload"))["changed"]
-        )
+        assert "kubernetes.leave_cordoned false → true" in await made.leave_cordoned(at_once)
 
         async def waits() -> bool:
             found = (await stage.call("GET", "/v1/status"))["closed_nodes"]
@@ -384,3 +394,44 @@ async def test_agents_leave_a_cordoned_node_within_the_window(
         assert all(where in one["text"] for one in found)
         assert [one["device"] for one in found].index("d0") == count - 1
         assert len(found) == count
+
+
+@pytest.mark.busy
+@pytest.mark.timeout(600)
+@pytest.mark.slow_because(
+    "starts a Kubernetes with three nodes, and moves six agents two at a time"
+)
+@pytest.mark.parametrize("workload", ["deployment", "statefulset", "pod"])
+async def test_kubectl_drain_waits_for_the_moves_if_the_budget_permits_none(
+    tmp_path: Path, repository: Path, fleet: SimulatedFleet, workload: str
+) -> None:
+    """With `leave_cordoned` and a budget of 0 a drain that does not wait for the moves evicts no agent: each eviction is
+    refused until the agent has left, and the window holds. For bare pods the control plane writes that budget."""
+    count, at_once = 6, 2
+    budget = "watchdog-pods" if workload == "pod" else "watchdog-agents"
+    async with cluster(tmp_path, repository, fleet, workload, count, unavailable=0) as made:
+        await made.leave_cordoned(at_once)
+        assert made.stage.reconciler is not None
+        await made.stage.reconciler.terminate(10.0)  # the budget of bare pods is as of the start
+        await made.stage.start_reconciler()
+
+        async def are_healthy() -> bool:
+            status = (await made.client.get(f"{BUDGETS}/{budget}")).get("status") or {}
+            return (status.get("currentHealthy"), status["disruptionsAllowed"]) == (count, 0)
+
+        await eventually(are_healthy, 60.0)
+        await made.open_others()
+        samples = Samples(made.stage)
+        sampling = asyncio.ensure_future(samples.run())
+        try:
+            await cordon(made.client, made.node, on=True)
+            refused = await asyncio.wait_for(evicted(made.client, made.node), 240.0)
+            await eventually(made.all_watched, 60.0)
+        finally:
+            sampling.cancel()
+            await asyncio.gather(sampling, return_exceptions=True)
+        assert refused
+        assert not [one for one in samples.wrong if "offline" in one]
+        assert max(samples.counts) <= at_once
+        found = await made.stage.call("GET", "/v1/events?kind=plan.replace&limit=100")
+        assert len(found["items"]) == count

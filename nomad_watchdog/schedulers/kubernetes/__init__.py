@@ -54,7 +54,8 @@ _MAX_WITHOUT_POD: Final = 8
 
 class KubernetesScheduler:
     """`namespaces`: number of namespaces that devices are spread over; the first is `namespace`, the others have
-    the suffix -1, -2, … `blocked_limit`: number of unschedulable pods from which on there is no room."""
+    the suffix -1, -2, … `blocked_limit`: number of unschedulable pods from which on there is no room. `leave_cordoned`:
+    pods are moved off cordoned nodes, so that a drain need not evict bare ones."""
 
     name = "kubernetes"
 
@@ -68,6 +69,7 @@ class KubernetesScheduler:
         installation: str = "",
         client: KubernetesClient | None = None,
         blocked_limit: int = 10,
+        leave_cordoned: bool = False,
         clock: Clock | None = None,
     ) -> None:
         if namespaces < 1 or shards < 1:
@@ -87,7 +89,9 @@ class KubernetesScheduler:
         self._built: dict[tuple[str, str], _objects.Built] = {}
         self._probe = ChangeProbe(self._client, self._selector)
         self._cordons = Cordons(self._client)
-        self._budgets = PodBudgets(self._client, self._installation, self._clock)
+        self._budgets = PodBudgets(
+            self._client, self._installation, self._clock, are_moved=leave_cordoned
+        )
         self._memory = Vanished()
         self._index = 0
         self._listed = False

@@ -31,9 +31,10 @@ HOLD_S: Final = 300.0
 until its successor is created, and must not make room for another eviction."""
 
 
-def available(pods: int) -> int:
-    """How many of these pods must stay available: all but a tenth, rounded up."""
-    return pods - -(-pods // SHARE)
+def available(pods: int, *, are_moved: bool = False) -> int:
+    """How many of these pods must stay available: all but a tenth, rounded up. `are_moved`: all, because they are moved
+    before they are evicted."""
+    return pods if are_moved else pods - -(-pods // SHARE)
 
 
 def bare_pods(pods: Iterable[KubernetesObject]) -> dict[str, int]:
@@ -59,10 +60,17 @@ class _Level:
 
 
 class PodBudgets:
-    """The budgets of one installation, one in each namespace with bare pods."""
+    """The budgets of one installation, one in each namespace with bare pods. `are_moved`: as of `available`."""
 
-    def __init__(self, client: KubernetesClient, installation: str, clock: Clock) -> None:
-        self._client = client
+    def __init__(
+        self,
+        client: KubernetesClient,
+        installation: str,
+        clock: Clock,
+        *,
+        are_moved: bool = False,
+    ) -> None:
+        self._client, self._are_moved = client, are_moved
         self._installation = installation
         self._clock = clock
         self._levels: dict[str, _Level] = {}
@@ -88,12 +96,12 @@ class PodBudgets:
         if pods >= level.pods or now - level.at >= HOLD_S:
             level = _Level(pods, now)
         self._levels[namespace] = level
-        number = available(level.pods)
+        number = available(level.pods, are_moved=self._are_moved)
         if self._written.get(namespace) != number:
-            await self._client.apply(path_of(namespace), self._body(namespace, level.pods))
+            await self._client.apply(path_of(namespace), self._body(namespace, level.pods, number))
             self._written[namespace] = number
 
-    def _body(self, namespace: str, pods: int) -> Mapping[str, object]:
+    def _body(self, namespace: str, pods: int, number: int) -> Mapping[str, object]:
         labels = {names.MANAGED: names.DOMAIN, names.INSTALLATION: self._installation}
         return {
             "apiVersion": "policy/v1",
@@ -105,7 +113,7 @@ class PodBudgets:
                 "annotations": {_PODS: str(pods)},
             },
             "spec": {
-                "minAvailable": available(pods),
+                "minAvailable": number,
                 "unhealthyPodEvictionPolicy": "AlwaysAllow",
                 "selector": {"matchLabels": {**labels, names.WORKLOAD: "pod"}},
             },

@@ -70,6 +70,14 @@ def test_a_tenth_may_be_unavailable_and_at_least_one(pods: int, stay: int) -> No
     assert available(pods) == stay
 
 
+def test_no_pod_need_be_evicted_that_is_moved_before() -> None:
+    """With `leave_cordoned` the budget permits none, so that `kubectl drain` waits for the moves."""
+    plant = Plant()
+    plant.budgets = PodBudgets(plant.server, "i", plant.clock, are_moved=True)  # type: ignore[arg-type]
+    plant.see(a=20)
+    assert plant.server.number() == 20
+
+
 def test_only_bare_pods_that_have_not_ended_count() -> None:
     """Pods of Deployments have a budget of their own, and an ended pod is not there any more."""
 
