@@ -24,7 +24,11 @@ FOLDER = Path(__file__).parents[1] / "jobs" / "grafana"
 BOARDS = sorted(FOLDER.glob("*.json"))
 COLUMNS = 24
 DEVICES = 5
-NONE_HERE = ("nomad_watchdog_pool_", "nomad_watchdog_host_pressure_ratio")
+NONE_HERE = (
+    "nomad_watchdog_pool_",
+    "nomad_watchdog_host_pressure_ratio",
+    "nomad_watchdog_host_usage_ratio",
+)
 """Metrics whose series begin with the first pool or reading."""
 
 
