@@ -16,8 +16,8 @@ from watchdog_agent.runtime.parsing import bounded, finite, whole
 
 from nomad_watchdog.core import event_merge
 from nomad_watchdog.core.event_merge import Subject
-from nomad_watchdog.events.log import Event, EventLog
-from nomad_watchdog.ids import Slug
+from nomad_watchdog.events.log import MAX_TEXT, Event, EventLog
+from nomad_watchdog.ids import MAX_ID_BYTES, Slug
 from nomad_watchdog.model import WallTime
 
 TERM_BITS: Final = 28
@@ -158,9 +158,9 @@ def event_of(fields: Mapping[str, object]) -> Event:
             seq=_number(fields["seq"]),
             at=at,
             kind=str(fields["kind"])[:64],
-            device_id=str(fields["device"]),
-            slug=Slug(str(fields["slug"])),
-            text=str(fields["text"]),
+            device_id=str(fields["device"])[:MAX_ID_BYTES],
+            slug=Slug(str(fields["slug"])[:64]),
+            text=str(fields["text"])[:MAX_TEXT],
             data=_data_of(fields),
             origin=str(fields["origin"])[:128],
             incident=str(fields.get("incident", ""))[:256],

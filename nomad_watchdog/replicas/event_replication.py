@@ -17,6 +17,7 @@ from ssl import SSLContext
 from typing import Any, Final
 
 import aiohttp
+from aiohttp.http_exceptions import LineTooLong
 from watchdog_agent.runtime.parsing import loads
 
 from nomad_watchdog.core import event_merge
@@ -24,7 +25,7 @@ from nomad_watchdog.errors import ConflictError
 from nomad_watchdog.events.log import Event, is_audit
 from nomad_watchdog.events.merged_log import MergedLog, event_of
 from nomad_watchdog.fleet.fleet import Fleet
-from nomad_watchdog.replicas.leases import Leases, Replica
+from nomad_watchdog.replicas.leases import Leases, Replica, may_be_called
 from nomad_watchdog.replicas.ownership import is_leader, leader, leader_term
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ _SILENCE_S: Final = 40.0
 """The stream has an empty line every 15 s."""
 _LINE: Final = 1 << 22
 _PAGE: Final = 1_000
+_MAX_ANSWER: Final = 1 << 25
+"""Bytes of a page: one event has some 10 KB at most."""
 _CHECKED: Final = 200
 
 
@@ -132,7 +135,7 @@ class EventReplicator:
     def _peer(self, name: str) -> Replica | None:
         found = (one for one in self._leases.replicas() if one.id == name)
         peer = next(found, None)
-        return peer if peer is not None and peer.api.startswith(("http://", "https://")) else None
+        return peer if peer is not None and may_be_called(peer, self._tls()) else None
 
     async def run(self) -> None:
         """Publish or copy, depending on the lease, until cancelled."""
@@ -179,7 +182,8 @@ class EventReplicator:
     async def _start_publishing(self, session: aiohttp.ClientSession) -> None:
         await self._finish_copying()
         self._unfollow()
-        peers = [one for one in self._leases.replicas() if one.id != self._leases.replica]
+        others = (one for one in self._leases.replicas() if one.id != self._leases.replica)
+        peers = [one for one in others if may_be_called(one, self._tls())]
         logs = await asyncio.gather(*(self._read_rest(session, one) for one in peers))
         term = leader_term(self._leases)
         if term is None:
@@ -235,7 +239,7 @@ class EventReplicator:
                     if line.strip():
                         self._copy(event_of(loads(line)))
             self.problem = f"{peer.id} has ended its stream"
-        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
+        except (aiohttp.ClientError, LineTooLong, TimeoutError, ValueError, KeyError) as error:
             self.problem = f"{peer.id} sends no events: {str(error) or 'no answer in time'}"
             log.warning("events not copied", extra={"reason": self.problem})
             await asyncio.sleep(AGAIN_S)
@@ -261,7 +265,10 @@ class EventReplicator:
             session.get(peer.api + EVENTS, **self._request(query)) as answer,
         ):
             answer.raise_for_status()
-            return [event_of(one) for one in (await answer.json())["items"]]
+            items = (await _fields(answer))["items"]
+            if not isinstance(items, list):
+                raise ValueError("it sends no list of events")  # noqa: TRY004  # as any other answer
+            return [event_of(one) for one in items]
 
     def _copy(self, event: Event) -> None:
         if not self._merged.copy(event):
@@ -296,7 +303,7 @@ class EventReplicator:
                     session.post(peer.api + PATH, json=body, **self._request({})) as answer,
                 ):
                     answer.raise_for_status()
-                    if (await answer.json())["taken"] == 0:
+                    if (await _fields(answer))["taken"] == 0:
                         # published earlier, in an earlier run of ours: they will not be copied back
                         self._remove_published(sent[-1].seq)
             except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
@@ -316,5 +323,19 @@ class EventReplicator:
             "headers": headers,
             "ssl": self._tls() or True,
             "server_hostname": self._certified,
+            "allow_redirects": False,
             "params": params,
         }
+
+
+async def _fields(answer: aiohttp.ClientResponse) -> Mapping[str, Any]:
+    """The object that a replica answered. Raises ValueError if it is none, or longer than _MAX_ANSWER."""
+    body = bytearray()
+    async for some in answer.content.iter_any():
+        body += some
+        if len(body) > _MAX_ANSWER:
+            raise ValueError(f"its answer is longer than {_MAX_ANSWER} bytes")
+    found = loads(body)
+    if not isinstance(found, dict):
+        raise ValueError("its answer is no JSON object")  # noqa: TRY004  # as any other answer
+    return found

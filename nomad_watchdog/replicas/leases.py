@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from ssl import SSLContext
 from typing import Final, Protocol
 
 from nomad_watchdog.errors import FencedError
@@ -62,6 +63,12 @@ class Replica:
     def address(self) -> str:
         """Where agents reach it, as far as known."""
         return self.advertise or self.api
+
+
+def may_be_called(replica: Replica, tls: SSLContext | None) -> bool:
+    """Whether our token may be sent to this replica: in plain text only if our own API uses no TLS. `tls`: for calls
+    to replicas; None = our API uses none. The address comes from Consul, and whoever can write there chooses it."""
+    return replica.api.startswith("https://" if tls is not None else ("http://", "https://"))
 
 
 class Leases(Protocol):

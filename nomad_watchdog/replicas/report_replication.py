@@ -20,7 +20,7 @@ import aiohttp
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Report
-from nomad_watchdog.replicas.leases import Leases, Replica
+from nomad_watchdog.replicas.leases import Leases, Replica, may_be_called
 from nomad_watchdog.schedulers import agent_zipapp
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class ReportReplicator:
         return [
             one
             for one in self._leases.replicas()
-            if one.id != self._leases.replica and one.api.startswith(("http://", "https://"))
+            if one.id != self._leases.replica and may_be_called(one, self._tls())
         ]
 
     async def run(self) -> None:
@@ -126,7 +126,7 @@ class ReportReplicator:
         try:
             async with session.post(
                 peer.api + PATH, json=body, headers=headers, ssl=self._tls() or True,
-                server_hostname=self._certified,
+                server_hostname=self._certified, allow_redirects=False,
             ) as answer:  # fmt: skip
                 why = "" if answer.status == 200 else f"it answered {answer.status}"
         except (aiohttp.ClientError, TimeoutError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -31,8 +32,10 @@ from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Limits, Monotonic
 from nomad_watchdog.registry import CommitGuard
 from nomad_watchdog.registry.sqlite import SqliteRegistry
+from nomad_watchdog.replicas import event_replication
 from nomad_watchdog.replicas.event_replication import MAX_BATCH, EventReplicator
 from nomad_watchdog.replicas.leases import Lease, Replica, Term
+from nomad_watchdog.replicas.report_replication import ReportReplicator
 
 
 @dataclass
@@ -446,6 +449,13 @@ async def test_an_event_that_is_told_back_before_the_answer_came_ends_nothing(
 
         asked = 0
 
+        @property
+        def content(self) -> Slow:
+            return self
+
+        async def iter_any(self) -> AsyncIterator[bytes]:
+            yield b'{"taken": 1}'
+
         def post(self, *_: object, **__: object) -> Slow:
             self.asked += 1
             return self
@@ -459,9 +469,6 @@ async def test_an_event_that_is_told_back_before_the_answer_came_ends_nothing(
 
         def raise_for_status(self) -> None:
             return
-
-        async def json(self) -> dict[str, int]:
-            return {"taken": 1}
 
     async with planes(tmp_path, Board(), "a", "b") as (_, b):
         await until(lambda: b.feed.problem == "")
@@ -498,3 +505,79 @@ async def test_replicas_show_each_other_their_token(tmp_path: Path) -> None:
         await until(lambda: b.log() == [("pump", "audit.by-b")])
         await until(lambda: "401" in c.feed.problem)
         assert (a.log(), c.log()) == ([("pump", "audit.by-b")], [])
+
+
+HOSTILE = {
+    "a list": b"[]",
+    "no list of events": b'{"items": {}, "taken": []}',
+    "deep nesting": b'{"items": ' + b"[" * 1_900,
+    "a long number": b'{"items": [], "taken": ' + b"9" * 1_900 + b"}",
+    "too many bytes": b'{"items": [], "taken": 1}' + b" " * 20_000,
+    "another address": b"",
+}
+
+
+@asynccontextmanager
+async def pretender(body: bytes, moved: str = "") -> AsyncIterator[tuple[str, list[str]]]:
+    """A server that answers everything with this body, or a redirect; its address, and the paths that were
+    requested."""
+    asked: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append(request.path)
+        headers = {"Location": moved} if moved else {}
+        status, kind = 307 if moved else 200, "application/json"
+        return web.Response(body=body, status=status, headers=headers, content_type=kind)
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host, port = runner.addresses[0][:2]
+    try:
+        yield f"http://{host}:{port}", asked
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+async def test_no_answer_of_another_replica_ends_the_replication(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica that publishes, then one that does not, answers with something else than events: this one goes on, and
+    publishes as soon as it holds the lease. It follows no redirect."""
+    monkeypatch.setattr(event_replication, "_MAX_ANSWER", 2_000)
+    monkeypatch.setattr(event_replication, "_LINE", 1_000)
+    board = Board()
+    async with (
+        pretender(b"{}") as (elsewhere, moved),
+        pretender(HOSTILE[what], elsewhere if what == "another address" else "") as (api, asked),
+        plane(tmp_path, board, "a") as a,
+    ):
+        board.there["x"] = api
+        a.see("pump", "audit.pause")
+        board.give("x")
+        await until(lambda: {"/v1/events", "/v1/peers/events"} <= set(asked))
+        board.give("a")
+        await until(lambda: a.log() == [("pump", "audit.pause")] or a.task.done())
+        assert not a.task.done()
+        assert moved == []
+
+
+async def test_no_token_is_sent_in_plain_text_where_replicas_use_tls(tmp_path: Path) -> None:
+    """Whoever can write to Consul can add a replica. If our API uses TLS, one with an http address is not called."""
+    board = Board()
+    async with pretender(b"{}") as (api, asked), plane(tmp_path, board, "a") as a:
+        board.there["x"] = api
+        a.feed._tls = ssl.create_default_context
+        reports = ReportReplicator(
+            a.fleet, a.leases, lambda: "operator-token-of-all", ssl.create_default_context
+        )
+        assert reports.others() == []
+        a.see("pump", "audit.pause")
+        board.give("x")
+        await until(lambda: "address is not known" in a.feed.problem)
+        board.give("a")
+        await until(lambda: a.tells)
+        assert asked == []
