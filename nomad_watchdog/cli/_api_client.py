@@ -82,7 +82,13 @@ class ApiClient:
         self._opener = build_opener(_NoRedirect, ProxyHandler(proxies), *secure)
 
     def at(self, address: str) -> ApiClient:
-        """The same client at another address."""
+        """The same client at another address, which another replica has. Raises TerminalError for one in plain text
+        where this one uses TLS: the token would be sent there."""
+        if self._token and self.address.startswith("https:") and not address.startswith("https:"):
+            raise TerminalError(
+                f"{self.address} names a replica at {address[:100]!a}, and the token is not sent there without "
+                "TLS; set api.own_address of that replica to an https address"
+            )
         return ApiClient(
             address, self._token, timeout_s=self._timeout_s, tls=self._tls, env=self._env
         )

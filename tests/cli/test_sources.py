@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from nomad_watchdog.cli._api_client import ApiClient
 from nomad_watchdog.cli.main import _code
 from nomad_watchdog.config.load import load
-from nomad_watchdog.errors import UserError
+from nomad_watchdog.errors import TerminalError, UserError
 from tests.attacks.table import Attack
 
 STRANGER = 65534
@@ -247,3 +249,14 @@ def test_a_crash_of_a_command_shows_no_secret(
     said = capsys.readouterr().err
     assert token not in said
     assert "header was Bearer [redacted]" in said
+
+
+def test_a_token_for_https_is_not_sent_to_a_replica_in_plain_text(token: str) -> None:
+    """The API names the addresses of replicas, which come from Consul: whoever can write there must not get the token
+    without a certificate."""
+    api = ApiClient("https://127.0.0.1:1", token, tls=ssl.create_default_context)
+    assert api.at("https://127.0.0.2:1").address == "https://127.0.0.2:1"
+    for address in ("http://127.0.0.2:1", "127.0.0.2:1"):
+        with pytest.raises(TerminalError, match="without TLS"):
+            api.at(address)
+    assert ApiClient("http://127.0.0.1:1", token).at("http://127.0.0.2:1")
