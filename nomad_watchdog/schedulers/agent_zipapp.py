@@ -105,7 +105,9 @@ class Installed:
         return ""
 
     def _files(self) -> list[Path]:
-        return sorted(self._folder.rglob("*.py"))
+        # Python prefers an extension module (.so) to a source of the same name. It writes its caches itself.
+        found = (one for one in self._folder.rglob("*") if one.parent.name != "__pycache__")
+        return sorted(one for one in found if one.is_file())
 
     def _signature(self) -> list[tuple[str, int, int, int, int]]:
         found = ((str(file), file.stat()) for file in self._files())

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,22 @@ def test_h7_the_images_run_nothing_from_the_working_folder(
     assert (run.returncode, "WATCHDOG_CONFIG" in run.stderr) in ((64, True), (0, False)), run.stderr
     assert not ran.exists()
     attack.tried, attack.result = len(NAMES), "0 foreign modules run"
+
+
+def test_h15_a_module_in_front_of_a_source_is_a_change(tmp_path: Path) -> None:
+    """An extension module that Python would load instead of the agent's source is noticed; Python's caches are no
+    change."""
+    folder = tmp_path / "watchdog_agent"
+    shutil.copytree(Path(watchdog_agent.__file__).parent, folder)
+    installed = agent_zipapp.Installed(folder)
+    (folder / "__pycache__").mkdir(exist_ok=True)
+    (folder / "__pycache__" / "main.cpython-399.pyc").write_bytes(b"")
+    assert installed.problem() == ""
+    extension = folder / f"main{EXTENSION_SUFFIXES[0]}"
+    extension.write_bytes(b"")
+    assert "have changed" in installed.problem()
+    extension.unlink()
+    assert installed.problem() == ""
 
 
 @pytest.mark.attack("H15", "files of the agent changed under a running control plane, local agents")
