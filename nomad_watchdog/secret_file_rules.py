@@ -14,6 +14,8 @@ import stat
 from pathlib import Path
 from typing import Final
 
+from watchdog_agent.runtime.parsing import whole_or
+
 _MOUNTED: Final = ("/run/secrets/", "/var/run/secrets/")
 """Where Docker and Kubernetes put secrets that only the container sees."""
 
@@ -47,8 +49,7 @@ def owners() -> frozenset[int]:
     """The users whose files are trusted: ours, root, and who called sudo."""
     mine = os.geteuid()
     by_sudo = os.environ.get("SUDO_UID", "") if mine == 0 else ""
-    caller = {int(by_sudo)} if by_sudo.isascii() and by_sudo.isdigit() else set()
-    return frozenset({0, mine} | caller)
+    return frozenset({0, mine, whole_or(by_sudo, 0)})
 
 
 def groups() -> frozenset[int]:
@@ -56,9 +57,7 @@ def groups() -> frozenset[int]:
     root's; who called sudo as above."""
     mine = os.getegid()
     by_sudo = os.environ.get("SUDO_GID", "") if os.geteuid() == 0 else ""
-    return frozenset(
-        {0, mine} | ({int(by_sudo)} if by_sudo.isascii() and by_sudo.isdigit() else set())
-    )
+    return frozenset({0, mine, whole_or(by_sudo, 0)})
 
 
 def unsafe(found: os.stat_result) -> str:

@@ -17,7 +17,7 @@ Version = tuple[int, ...]
 
 MINIMUM: Final[Version] = (1, 6, 0)
 """The oldest Nomad that is supported. Earlier ones have no node pools."""
-_NUMBER: Final = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
+_NUMBER: Final = re.compile(r"([0-9]{1,9})\.([0-9]{1,9})(?:\.([0-9]{1,9}))?")
 
 PROBE: Final = 'job "probe" {\n group "g" {\n  task "t" { driver = "raw_exec" }\n }\n}'
 """A job that is only parsed: the fields of the result show the minimum age of the parser. HCL does not allow a block

@@ -30,8 +30,8 @@ from watchdog_agent.runtime import state_file as agent_state
 from watchdog_agent.runtime.address import AddressError
 from watchdog_agent.runtime.http_response import HttpError
 
-from nomad_watchdog import device_address, device_fields
-from nomad_watchdog.api import body, schemas
+from nomad_watchdog import device_address, device_fields, secret_file_rules
+from nomad_watchdog.api import body, pagination, schemas
 from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.cli import plan, status
 from nomad_watchdog.clients import (
@@ -39,8 +39,10 @@ from nomad_watchdog.clients import (
     _kubernetes_errors,
     consul,
     hashicorp_environment,
+    nomad_features,
     prometheus,
 )
+from nomad_watchdog.clients.consul import KvRow
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config import class_set, load
 from nomad_watchdog.config.types import checked_listen
@@ -51,10 +53,15 @@ from nomad_watchdog.errors import TerminalError, TransientError, UserError
 from nomad_watchdog.events import _sql as event_sql
 from nomad_watchdog.events import merged_log
 from nomad_watchdog.fleet import pauses
+from nomad_watchdog.ids import DeviceId, slug_of
+from nomad_watchdog.labels import parse_labels
 from nomad_watchdog.model import AgentSpec, WallTime
 from nomad_watchdog.pools import _kubernetes_objects, local
 from nomad_watchdog.registry import backup, codec, epoch_floor
 from nomad_watchdog.replicas.file_lease import FileLeases
+from nomad_watchdog.replicas.lease_keys import LeaseKeys
+from nomad_watchdog.schedulers.kubernetes import _budgets, names, namespaces, objects
+from nomad_watchdog.schedulers.kubernetes._view import identity
 from nomad_watchdog.schedulers.local import _placement, files
 from nomad_watchdog.units import parse_duration, parse_size
 
@@ -204,6 +211,7 @@ ENTRY = {
     "created_at": 1.0,
 }
 CONSUL = [{"Key": "a/b", "Value": "e30=", "ModifyIndex": 1, "Session": ""}]
+LABELS = {names.SLUG: slug_of(DeviceId("a")), names.WORKLOAD: "pod", names.CLASS: "c"}
 HCL = """\
 resync = "5s"
 shards = 5
@@ -293,6 +301,18 @@ def request(data: str) -> bytes:
     server = agent_http.Server.__new__(agent_http.Server)
     server.names, server.answer = ("localhost",), lambda *_: None
     return server._reply(data.encode("utf-8", "replace").split(b"\r\n\r\n", 1)[0].split(b"\r\n"))
+
+
+def identity_with(epoch: str) -> Any:
+    labels = {**LABELS, names.EPOCH: epoch}
+    return identity({"metadata": {"labels": labels, "annotations": {names.DEVICE_ID: "a"}}})
+
+
+def sudo_of(number: str) -> Any:
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("SUDO_UID", "SUDO_GID"):
+            patched.setenv(name, printed(number).replace("\0", ""))
+        return secret_file_rules.owners(), secret_file_rules.groups()
 
 
 def restored(text: str) -> None:
@@ -385,6 +405,17 @@ PARSERS = [
     plain("--since", status._since, numbers, UserError),
     plain("Consul's index", consul._index, numbers, TransientError),
     plain("Kubernetes' status", lambda text: _kubernetes_errors.translate(429, text.encode("utf-8", "replace"), "x", text), numbers | with_token({"code": 1, "reason": "r", "details": {"retryAfterSeconds": 1}})),
+    plain("Kubernetes' placement", names.Ref.parse, numbers.map("a/pod/b#{}".format), UserError),
+    plain("Kubernetes' labels", identity_with, numbers, UserError),
+    plain("variable of a template", lambda text: objects._fill("${x}", {"x": text}, "timeoutSeconds"), numbers, UserError),
+    plain("pods of a budget", lambda text: _budgets._pods_of({"metadata": {"annotations": {_budgets._PODS: text}}}), numbers),
+    plain("namespaces in use", lambda text: namespaces._stored({"metadata": {}, "data": {"namespaces": text}}), numbers),
+    plain("version of Nomad", lambda text: nomad_features.versions([text]), numbers.map("1.{}".format)),
+    plain("caller of sudo", sudo_of, numbers),
+    plain("replicas in Consul", lambda text: LeaseKeys("p").view([KvRow("p/leadership/replicas/r", text.encode("utf-8", "replace"), 1, "s")]), with_token({"api": "a", "since": 1.0, "shards": 1})),
+    plain("shards in Consul", lambda text: LeaseKeys("p").view([KvRow(f"p/leadership/shards/{text}", b"{}", 1, "s")]), numbers),
+    plain("cursor", pagination._uncursor, tokens, UserError),
+    plain("labels", lambda text: parse_labels([text]), tokens.map("a={}".format), UserError),
     plain("quantity", _kubernetes_objects.number, numbers.map("{}Mi".format), ValueError),
     plain("Prometheus' answer", lambda text: prometheus.sample(parsing.loads(text)), with_token(PROMETHEUS), ValueError),
     plain("Consul's refusal", lambda text: consul._txn_refusal("x", text, ""), with_token({"Errors": [{"OpIndex": 0, "What": "x"}]})),

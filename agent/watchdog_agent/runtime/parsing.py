@@ -42,6 +42,14 @@ def finite(text: str) -> float:
     raise ValueError(f"{_shown(text)} is not a number, or out of range")
 
 
+def whole_or(text: str, default: int) -> int:
+    """Parse a whole number of at most 63 bits; the default if the text is none."""
+    try:
+        return whole(text)
+    except ValueError:
+        return default
+
+
 def number_or(value: object, default: float) -> float:
     """The value if it is a finite number, else the default; for external documents."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

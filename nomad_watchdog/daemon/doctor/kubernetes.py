@@ -32,7 +32,7 @@ async def check_kubernetes(settings: Settings) -> list[Check]:
     client = KubernetesClient(kubernetes_settings(settings))
     try:
         version = str((await client.get("/version")).get("gitVersion", "?"))
-        found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+        found = tuple(int(part) for part in re.findall(r"[0-9]{1,9}", version)[:2])
         good = found >= KUBERNETES_MINIMUM
         fix = "" if good else "upgrade the control plane to 1.34 or later"
         status = CheckStatus.OK if good else CheckStatus.WARN

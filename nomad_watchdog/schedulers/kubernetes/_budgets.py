@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from watchdog_agent.runtime.parsing import whole_or
+
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.clients.kubernetes_objects import KubernetesObject
 from nomad_watchdog.clock import Clock
@@ -127,5 +129,4 @@ _PODS: Final = f"{names.DOMAIN}/pods"
 def _pods_of(budget: KubernetesObject | None) -> int:
     """The number of pods that a budget was made for; 0 without one."""
     notes = (budget["metadata"].get("annotations") or {}) if budget is not None else {}
-    text = notes.get(_PODS, "0")
-    return int(text) if text.isascii() and text.isdigit() else 0
+    return whole_or(str(notes.get(_PODS, "0")), 0)

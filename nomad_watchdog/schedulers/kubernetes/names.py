@@ -109,8 +109,10 @@ class Ref:
     @classmethod
     def parse(cls, text: str) -> Ref:
         """Raises UserError when the text is not a reference of this backend."""
-        found = re.fullmatch(r"([a-z0-9-]+)/(deployment|statefulset|pod)/([a-z0-9-]+)#(\d+)", text)
+        found = re.fullmatch(
+            r"([a-z0-9-]+)/(deployment|statefulset|pod)/([a-z0-9-]+)#([0-9]{1,18})", text
+        )
         if found is None:
-            raise UserError(f"{text!r} is not a placement of the kubernetes backend")
+            raise UserError(f"{text[:200]!a} is not a placement of the kubernetes backend")
         kind = next(one for one in KINDS if one == found[2])
         return cls(found[1], kind, found[3], Epoch(int(found[4])))

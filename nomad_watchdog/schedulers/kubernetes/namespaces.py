@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
+from watchdog_agent.runtime.parsing import whole_or
+
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.clients.kubernetes_objects import KubernetesObject
 from nomad_watchdog.errors import ConflictError, NotFoundError, TransientError
@@ -65,5 +67,4 @@ async def newest_pod(client: KubernetesClient, first: str, spread: int, slug: st
 def _stored(record: KubernetesObject | None) -> int:
     """The number of namespaces that were ever used; 0 if it is unknown."""
     data = (record.get("data") or {}) if record is not None else {}
-    text = str(data.get("namespaces", "0"))
-    return int(text) if text.isascii() and text.isdigit() else 0
+    return whole_or(str(data.get("namespaces", "0")), 0)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final, cast
 
 import yaml
+from watchdog_agent.runtime.parsing import whole
 
 from nomad_watchdog.clients.kubernetes_objects import (
     EnvVar,
@@ -140,9 +141,10 @@ def _fill(value: object, variables: Mapping[str, str], key: str = "") -> tuple[o
 
     text = _VARIABLE.sub(replaced, value)
     if _NUMBERS.fullmatch(key) and text != value:
-        if not (text.isascii() and text.isdigit()):
-            raise UserError(f"template {key}: {text!r} is not a whole number")
-        return int(text), used
+        try:
+            return whole(text), used
+        except ValueError as error:
+            raise UserError(f"template {key}: {error}") from None
     return text, used
 
 
