@@ -73,6 +73,10 @@ def in_words(error: BaseException, timeout_s: float) -> str:
     """An error of UNREADABLE, in at most 200 characters."""
     if isinstance(error, TimeoutError):
         return f"no answer within {timeout_s:g} s"
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return f"the name {error.host} can't be resolved"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return f"no connection to {error.host}:{error.port}"
     return (str(error) or type(error).__name__)[:200]
 
 
@@ -127,9 +131,9 @@ def sample(response: object) -> float:
         if kind == "scalar":
             return _finite(result[1])
         if kind != "vector":
-            raise ValueError(f"the query returns a {kind}; expected one number")
+            raise ValueError(f"it returns a {kind}; expected one number")
         if len(result) != 1:
-            raise ValueError(f"the query returns {len(result)} series; expected 1: aggregate them")
+            raise ValueError(f"it returns {len(result)} series; expected 1: aggregate them")
         return _finite(cast("_Series", result[0])["value"][1])
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError("the answer is not from Prometheus") from error
@@ -139,4 +143,4 @@ def _finite(value: object) -> float:
     try:
         return finite(cast("str", value))
     except (ValueError, TypeError):
-        raise ValueError(f"the query returns {ascii(value)[:40].lower()}") from None
+        raise ValueError(f"it returns {ascii(value)[:40].lower()}") from None
