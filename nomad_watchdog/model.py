@@ -179,8 +179,7 @@ class AgentSpec:
     template: str = ""
     """Backend template: a built-in name or a path; empty = the backend's default."""
     text: str = field(default="", repr=False)
-    """Text of a template that is a file, so that a replica without the file can use it; "" = the template is
-    built in, or its file is read when it is used."""
+    """Text of a template that is a file, for replicas without it; "" = built in, or read when it is used."""
     cpu_mhz: int = 50
     memory_bytes: int = 64 * 1024 * 1024
     kill_timeout_s: float = 10.0
@@ -192,11 +191,12 @@ class AgentSpec:
     """The settings that the hash covers, as text by dotted name (`config.settings_text`), to display changes; "#..."
     stands for a hidden value."""
     agent_config: Mapping[str, object] = field(default_factory=dict, repr=False)
-    """The class part of the agent's document (probes, repairs, intervals, addresses of API and Consul), as JSON values;
-    `schedulers.agent_document` adds the device's part. It contains no secret as configured; `credentialed` adds the token
-    of a single agent for its start."""
+    """The class part of the agent's document, as JSON values; `schedulers.agent_document` adds the device's part. It
+    contains no secret as configured; `credentialed` adds the token of a single agent for its start."""
     avoid: tuple[str, ...] = field(default=(), compare=False)
     """Hosts that this start should avoid (`Capabilities.steers`). Never stored."""
+    agent_file: str = field(default="", compare=False)
+    """SHA-256 of the agent file (`agent_zipapp`); "" = that of this control plane. Never stored."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -338,14 +338,18 @@ class Settings(Block):
         here = spec.on.get(backend, Variant(spec.template, spec.text, spec.variables))
         variables = here.variables
         if backend == "nomad":
-            variables = {**self._places(variables), **variables}
+            variables = {**self._places(variables, spec.agent_file), **variables}
         return replace(spec, template=here.template, text=here.text, variables=variables)
 
-    def _places(self, given: Mapping[str, str]) -> dict[str, str]:
+    def _places(self, given: Mapping[str, str], agent_file: str) -> dict[str, str]:
         token = {"token_file": file} if (file := self.api.agent_token_file) else {}
         if given.get("agent_source") or given.get("agent_path"):
             return token  # and a checksum of its own, or none
-        sha256 = agent_zipapp.checksum()
+        # A version that was proven before an upgrade keeps its program, if it is still here.
+        is_kept = (
+            agent_file and agent_zipapp.published(FilePath(self.data_dir), agent_file).exists()
+        )
+        sha256 = agent_file if is_kept else agent_zipapp.checksum()
         return {
             "agent_source": f"{self.advertise}/artifacts/{sha256}/watchdog-agent.pyz",
             "agent_checksum": f"sha256:{sha256}",

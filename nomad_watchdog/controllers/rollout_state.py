@@ -15,7 +15,7 @@ from nomad_watchdog.core.rollout_progress import RolloutProgress
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.model import AgentSpec, WallTime
 from nomad_watchdog.registry.document import DocumentFormat
-from nomad_watchdog.schedulers import job_templates
+from nomad_watchdog.schedulers import agent_zipapp, job_templates
 from nomad_watchdog.schedulers.agent_document import spec_fields, stored_spec
 
 MAX_TEXT: Final = 10 * 1024
@@ -55,6 +55,8 @@ class RolloutState:
     """Digest of its template's text."""
     text: str = ""
     """The text of its template, packed (`packed`); "" = it is built in, or too long."""
+    agent_file: str = ""
+    """As `AgentSpec.agent_file`."""
     bad: str = ""
     """Hash of the spec that was given up."""
     why: str = ""
@@ -66,6 +68,7 @@ class RolloutState:
     """The spec that was proven before the present one, for an undo."""
     before_template: str = ""
     before_text: str = ""
+    before_agent_file: str = ""
     past: tuple[PastRollout, ...] = ()
     """The newest last."""
 
@@ -74,11 +77,13 @@ class RolloutState:
         return replace(self, past=(*self.past, one)[-MAX_PAST:])
 
     def completed(self, spec: AgentSpec) -> RolloutState:
-        """The state of a proven spec with the text of its template, which older versions did not store, and without the
-        progress of a spec that is not configured any more."""
+        """The state of a proven spec that is configured, with the text of its template, which older versions did not
+        store, and the agent file of this control plane, and without the progress of a spec that is not configured any
+        more."""
+        state = replace(self, progress=None, agent_file=agent_zipapp.checksum())
         if digest(spec) != self.template:
-            return replace(self, progress=None)
-        return replace(self, text=self.text or packed(text_of(spec)), progress=None)
+            return state
+        return replace(state, text=self.text or packed(text_of(spec)))
 
     def proved(self, spec: AgentSpec) -> RolloutState:
         """The state once this spec is proven; what was proven before it can be returned to."""
@@ -87,6 +92,7 @@ class RolloutState:
             good=spec,
             template=digest(spec),
             text=packed(text_of(spec)),
+            agent_file=agent_zipapp.checksum(),
             bad="",
             why="",
             keeps=False,
@@ -94,6 +100,7 @@ class RolloutState:
             before=self.good,
             before_template=self.template,
             before_text=self.text,
+            before_agent_file=self.agent_file,
         )
 
     def undone(self, spec: AgentSpec, why: str) -> RolloutState:
@@ -103,6 +110,7 @@ class RolloutState:
             good=self.before,
             template=self.before_template,
             text=self.before_text,
+            agent_file=self.before_agent_file,
             bad=spec.spec_hash,
             why=why,
             keeps=False,
@@ -110,6 +118,7 @@ class RolloutState:
             before=None,
             before_template="",
             before_text="",
+            before_agent_file="",
         )
 
 
@@ -145,7 +154,7 @@ def restored(state: RolloutState, configured: AgentSpec) -> AgentSpec | None:
     configured spec, or in its file; a built-in template is that of this version."""
     if state.good is None:
         return None
-    good = replace(state.good, on=configured.on)
+    good = replace(state.good, on=configured.on, agent_file=state.agent_file)
     if is_built_in(good) and not state.text:
         return good
     same = configured.text if good.template == configured.template else ""

@@ -101,7 +101,7 @@ def stored_spec(spec: AgentSpec) -> dict[str, object]:
     """The fields of a spec as the registry stores them: the class's part of the agent's document as JSON text with
     sorted keys."""
     fields = asdict(spec) | {"agent_config": to_text(spec.agent_config)}
-    del fields["avoid"]
+    del fields["avoid"], fields["agent_file"]
     return fields
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nomad_watchdog.controllers import rollout_state
 from nomad_watchdog.controllers.rollout import READ_EVERY_S, RolloutController
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.metrics import Metrics
@@ -153,6 +154,38 @@ async def test_the_template_of_the_proven_version_is_kept(stage: Stage) -> None:
     await judge.poll()
     assert (judge.halted(), judge.specs()["default"].version) == (set(), "1")
     assert judge.specs()["default"].text == "job {}"
+
+
+async def test_the_agent_file_of_the_proven_version_is_kept(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is that of the control plane that proved the version, or that ran it last; after an upgrade the agents of that
+    version are still started with it. An undo returns to the file of the version before."""
+
+    def upgrade(file: str) -> None:
+        monkeypatch.setattr(rollout_state.agent_zipapp, "checksum", lambda: file)
+
+    upgrade("first")
+    await stage.run("1")
+    await stage.lasts(stage.rollouts("1"))
+    upgrade("second")
+    again = stage.rollouts("1")
+    await again.poll()
+    assert (again.specs()["default"].agent_file, again.state("default").agent_file) == (
+        "",
+        "second",
+    )
+    upgrade("third")
+    judge = stage.rollouts("2")
+    await judge.poll()
+    await stage.run("2")
+    await judge.poll()
+    await stage.run("2", restarts=1)
+    await judge.poll()
+    assert judge.specs()["default"].version == "1"
+    assert judge.specs()["default"].agent_file == "second"
+    proved = judge.state("default").proved(stage.spec("2"))
+    assert (proved.agent_file, proved.undone(stage.spec("2"), "").agent_file) == ("third", "second")
 
 
 async def test_without_its_template_there_is_no_way_back(stage: Stage) -> None:

@@ -22,6 +22,7 @@ from nomad_watchdog.core.migration import NEVER_MIGRATED
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import DeviceId
 from nomad_watchdog.model import AgentSpec, Device
+from nomad_watchdog.schedulers import agent_zipapp
 from nomad_watchdog.schedulers.multi import MultiScheduler
 from tests.api.conftest import ServedApi, served
 from tests.simulation.fakes import Cluster, FakeScheduler
@@ -204,6 +205,26 @@ async def test_waiting_for_what_somebody_undoes_is_no_success(
         await end()
         assert [await one for one in (begun, found, undoing)] == [75, 75, 0]
     assert said.getvalue().count("was undone meanwhile") == 2
+
+
+def test_a_proven_version_keeps_its_agent_file_on_nomad(tmp_path: Path) -> None:
+    """Agents that are started with it after an upgrade fetch the program that it was proven with, as long as that is
+    published here, unless the class names one of its own."""
+    old = "0" * 64
+    settings = load(None).model_copy(update={"data_dir": str(tmp_path)})
+    spec = replace(settings.specs()["default"], agent_file=old)
+    own = settings.spec_on("nomad", spec).variables["agent_checksum"]
+    assert own == f"sha256:{agent_zipapp.checksum()}"
+    file = agent_zipapp.published(tmp_path, old)
+    file.parent.mkdir()
+    file.touch()
+    there = settings.spec_on("nomad", spec).variables
+    assert there["agent_checksum"] == f"sha256:{old}"
+    assert there["agent_source"].endswith(f"/artifacts/{old}/watchdog-agent.pyz")
+    elsewhere = replace(spec, variables={"agent_source": "http://files/agent.pyz"})
+    assert "agent_checksum" not in settings.spec_on("nomad", elsewhere).variables
+    file.unlink()
+    assert settings.spec_on("nomad", spec).variables["agent_checksum"] == own
 
 
 def test_a_class_is_something_else_on_another_backend(tmp_path: Path) -> None:
