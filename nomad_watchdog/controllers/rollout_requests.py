@@ -167,13 +167,13 @@ class RolloutRequests:
 
     def _progress(self, name: str, spec: AgentSpec, state: RolloutState) -> RolloutProgress:
         progress = state.progress
-        if self._controller.staged(name) is None or progress is None:
+        if self._controller.staged(name) is None:
             raise PreconditionError(f"class {name} has no roll-out in steps in progress")
         if state.bad == spec.spec_hash:
             raise PreconditionError(
                 f"version {spec.version} was given up: {state.why}; see `retry`"
             )
-        if progress.spec != spec.spec_hash:
+        if progress is None or progress.spec != spec.spec_hash:
             raise PreconditionError(
                 f"the roll-out of version {spec.version} has not begun yet; try again in some seconds"
             )

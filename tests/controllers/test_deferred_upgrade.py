@@ -10,6 +10,7 @@ import pytest
 
 from nomad_watchdog.controllers.rollout_words import announced
 from nomad_watchdog.core.rollout_steps import RolloutStep, Strategy
+from nomad_watchdog.errors import PreconditionError
 from nomad_watchdog.model import AgentSpec
 from nomad_watchdog.registry.sqlite import SqliteRegistry
 from tests.controllers.staged_fleet import CLASS, StagedFleet
@@ -103,3 +104,16 @@ async def test_an_upgrade_that_is_not_wanted_can_be_aborted(registry: SqliteRegi
     for _ in range(5):
         await fleet.tick()
     assert (fleet.state(), fleet.started) == ("paused", [])
+
+
+async def test_before_it_is_stored_a_request_is_to_be_repeated(registry: SqliteRegistry) -> None:
+    """It is displayed as paused as soon as the control plane has started; a request before its devices were heard is
+    refused with the advice to try again."""
+    fleet = await rolling(registry, WAITS)
+    await fleet.rollouts.read()
+    assert fleet.state() == "paused"
+    with pytest.raises(PreconditionError, match="version 2 has not begun yet; try again in some"):
+        await fleet.requests.control(CLASS, "resume", "me")
+    await fleet.tick()
+    await fleet.requests.control(CLASS, "resume", "me")
+    await fleet.until(lambda: fleet.state() == "soaking")
