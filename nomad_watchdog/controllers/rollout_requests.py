@@ -217,6 +217,10 @@ class RolloutRequests:
         return replace(state, bad=spec.spec_hash, why=why, keeps=keeps).remembering(past)
 
     def _undone(self, name: str, spec: AgentSpec, state: RolloutState, by: str) -> RolloutState:
+        if state.bad == spec.spec_hash and state.keeps:
+            why = f"undone by {by}"
+            past = PastRollout(spec.version, spec.spec_hash, "undone", self._now(), why, by)
+            return replace(state, why=why, keeps=False).remembering(past)
         if self._in_progress(name, spec, state):
             return self._aborted(name, spec, state, by, undo=True)
         if state.bad == spec.spec_hash:

@@ -245,15 +245,17 @@ def _reasons(record: DeviceRecord, keeper: Placement, goals: Goals) -> Iterator[
     request = goals.requested.get(record.slug)
     if request is not None and request.concerns(keeper):
         yield request.move, request.reason
+    is_outdated = keeper.spec_hash != goals.spec_hash(record)
+    if is_outdated and keeper.spec_hash in goals.given_up:
+        yield Move.ROLLBACK, _outdated(record, keeper, goals.changes)
     if home := _elsewhere(record, keeper, goals.homes):
         # One move is enough for both: the next epoch has the current spec.
         yield Move.MIGRATION, f"it moves to {home}"
         return
     if reason := goals.stalled(keeper):
         yield Move.STALLED, reason
-    if keeper.spec_hash != goals.spec_hash(record):
-        given_up = keeper.spec_hash in goals.given_up
-        yield Move.ROLLBACK if given_up else Move.ROLLOUT, _outdated(record, keeper, goals.changes)
+    if is_outdated:
+        yield Move.ROLLOUT, _outdated(record, keeper, goals.changes)
 
 
 def _outdated(record: DeviceRecord, keeper: Placement, changes: Changes) -> str:

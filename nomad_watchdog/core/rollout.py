@@ -33,6 +33,9 @@ class Readiness:
     """Whether a device that is to move to another scheduler may do so now (`core.migration.frontier`)."""
     in_work: Callable[[Slug], bool] = lambda _slug: False
     """Whether the replacement of a device's agent has begun: it has its room already."""
+    leaving: frozenset[Slug] = frozenset()
+    """Devices whose agent is being replaced, and is still ready: they take room, whether they should still be replaced
+    or not."""
     unwell: Callable[[Slug], bool] = lambda _slug: False
     """Whether something is wrong with a device: its agent is replaced after those of healthy devices."""
     moving: int = 0
@@ -63,7 +66,7 @@ def admit(
         ),
     )
     most = window(fleet, limits)
-    room = most - readiness.unready - readiness.soaking
+    room = most - _taken(readiness, candidates)
     ways = (readiness.moves_at_once or most) - readiness.moving
     admitted = []
     for action in ordered:
@@ -83,7 +86,7 @@ def give_up(
     """The replacements of stalled placements that may begin now, at most `most`.
 
     A replacement that takes away a ready agent needs room in the window, as in a roll-out."""
-    room -= readiness.unready + readiness.soaking
+    room -= _taken(readiness, candidates)
     admitted: list[Action] = []
     for action in sorted(candidates, key=lambda one: one.slug):
         ready = readiness.ready(action.slug)
@@ -91,6 +94,12 @@ def give_up(
             room -= ready
             admitted.append(action)
     return tuple(admitted)
+
+
+def _taken(readiness: Readiness, candidates: Sequence[Action]) -> int:
+    """The room that is taken, without that of the candidates."""
+    others = readiness.leaving - {one.slug for one in candidates}
+    return readiness.unready + readiness.soaking + len(others)
 
 
 def _is_halted(action: Action, readiness: Readiness) -> bool:

@@ -237,6 +237,8 @@ async def test_halt_leaves_what_is_there(registry: SqliteRegistry) -> None:
             await fleet.tick()
     assert fleet.with_version("2") == tried
     assert 0 < len(tried) <= 3
+    await fleet.requests.control(CLASS, "undo", "me")
+    await fleet.until(lambda: len(fleet.with_version("1")) == 20)
 
 
 async def test_an_outage_of_all_devices_says_nothing(registry: SqliteRegistry) -> None:

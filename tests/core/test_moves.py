@@ -7,12 +7,14 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nomad_watchdog.core import planner
 from nomad_watchdog.core.actions import ActionKind, Move
+from nomad_watchdog.core.migration import BackendAssignment, Migration
 from nomad_watchdog.core.moves import MoveRequest, combined
 from nomad_watchdog.core.planner import plan
 from nomad_watchdog.core.rollout import Readiness
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
-from nomad_watchdog.model import Limits
+from nomad_watchdog.model import Limits, WallTime
 from tests.core.world import GOALS, OLD_SPEC, SPEC, World, placement, record
 
 NAMES = tuple(f"d{n}" for n in range(12))
@@ -65,6 +67,39 @@ def test_one_window_holds_and_the_order_of_reasons_is_kept(
     waiting = [urgency(a.slug, a.move) for a in made.waiting]
     assert len(begun) == min(len(begun) + len(waiting), max(0, most - unready))
     assert not begun or not waiting or max(begun) < min(waiting)
+
+
+def test_a_version_that_was_given_up_does_not_wait_for_a_migration() -> None:
+    """An agent of it that is to move to another scheduler, too, is taken back first."""
+    device = record("d0", epoch=1)
+    move = Migration("m", "a", "b", WallTime(0.0), "test")
+    homes = BackendAssignment("a", "a", (move,), frozenset("ab"))
+    bad = planner.decide(
+        device,
+        (placement("d0", 1, spec=OLD_SPEC),),
+        replace(GOALS, homes=homes, given_up=frozenset({OLD_SPEC})),
+    )
+    old = planner.decide(device, (placement("d0", 1, spec=OLD_SPEC),), replace(GOALS, homes=homes))
+    assert [(one.move, one.home) for one in (*bad, *old)] == [
+        (Move.ROLLBACK, ""),
+        (Move.MIGRATION, "b"),
+    ]
+
+
+def test_a_replacement_in_progress_takes_room_although_it_is_not_wanted_any_more() -> None:
+    """After an abort, the replacement that had begun for the roll-out still takes a ready agent away."""
+    found = [placement("d0", 1), placement("d1", 1, spec=OLD_SPEC)]
+    world = World([record("d0", epoch=1), record("d1", epoch=1)], found)
+    (began, waits) = (found[0].slug, found[1].slug)
+    for leaving, begun in ((frozenset(), [waits]), (frozenset({began}), []), ({waits}, [waits])):
+        made = plan(
+            world.records,
+            world.placements,
+            GOALS,
+            Limits(replace_at_once=1),
+            readiness=Readiness(leaving=frozenset(leaving)),
+        )
+        assert [one.slug for one in made.actions] == begun
 
 
 @settings(max_examples=200, deadline=None)

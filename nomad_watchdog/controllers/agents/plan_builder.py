@@ -5,7 +5,7 @@ No I/O: the views are the fleet's, and `core.planner` decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from nomad_watchdog.controllers.agents.capacity import CapacityMonitor
@@ -14,7 +14,7 @@ from nomad_watchdog.controllers.held_changes import report_hold
 from nomad_watchdog.controllers.migration import MigrationController
 from nomad_watchdog.controllers.rollout_words import announced
 from nomad_watchdog.core import planner, rollout
-from nomad_watchdog.core.actions import Action, Move
+from nomad_watchdog.core.actions import Action, ActionKind, Move
 from nomad_watchdog.core.goals import Goals
 from nomad_watchdog.core.holds import STOPS
 from nomad_watchdog.core.mass_stop_breaker import MassStopBreaker
@@ -50,6 +50,8 @@ class PlanBuilder:
     """Controllers that ask for placements to be left."""
     is_active: Callable[[Slug], bool] = lambda _slug: False
     """Whether an action of a device has begun."""
+    in_hand: Callable[[], Sequence[Action]] = list
+    """The actions that have begun."""
 
     def make(self, confirmed: frozenset[Stop]) -> Plan:
         """Decide for every device of ours; the `confirmed` stops are not held."""
@@ -65,6 +67,11 @@ class PlanBuilder:
             self.classes.rollouts.halted() | self.classes.behind(),
             ready=fleet.agents.has_ready_agent,
             in_work=self.is_active,
+            leaving=frozenset(
+                one.slug
+                for one in self.in_hand()
+                if one.kind is ActionKind.REPLACE and fleet.agents.has_ready_agent(one.slug)
+            ),
             unwell=lambda slug: fleet.verdicts.last(slug)[0].state is not VerdictState.WATCHED,
         )
         readiness = self.migrations.with_moves(

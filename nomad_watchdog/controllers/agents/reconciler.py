@@ -89,7 +89,7 @@ class Reconciler:
         self.executor.avoids.append(self.movers.rebalances.avoid)
         self.plan_builder = PlanBuilder(
             fleet, self.ownership, self.classes, metrics, self.migrations, self.capacity,
-            sources=self.movers.sources(), is_active=self.queue.is_active,
+            sources=self.movers.sources(), is_active=self.queue.is_active, in_hand=self.queue.in_hand,
         )  # fmt: skip
         self.breaker = self.plan_builder.breaker
         self.conditions = ConditionWriter(fleet, self.ownership, leases)

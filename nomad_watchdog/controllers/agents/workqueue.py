@@ -38,8 +38,8 @@ class WorkQueue(Generic[K, V]):
     _lanes: tuple[dict[K, None], dict[K, None]] = field(default_factory=lambda: ({}, {}))
     _later: list[tuple[float, int, K]] = field(default_factory=list)
     _not_before: dict[K, float] = field(default_factory=dict)
-    _active: dict[K, bool] = field(default_factory=dict)
-    """Keys in work, and whether their item came through the urgent lane."""
+    _active: dict[K, _Entry[V]] = field(default_factory=dict)
+    """Keys in work, and their items."""
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _takes: int = 0
     _sequence: int = 0
@@ -109,7 +109,7 @@ class WorkQueue(Generic[K, V]):
             key = next(iter(lane))
             del lane[key]
             entry = self._waiting.pop(key)
-            self._active[key] = entry.urgent
+            self._active[key] = entry
             taken.append((key, entry.item))
         return taken
 
@@ -139,7 +139,11 @@ class WorkQueue(Generic[K, V]):
 
     def is_urgent(self, key: K) -> bool:
         """Whether what is worked on came through the urgent lane."""
-        return self._active.get(key, False)
+        return key in self._active and self._active[key].urgent
+
+    def in_hand(self) -> list[V]:
+        """The items that are being worked on."""
+        return [entry.item for entry in self._active.values()]
 
     def __len__(self) -> int:
         return len(self._waiting)
