@@ -152,7 +152,7 @@ class RolloutAuditor(Auditor):
             self._proven.add(after.good.spec_hash)
             if self._first_proven_at is None:
                 self._first_proven_at = now
-        if after.bad and after.bad != before.bad:
+        if after.bad and (after.bad, after.why) != (before.bad, before.why):
             self.given_up_at[after.bad] = now
         self._check_progress(before, after)
         if _place(before.progress) != _place(after.progress):
@@ -203,8 +203,8 @@ class RolloutAuditor(Auditor):
             return
         if step.pause:
             self.broken("R5", f"step {at.step + 1} of version {at.version} is a pause, and passed")
-        if not self._single:
-            return  # each of several leaders measures the soak
+        if not self._single or not self._turns.current:
+            return  # each of several leaders measures the soak; without devices there is none
         if now - self._step_began < step.soak_s - POLL_S:
             took_s = now - self._step_began
             self.broken("R5", f"step {at.step + 1} of version {at.version} took {took_s:.1f} s")
@@ -256,15 +256,16 @@ class RolloutAuditor(Auditor):
             self.broken("R1", f"{what}, and nothing was stopped for it")
 
     def _left_on_request(self, job: Job) -> bool:
-        """Whether the agent before this one was stopped on request, since the device was registered."""
+        """Whether the agent before this one was stopped on request, since the device was registered. Unknown if an
+        operator has purged one."""
+        if job.slug in self._purged_at:
+            return True
         before = [
             one.epoch
             for one in self.cluster.jobs.values()
             if one.slug == job.slug and one.epoch < job.epoch
         ]
-        if not before:
-            return job.slug in self._purged_at
-        stopped_at = self._stops.get((job.slug, max(before)))
+        stopped_at = self._stops.get((job.slug, max(before, default=Epoch(0))))
         return stopped_at is not None and stopped_at >= self._came_at[job.slug]
 
 

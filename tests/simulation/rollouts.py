@@ -112,6 +112,7 @@ class RolloutWorld(World):
         super().__init__(seed, metrics)
         chance = self.chance
         self.weather.crash = chance.choice((0.0, 0.0, 0.001, 0.003))  # else no step ever passes
+        self.weather.short = 0.0  # no window counts devices that the registry does not list
         window = chance.choice((1, 1, 2))
         self.limits = replace(self.limits, replace_at_once=window, replace_fraction=0.0)
         self.names = [f"dev {n}" for n in range(chance.choice((2, 4, 6, 10)))]
@@ -126,14 +127,15 @@ class RolloutWorld(World):
         )
         self.strategies = {CLASS: strategy}
         single = len(self.replicas) == 1 or (self.board is not None and not self.board.blur_s)
-        one_holder = single and (self.board is None or len(self.board.holders) == 1)
+        # docs/limits.md: replicas with their own shards, and answers that do not come.
+        is_exact = single and (self.board is None or len(self.board.holders) == 1)
+        is_exact = is_exact and not (self.weather.lost or self.weather.slow)
         self.audit = RolloutAuditor(
             self.store,
             self.cluster,
             self.limits,
             strategy,
-            # Two replicas may find room in the same moment (docs/limits.md).
-            window=window if one_holder else window * len(self.replicas),
+            window=window if is_exact else len(self.names),
             single=single,
         )
         self.replicas: list[Any] = [RolloutReplica(one.name, self) for one in self.replicas]
@@ -274,12 +276,9 @@ class RolloutWorld(World):
             return
         for _ in range(30):
             state = self.audit.state
-            if state.bad != spec_hash:
-                await self._say("undo")
-            elif state.keeps:
-                await self._say("retry")
-            else:
+            if state.bad == spec_hash and not state.keeps:
                 return
+            await self._say("undo")
             await asyncio.sleep(2.0)
         self.audit.broken("R2", f"{spec_hash} can't be taken back with all faults off")
 

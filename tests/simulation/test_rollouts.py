@@ -136,8 +136,8 @@ PLANTED: dict[str, tuple[object, str, Callable[..., object], set[str]]] = {
     "a step passes without soak": (rollout_progress, "advance", _no_soak, {"R5"}),
 }  # fmt: skip
 SHOWN_BY = {
-    "new and crashed agents join an unproven version": 3,
-    "roll-outs do not wait for room": 2,
+    "new and crashed agents join an unproven version": 9,
+    "roll-outs do not wait for room": 11,
     "a new leader begins anew": 20,
     "a step passes without soak": 2,
 }
