@@ -71,7 +71,7 @@ class SiteScheduler(WatchedScheduler):
             for slug, some in found.placements.items()
             if (kept := tuple(p for p in some if sites.get(p.ref) == self.name))
         }
-        return Snapshot(mine, found.index, found.only)
+        return replace(found, placements=mine)
 
 
 @dataclass
@@ -94,7 +94,9 @@ class MovingReplica(Replica):
         if world.board is not None:
             self.leases = BoardLeases(world.board, self.name, self.clock, world.weather)
         specs = {world.spec.agent_class: world.spec}
-        made = WatchedReconciler(self.fleet, scheduler, specs, world.metrics, self.leases)
+        made = WatchedReconciler(
+            self.fleet, scheduler, specs, world.metrics, self.leases, strategies=world.strategies
+        )
         made.audit, made.who = world.audit, self.name
         self.reconciler = made
 
