@@ -75,6 +75,7 @@ class RolloutAuditor(Auditor):
         self._stops: dict[tuple[Slug, Epoch], float] = {}
         """When a replica requested the stop of a placement."""
         self._came_at: dict[Slug, float] = {}
+        self._gone_at: dict[Slug, float] = {}
         self._ready_at: dict[int, float] = {}
         """By pid: since when the agent has reported that it is ready."""
         self._moving: set[Slug] = set()
@@ -124,7 +125,10 @@ class RolloutAuditor(Auditor):
             self.actions -= 1  # knowledge about a device, not an action
         slug, present = after.slug, after.presence is Presence.PRESENT
         if before is None or before.presence is not after.presence:
-            self._came_at[slug] = self.now()
+            if not present:
+                self._gone_at[slug] = self.now()
+            elif self.now() - self._gone_at.get(slug, -POLL_S) >= POLL_S:
+                self._came_at[slug] = self.now()  # else no poll has seen that it was away
             self._note_turns()
         if before is None or not present:
             self._moving.discard(slug)
