@@ -107,7 +107,7 @@ class StagedRollout:
         self.going = not (progress.paused_by or self.refused) and open_now
         turn = self.turns.passed | (self.turns.current - self._soak.died.keys())
         placed = self._placed(turn)
-        self.begun = (self.begun & self.turns.current) - placed
+        self.begun = (self.begun & self.turns.current) - self._listed(self.begun)
         self.started -= self._listed(self.started)
         has = placed | self.started  # an agent that is starting must not be replaced again
         # After a start of the control plane nothing is known of a device until its agent reports: replaced before that,
@@ -148,7 +148,9 @@ class StagedRollout:
             return True
         if slug not in self.trials:
             return False
-        return slug in self.begun or move is Move.ROLLOUT or (self.is_last and self.going)
+        # Another replica may have started it since, with the proven spec.
+        is_begun = slug in self.begun and not self._listed({slug})
+        return is_begun or move is Move.ROLLOUT or (self.is_last and self.going)
 
     def action_ended(self, action: Action, outcome: ActionOutcome) -> None:
         """An action of a device of the class has ended."""

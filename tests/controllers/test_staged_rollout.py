@@ -109,6 +109,24 @@ async def test_an_agent_that_is_starting_is_not_replaced_again(registry: SqliteR
     assert len(fleet.started) == 2
 
 
+async def test_an_agent_that_another_replica_has_started_is_not_waited_for(
+    registry: SqliteRegistry,
+) -> None:
+    """A replica stops an agent for the roll-out, another one starts the next with the proven version, and that ends: it
+    is an agent that is gone, and joins no unproven version."""
+    fleet = await rolling(registry, Strategy(steps=(RolloutStep(count=1, soak_s=100.0),)))
+    await fleet.rollouts.poll()
+    await fleet.rollouts.poll()
+    (move,) = fleet.plan().actions
+    fleet._apply(move)
+    record = fleet.fleet.records[move.slug]
+    fleet._place(record, fleet.spec("1"), Epoch(move.epoch + 1))
+    fleet.die(move.slug)
+    start = fleet.rollouts.spec_for(fleet.fleet.records[move.slug])
+    assert start is not None
+    assert start.version == "1"
+
+
 async def test_time_without_a_look_is_no_soak(registry: SqliteRegistry) -> None:
     """Agents that have become ready since the last look, however long ago that was, begin their soak."""
     fleet = await rolling(registry, Strategy(steps=(RolloutStep(count=2, soak_s=20.0),)))
