@@ -66,7 +66,7 @@ def _prometheus(name: str, minutes: int) -> Tool:
         package=f"github.com/prometheus/prometheus/cmd/{name}",
         version="--version",
         stamp="github.com/prometheus/common/version.Version",
-        tags="remove_all_sd",
+        tags="remove_all_sd,enable_consul_sd",
     )
 
 
@@ -142,10 +142,15 @@ def build_minutes(*names: str) -> int | None:
 
 
 def _found(name: str, tool: Tool) -> Path | None:
-    for place in (shutil.which(name), cache_folder() / "build" / name):
+    for place in (shutil.which(name), cache_folder() / "build" / _file(name, tool)):
         if place is not None and _new_enough(name, Path(place), tool):
             return Path(place)
     return None
+
+
+def _file(name: str, tool: Tool) -> str:
+    """The name of the program in the cache: one that was built with other tags is another program."""
+    return f"{name}-{tool.tags.replace(',', '-')}" if tool.tags else name
 
 
 def _source(name: str, tool: Tool) -> Path:
@@ -179,7 +184,7 @@ def _build(name: str, tool: Tool) -> Path:
         )
     folder = cache_folder() / "build"
     folder.mkdir(parents=True, exist_ok=True)
-    program = folder / name
+    program = folder / _file(name, tool)
     with _only_builder(folder / f"{name}.lock", name):
         if _new_enough(name, program, tool):  # another run built it meanwhile
             return program
