@@ -56,6 +56,7 @@ nomad {
   address    = "NOMAD"
   job_prefix = "PREFIX"
   strategy   = "STRATEGY"
+  drain      = "wait" # Nomad itself places agents of a drained node again
 }
 consul {
   address       = "CONSUL"
