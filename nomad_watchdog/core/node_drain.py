@@ -30,6 +30,7 @@ QUEUED_S: Final = 5.0
 SCOUT_S: Final = 300.0
 """Time after which another agent goes first, if one that went has neither a place nor waits for a host."""
 NO_OTHER: Final = "no other node takes agents"
+_FIRST: Final = "the agent of {}, which is moved first, has no place on another node yet"
 NOT_OUR_TURN: Final = "another replica moves the agents of its shards first"
 
 
@@ -118,11 +119,13 @@ class DrainPlanner:
     """Classes of which an agent that left has found a place."""
     _queued: dict[Slug, Monotonic] = field(default_factory=dict)
     """Devices whose agent waits for a host, and since when."""
+    _moving: dict[Slug, Monotonic] = field(default_factory=dict)
+    """Devices of all replicas whose agent has left a host and has no place yet, and since when."""
 
     def decide(self, view: DrainView) -> DrainDecision:
         """What leaves now. No cost without a host to leave."""
         if not view.hosts:
-            for memory in (self._scouts, self._roomy, self._queued):
+            for memory in (self._scouts, self._roomy, self._queued, self._moving):
                 memory.clear()
             return NOTHING
         found = list(_candidates(view))
@@ -130,6 +133,7 @@ class DrainPlanner:
         self._queued = {slug: self._queued.get(slug, view.now) for slug in waiting}
         stuck = {s for s, since in self._queued.items() if view.now - since >= QUEUED_S}
         reported = _by_class(waiting[slug] for slug in stuck)
+        self._moving = {slug: self._moving.get(slug, view.now) for slug in _without_place(view)}
         self._remember(view, {one.agent_class for one in found} - reported.keys())
         queued = _by_class(waiting.values()) | reported
         lasting = {name: why for name, why in queued.items() if name not in self._roomy}
@@ -169,14 +173,25 @@ class DrainPlanner:
             if name in self._roomy:
                 found |= {one.slug: "" for one in some}
                 continue
+            if name not in self._scouts and (other := self._scout_of_others(name, view)):
+                found |= dict.fromkeys((one.slug for one in some), _FIRST.format(other))
+                continue
             if name not in self._scouts:
                 first = min(some, key=lambda one: (view.unwell(one.slug), one.slug))
                 self._scouts[name] = _Scout(first.slug, first.placement.epoch, view.now)
             scout = self._scouts[name].slug
             device = view.records[scout].device.id
-            why = f"the agent of {device}, which is moved first, has no place on another node yet"
+            why = _FIRST.format(device)
             found |= {one.slug: "" if one.slug == scout else why for one in some}
         return found
+
+    def _scout_of_others(self, agent_class: str, view: DrainView) -> str:
+        """The device of a class whose agent another replica has moved and that has no place yet; "" = none."""
+        for slug, since in self._moving.items():
+            device = view.records[slug].device
+            if device.agent_class == agent_class and view.now - since <= SCOUT_S:
+                return device.id
+        return ""
 
 
 def _candidates(view: DrainView) -> Iterator[_Candidate]:
@@ -208,6 +223,21 @@ def _waiting_for_a_host(view: DrainView) -> dict[Slug, Placement]:
         if live and all(one.queued for one in live):
             found[slug] = live[-1]
     return found
+
+
+def _without_place(view: DrainView) -> Iterator[Slug]:
+    """The present devices whose agent has left a host that is to be left, and that have no other yet."""
+    for slug, found in view.placements.items():
+        record = view.records.get(slug)
+        if record is None or record.presence is not Presence.PRESENT:
+            continue
+        left = [
+            one.epoch
+            for one in found
+            if one.epoch < record.epoch and any(host.has(one) for host in view.hosts)
+        ]
+        if left and not _has_place(found, record, max(left)):
+            yield slug
 
 
 def _by_class(waiting: Iterable[Placement]) -> dict[str, str]:
