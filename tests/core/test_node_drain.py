@@ -214,14 +214,13 @@ def test_a_host_is_emptied_within_one_window_of_all_replicas(fleet: Fleet, most:
 def test_replicas_try_one_agent_of_a_class_together(room: int) -> None:
     """While the agent that one replica has moved is being stopped, no other replica moves one of its own."""
     each = tuple(frozenset({Shard(number)}) for number in sorted(ALL))
-    agents = [on(f"d{number}", "old", node_id="id-old") for number in range(8)]
-    assert len({shard(one.slug) for one in agents}) > 1
+    every = [on(f"d{number}", "old", node_id="id-old") for number in range(40)]
+    agents = list({shard(one.slug): one for one in every}.values())
+    assert len(agents) == len(ALL)  # one of each replica
     fleet = Fleet(agents, room=room, replicas=each)
     for _ in range(40):
         fleet.round(Limits(replace_at_once=5, replace_fraction=0.0))
-        assert len(fleet.left) <= room + 1 + len(each)
-        if not room:
-            assert len(fleet.left) <= 1
+    assert len(fleet.left) == (1 if not room else room + 1)
 
 
 @settings(max_examples=40, deadline=None)
