@@ -94,9 +94,13 @@ async def test_a_bad_version_is_tried_on_two_devices_only(
             await wait(75, "default 3: paused, step 2 of 3")
             assert await versions() == ["1"] * 4 + ["3"] * 2
             _, out, _ = await program("status")
-            line = "  default 3: paused, step 2 of 3; 2 ok, 0 bad, 4 waiting; next: nothing until"
+            line = "roll-out: default 3: paused, step 2 of 3; 2 ok, 0 bad, 4 waiting; next: nothing"
             assert line in out, out
-            said = [(await program.json("explain", name))["rollout"] for name in NAMES]
+            told = [await program.json("explain", name) for name in NAMES]
+            said = [one["rollout"] for one in told]
+            assert [
+                one["next"] for one in told if one["rollout"].startswith("the device keeps")
+            ] == [one for one in said if one.startswith("the device keeps")]
             keeps = "the device keeps version 1 until step 3 of 3 of the roll-out of version 3 (now"
             assert sum(one.startswith(keeps) for one in said) == 4, said
             assert "<td><bdi>the device keeps version 1 until step 3" in await page(program)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Final
 
 from nomad_watchdog.controllers import rollout_words
 from nomad_watchdog.controllers.agents.executor import ActionExecutor
@@ -27,6 +28,8 @@ from nomad_watchdog.model import (
 from nomad_watchdog.replicas.leases import Lease, Leases
 from nomad_watchdog.replicas.ownership import ShardOwnership
 from nomad_watchdog.schedulers import waiting
+
+_IDLE: Final = "nothing to do: the agent is running and ready"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +104,20 @@ class LoopStatus:
         lease = self.leases.all()[self.ownership.shard(slug)]
         if not self.leases.current:
             lease = replace(lease, holder="", api="")
+        rollout = self._rollout(slug)
+        next_ = self._next(slug, lease)
+        if held:
+            next_ = f"held: {self.breaker.reason}; {self.breaker.next_step}"
+        elif next_ == _IDLE and rollout:
+            next_ = rollout
         return {
-            "next": f"held: {self.breaker.reason}; {self.breaker.next_step}"
-            if held
-            else self._next(slug, lease),
+            "next": next_,
             "next_in_s": round(wait_s, 1) if wait_s > 0 else None,
             "shard": lease.shard,
             "holder": lease.holder,
             "next_resync_in_s": round(self.informer.until_resync_s, 1),
             **self._home(slug),
-            **self._rollout(slug),
+            **({"rollout": rollout} if rollout else {}),
         }
 
     def _home(self, slug: Slug) -> dict[str, object]:
@@ -120,13 +127,12 @@ class LoopStatus:
             return {}
         return {"home": home, "should_live_on": homes.goal(record)}
 
-    def _rollout(self, slug: Slug) -> dict[str, object]:
-        """What the roll-out of its class means for a device."""
+    def _rollout(self, slug: Slug) -> str:
+        """What the roll-out of its class means for a device; "" = nothing."""
         record = self.fleet.records.get(slug)
         if record is None:
-            return {}
-        words = rollout_words.of_device(self.classes.rollouts, self.fleet, record)
-        return {"rollout": words} if words else {}
+            return ""
+        return rollout_words.of_device(self.classes.rollouts, self.fleet, record)
 
     def _next(self, slug: Slug, lease: Lease) -> str:
         """What happens next for a device, and what it waits for; never empty."""
@@ -261,7 +267,7 @@ class LoopStatus:
         else:
             next_ = self._until_ready(record, agent.state)
         if not agent.reason:
-            return next_ or "nothing to do: the agent is running and ready"
+            return next_ or _IDLE
         return f"{agent.reason}; {next_}" if next_ else agent.reason
 
     def _patience(self, agent: Placement) -> str:
