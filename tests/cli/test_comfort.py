@@ -83,6 +83,7 @@ def test_an_option_of_the_command_itself_stays_its_own(served: str) -> None:
 def test_a_misspelt_command_is_answered_with_the_right_one(
     word: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The error names a command that exists."""
     assert _code([word]) == 64
     told = capsys.readouterr().err
     assert "Did you mean" in told
