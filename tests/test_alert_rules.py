@@ -65,8 +65,8 @@ FIRING: dict[str, tuple[Series, int, int]] = {
     "KnownShareLow": (
         one("devices", "100x4 50x900", 'verdict="watched"')
         | gauge("devices", 'verdict="unwatched"', bad=50),
-        -30,
-        900,
+        3300,
+        3900,
     ),
 }  # fmt: skip
 BAD_FROM_S = 120
@@ -196,3 +196,26 @@ async def test_alertmanager_takes_its_file_and_wakes_somebody_for_critical_alert
         labels = [f"alertname={rule['alert']}", f"severity={rule['labels']['severity']}"]
         argv = ["config", "routes", "test", f"--config.file={ALERTMANAGER}", *labels]
         assert await asyncio.to_thread(run, *argv) == receivers[rule["labels"]["severity"]]
+
+
+async def test_the_first_moments_of_a_fleet_are_no_outage_of_a_month(tmp_path: Path) -> None:
+    """All devices are unwatched for the first half minute; and one of two fleets is down."""
+    young = one("devices", "0x1 100x60", 'verdict="watched"') | one(
+        "devices", "100x1 0x60", 'verdict="unwatched"'
+    )
+    two = one("build_info", "1x4 stale _x60") | {
+        'nomad_watchdog_build_info{job="other",instance="b"}': "1x60"
+    }
+    await passes(
+        tmp_path,
+        [
+            case(
+                "young", young, [expects("KnownShareLow", at_s, 0) for at_s in range(0, 1800, 60)]
+            ),
+            case(
+                "two",
+                two,
+                [expects("ControlPlaneDown", 120, 0), expects("ControlPlaneDown", 400, 1)],
+            ),
+        ],
+    )

@@ -213,7 +213,7 @@ class ApiClient:
             with error:
                 via = f" through the proxy {self._proxy.shown}" if self._proxy else ""
                 raise refusal(error.code, error.read(65536), f"{self.address}{via}") from error
-        except (URLError, OSError, HTTPException) as error:
+        except (URLError, OSError, HTTPException, UnicodeError) as error:
             why = getattr(error, "reason", error)
             why = getattr(why, "strerror", None) or why
             if self._proxy is not None:

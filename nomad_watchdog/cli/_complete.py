@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Final
 
 import click
-
-from nomad_watchdog.errors import WatchdogError
 
 TIMEOUT_S: Final = 2.0
 """Someone waits at a prompt."""
@@ -24,8 +23,8 @@ _Complete = Callable[[click.Context, click.Parameter, str], list[str]]
 
 
 def devices(ctx: click.Context, _param: click.Parameter, start: str) -> list[str]:
-    """IDs of devices that begin with what was typed."""
-    return _from_api(ctx, start, "/v1/devices", "id", q=start or None, limit=MAX_SHOWN)
+    """IDs of devices that begin with what was typed. They are listed in their order, from there on."""
+    return _from_api(ctx, start, "/v1/devices", "id", cursor=_before(start), limit=MAX_SHOWN)
 
 
 def agent_classes(ctx: click.Context, _param: click.Parameter, start: str) -> list[str]:
@@ -52,19 +51,23 @@ def kinds(_ctx: click.Context, _param: click.Parameter, start: str) -> list[str]
 
 def _from_api(ctx: click.Context, start: str, path: str, field: str, **query: object) -> list[str]:
     from nomad_watchdog.cli._answers import Page
-    from nomad_watchdog.cli._global_options import GLOBAL
+    from nomad_watchdog.cli._global_options import given
     from nomad_watchdog.cli._options import api_of
 
     # No command runs, so what its options would have set is set here.
-    root = ctx.find_root()
-    root.obj = {name: root.params.get(name) for name in GLOBAL}
-    ctx.obj = root.obj | {
-        name: value for name, value in ctx.params.items() if name in GLOBAL and value
-    }
-    with suppress(WatchdogError):
+    ctx.obj = given(ctx)
+    with suppress(Exception):  # nothing may disturb the prompt
         page = api_of(ctx, timeout_s=TIMEOUT_S).get(path, Page, **query)
         return _matching(start, (str(one.get(field)) for one in page["items"]))
     return []
+
+
+def _before(start: str) -> str | None:
+    """The cursor of a list that begins with the first ID that may begin with `start`."""
+    if not start:
+        return None
+    last = f"{start[:-1]}{chr(ord(start[-1]) - 1)}{chr(0x10FFFF)}" if ord(start[-1]) else start[:-1]
+    return base64.urlsafe_b64encode(last.encode(errors="replace")).decode().rstrip("=")
 
 
 def _matching(start: str, names: Iterable[str]) -> list[str]:

@@ -141,6 +141,8 @@ def _only_api(ctx: click.Context, error: UserError) -> Settings:
             f"{error}; to call the API without the configuration: --address URL (or NOMAD_WATCHDOG_ADDR) and "
             "NOMAD_WATCHDOG_TOKEN_FILE"
         ) from error
+    if ctx.resilient_parsing:  # a shell completes: nothing may disturb the prompt
+        return settings
     first, *more = str(error).splitlines()
     others = f" (and {len(more)} more: `nomad-watchdog config check`)" if more else ""
     click.echo(f"warning: only the api block is used: {clean(first)}{others}", err=True)

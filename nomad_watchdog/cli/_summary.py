@@ -66,17 +66,14 @@ def explained(answer: Mapping[str, object]) -> list[str]:
     return [
         f"verdict: {_text(answer, 'id')} is {_text(answer, 'verdict')}.",
         f"since:   {f'{since} ago.' if since else 'not known.'}",
-        f"why:     {_sentence(_text(answer, 'reason')) or 'No reason is known.'}",
-        f"next:    {next_ or 'Nothing.'}{f' In {wait}.' if wait else ''}",
+        f"why:     {_sentence(_text(answer, 'reason')) or 'no reason is known.'}",
+        f"next:    {next_ or 'nothing.'}{f' In {wait}.' if wait else ''}",
     ]
 
 
 def _sentence(text: str) -> str:
-    return (
-        f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '!', '?', ':')) else '.'}"
-        if text
-        else ""
-    )
+    """With its full stop. It may begin with a name, so its first letter stays as it is."""
+    return text if not text or text.endswith((".", "!", "?", ":")) else f"{text}."
 
 
 def _text(fields: Mapping[str, object], name: str) -> str:
@@ -94,9 +91,14 @@ def _because(answer: Mapping[str, object]) -> str:
 
 
 def _verdicts(answer: Mapping[str, object]) -> str:
+    """The numbers of present devices by verdict, and of those that have left."""
     counts = mapping(answer.get("verdicts"))
-    said = [f"{_number(counts, name)} {clean(name)}" for name in counts if _number(counts, name)]
-    return f" ({', '.join(said)})" if said else ""
+    here = [name for name in counts if _number(counts, name) and name != "departed"]
+    said = (
+        f" ({', '.join(f'{_number(counts, name)} {clean(name)}' for name in here)})" if here else ""
+    )
+    left = _number(counts, "departed")
+    return f"{said}, {left} departed" if left else said
 
 
 def _agents(answer: Mapping[str, object]) -> str:
@@ -170,6 +172,10 @@ def _places(answer: Mapping[str, object]) -> Iterator[str]:
         waits = _text(node, "waits")
         there = f"node {_text(node, 'node')} is {_text(node, 'state')}, {_number(node, 'agents')} agents on it"
         yield f"{there}: {waits}" if waits else there
+    relief = mapping(answer.get("relief"))
+    for problem in (_text(relief, "waits"), _text(relief, "problem")):
+        if problem:
+            yield f"relief of {_listed(relief.get('overloaded')) or 'hosts'}: {problem}"
     if answer.get("registry_restored"):
         yield "the registry was restored from a backup, see `nomad-watchdog status -o wide`"
 

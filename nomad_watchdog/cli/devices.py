@@ -176,6 +176,11 @@ def import_devices(  # click hands over one argument an option
 
     Exits 64 if a line is rejected, by this check or by the API; the valid lines are registered."""
     wanted = _items(file, form)
+    if prune and not wanted:
+        raise UserError(
+            "the file lists no device, perhaps because it is incomplete; --prune would remove all. To remove devices, "
+            "run `devices rm`"
+        )
     api = api_of(ctx)
     removed: list[str] = []
     if dry_run or prune:
@@ -209,6 +214,9 @@ def _send(api: ApiClient, wanted: Sequence[ListedDevice], removed: Sequence[str]
                 rejected.append(f"{one.where}: {name}: {result.get('error')}")
     stored = len(wanted) - len(rejected)
     click.echo(f"{stored} device{'s' * (stored != 1)} registered", err=True)
+    if rejected and removed:
+        click.echo("nothing was removed, because devices were rejected", err=True)
+        return rejected
     gone = 0
     for start in range(0, len(removed), BATCH):
         names = removed[start : start + BATCH]

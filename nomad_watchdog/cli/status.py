@@ -70,7 +70,7 @@ def _print_cut(lines: Iterable[str]) -> None:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for line in lines:
         cut = width is not None and len(line) > width
-        click.echo(f"{line[: (width or 0) - 4]} ..." if cut else line)
+        click.echo(f"{line[: max(0, (width or 0) - 4)]} ..." if cut else line)
 
 
 @click.command()

@@ -62,6 +62,8 @@ _UNSUPPORTED: Final[Mapping[str, Mapping[str, str]]] = {
 _TRUE: Final = frozenset({"1", "t", "T", "TRUE", "true", "True"})
 _FALSE: Final = frozenset({"0", "f", "F", "FALSE", "false", "False"})
 _BRACKETS: Final = re.compile(r"\[[^\[\]]+\](:[0-9]*)?")
+_MAX_LABEL: Final = 63
+"""Characters between two dots of a host name (RFC 1035)."""
 _LINK_LOCAL: Final = ("fe8", "fe9", "fea", "feb")
 """Beginnings of IPv6 addresses in fe80::/10."""
 ADDRESS: Final = "write http://HOST:PORT or https://HOST:PORT"
@@ -102,6 +104,11 @@ def checked_address(text: str) -> str:
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError("an address must not contain a user, password, query or fragment")
     _check_interface(text, parts)
+    labels = (parts.hostname or "").removesuffix(".").split(".")
+    if ":" not in (parts.hostname or "") and not all(0 < len(one) <= _MAX_LABEL for one in labels):
+        raise ValueError(
+            f"{text_files.shown(text)} has a host name that no host can have; {ADDRESS}"
+        )
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -113,6 +113,12 @@ class RolloutStrategySettings(Block):
     repairs: bool = False
     upgrades: Literal["now", "wait"] = "now"
     analysis: AnalysisSettings | None = None
+
+    @model_validator(mode="after")
+    def _needs_steps(self) -> Self:
+        if self.analysis is not None and not self.step and self.upgrades == "now":
+            raise ValueError("analysis needs steps: add  step { fraction = 1.0 }")
+        return self
 
     def strategy(self, *, own_version: bool, soak_s: float) -> Strategy:
         """`own_version`: the version of the class is that of the control plane. `soak_s`: soak of a class without steps

@@ -70,6 +70,8 @@ class RolloutController:
         self._in_force_now = dict(configured)
         self._halted = frozenset(self._configured) if self.on else frozenset()
         """All classes until the documents have been read: until then it is not known which versions were given up."""
+        self._reading: set[str] = set()
+        """Classes whose query is being read."""
         self.problem = ""
         """Why the documents can't be read now; what was read before stays in force."""
 
@@ -304,10 +306,20 @@ class RolloutController:
             self._in_force_now,
         )
 
-    async def analyse(self, read: ReadQuery) -> None:
-        """As the leader, read the queries that are due. `read` raises nothing."""
+    def analyse(self, read: ReadQuery, group: asyncio.TaskGroup) -> None:
+        """As the leader, read the queries that are due, each in a task of its own: one that takes long delays no other.
+        `read` raises nothing."""
         if is_leader(self._leases):
-            await asyncio.gather(*(one.analyse(read) for one in list(self._staged.values())))
+            for name in self._staged.keys() - self._reading:
+                self._reading.add(name)
+                group.create_task(self._analyse(name, read))
+
+    async def _analyse(self, name: str, read: ReadQuery) -> None:
+        try:
+            if name in self._staged:
+                await self._staged[name].analyse(read)
+        finally:
+            self._reading.discard(name)
 
     async def read(self) -> None:
         """Read the documents and apply them. Raises what the registry raises."""
@@ -353,6 +365,7 @@ class RolloutController:
         staged.observe()
         if not is_leader(self._leases):
             staged.soaked_s = progress.soaked_s
+            staged.follows()
             return
         stored = self.state(name).progress
         if stored is not None and stored.spec == progress.spec:

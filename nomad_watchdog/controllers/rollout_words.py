@@ -14,7 +14,7 @@ from nomad_watchdog.core.rollout import window
 from nomad_watchdog.core.rollout_progress import RolloutProgress
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import AgentSpec, DeviceRecord, Presence, VerdictState
+from nomad_watchdog.model import AgentSpec, DeviceRecord, PlacementState, Presence, VerdictState
 
 COMMAND = "nomad-watchdog rollouts"
 UNKNOWN = "until it is known which versions were given up"
@@ -55,9 +55,11 @@ def counts(fleet: Fleet, spec: AgentSpec) -> Counts:
 
 
 def has_spec(fleet: Fleet, slug: Slug, spec: AgentSpec) -> bool:
-    """Whether the agent of a device at its record's epoch has this spec."""
+    """Whether a device has an agent of this spec at its record's epoch, running or not."""
     return any(
-        one.spec_hash == spec.spec_hash and one.epoch == fleet.records[slug].epoch
+        one.spec_hash == spec.spec_hash
+        and one.epoch == fleet.records[slug].epoch
+        and one.state is not PlacementState.DEAD
         for one in fleet.placements.get(slug, ())
     )
 
@@ -148,8 +150,8 @@ def _going(staged: StagedRollout, progress: RolloutProgress, fleet: Fleet) -> St
         return Standing(
             "soaking",
             f"{seen.ready} of {seen.members} agents are ready; {left_s:.0f} s of soak are left{query}",
-            f"{then} in {left_s:.0f} s"
-            + (" if the query is within its limits then" if query else ""),
+            (f"{then} in {left_s:.0f} s" if left_s else f"{then} now")
+            + (", if the query is within its limits then" if query else ""),
         )
     unready, most = fleet.agents.unready(), window(len(fleet.records), fleet.limits)
     full = f"; {unready} devices have no ready agent now, {most} may" if unready >= most else ""
@@ -224,8 +226,10 @@ def _of_staged(
     why = f"{now.reason}; {now.next}" if now.state in ("paused", "waiting") else now.reason
     so_far = f"{where}: {why}"
     proven = controller.specs()[name].version
-    if has_spec(fleet, slug, spec) and slug in staged.turns.passed | staged.turns.current:
-        trial = "" if slug in staged.turns.passed else " on trial"
+    has_passed = slug in staged.turns.passed
+    has_turn = has_passed or slug in staged.turns.current
+    if has_turn and has_spec(fleet, slug, spec):
+        trial = "" if has_passed else " on trial"
         return f"the agent runs version {spec.version}{trial} ({so_far})"
     if staged.has_died(slug):
         return (
@@ -234,7 +238,7 @@ def _of_staged(
         )
     if slug in staged.trials:
         return f"the device gets version {spec.version} as soon as the window has room ({so_far})"
-    if slug in staged.turns.passed | staged.turns.current:
+    if has_turn:
         unheard = "until an agent has reported about it" if staged.going else why
         return f"the device waits for version {spec.version} in {where}: {unheard}"
     first = staged.first_step(slug)

@@ -33,6 +33,9 @@ _NO_LIMIT: Final = SoakLimits(soak_s=float("inf"))
 """An agent on trial that was ready and ends before its step has passed has ended too soon."""
 
 
+READ_BY_LEADER: Final = "the leader reads the query, see `nomad-watchdog leader`"
+
+
 @dataclass(slots=True)
 class StagedRollout:
     """The roll-out of one spec."""
@@ -100,7 +103,6 @@ class StagedRollout:
             self._at, self.soaked_s = at, progress.soaked_s
             self._soak, self._ready, self._control = Soak(_NO_LIMIT), 0, None
             self._unready.clear()
-            self.measured = Measured()
             self.interrupted()
             self._remember(progress)
         open_now = allowed(self.strategy.allow, self.fleet.clock.wall())
@@ -127,6 +129,13 @@ class StagedRollout:
     def interrupted(self) -> None:
         """Nothing was observed for a while: what did not happen in that time does not count."""
         self._progress_at = self.fleet.clock.monotonic()
+        self.measured = Measured()
+
+    def follows(self) -> None:
+        """Another replica is the leader, which alone reads the query."""
+        self.measured = Measured(words=READ_BY_LEADER)
+        if self.strategy.analysis is not None:
+            self.observed = replace(self.observed, query_bad="", query_waits=READ_BY_LEADER)
 
     def first_step(self, slug: Slug) -> int:
         """The number of the first step that has this device, 0 = the first."""
@@ -213,8 +222,8 @@ class StagedRollout:
         rules = self.strategy.analysis
         if rules is None:
             return {}
-        if not self.going:
-            self.measured = Measured()
+        if not (self.going and self.observed.tried):
+            self.measured = Measured()  # it is not read
         bad = why_bad(rules, self.measured, now, self.strategy.progress_deadline_s)
         waits = "" if self.measured.passed else self.measured.words
         return {"query_bad": bad, "query_waits": waits}

@@ -139,7 +139,9 @@ class DrainPlanner:
         lasting = {name: why for name, why in queued.items() if name not in self._roomy}
         obstacles = {one.slug: _obstacle(one, view, lasting) for one in found}
         free = [one for one in found if not obstacles[one.slug]]
-        turn = min((view.shard(one.slug) for one in free), default=None)
+        # By what all replicas see, not by which classes this one has found room for: else two could have the turn.
+        may = [one.slug for one in found if not _obstacle(one, view, reported)]
+        turn = min(map(view.shard, may), default=None)
         ours = [one for one in free if turn in view.ours and view.shard(one.slug) in view.ours]
         scouted = self._scouted(ours, view)
         requested: dict[Slug, MoveRequest] = {}

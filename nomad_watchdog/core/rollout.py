@@ -66,11 +66,12 @@ def admit(
         ),
     )
     most = window(fleet, limits)
-    room = most - _taken(readiness, candidates)
+    room = most - _taken(readiness, ordered)
     ways = (readiness.moves_at_once or most) - readiness.moving
     admitted = []
     for action in ordered:
         if action.home and (ways <= 0 or not readiness.turn(action.slug)):
+            room -= action.slug in readiness.leaving
             continue
         stuck = readiness.stuck(action.slug)
         if stuck or room > 0:

@@ -129,7 +129,11 @@ class ReportReplicator:
                 server_hostname=self._certified, allow_redirects=False,
             ) as answer:  # fmt: skip
                 why = "" if answer.status == 200 else f"it answered {answer.status}"
-        except (aiohttp.ClientError, TimeoutError) as error:
+        except (
+            aiohttp.ClientError,
+            TimeoutError,
+            ValueError,
+        ) as error:  # or a name that no host can have
             why = str(error) or "no answer in time"
         if why and peer.id not in self._refusing:
             log.warning("peer does not accept reports", extra={"peer": peer.id, "reason": why})
@@ -191,5 +195,5 @@ class AgentFiles:
                 if answer.status != 200 or (answer.content_length or 0) > MAX_FILE:
                     return None
                 return await answer.content.readexactly(answer.content_length or 0)
-        except (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadError):
+        except (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadError, ValueError):
             return None

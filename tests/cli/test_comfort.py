@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import socket
 from pathlib import Path
 
 import pytest
@@ -20,25 +21,67 @@ def completed(words: str) -> list[str]:
     return [one.value for one in found.get_completions(before, last)]
 
 
-def test_ids_classes_verdicts_and_kinds_are_completed(served: str) -> None:
-    """From the service that the typed or configured address names."""
+def test_ids_verdicts_and_kinds_are_completed(served: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the service that the typed or configured address names, wherever its option is."""
     for name in ("cam-1", "cam-2", "gate"):
         assert _code(["devices", "add", name, "--address", "127.0.0.9"]) == 0
     assert completed("explain ca") == ["cam-1", "cam-2"]
+    assert completed("explain cam-1") == ["cam-1"]
     assert completed("devices rm cam-1 g") == ["gate"]
     assert completed("events --device cam-2") == ["cam-2"]
-    assert completed(f"--address {served} explain cam-1") == ["cam-1"]
-    assert completed(f"explain --address {served} cam-1") == ["cam-1"]
+    assert completed("explain ") == ["cam-1", "cam-2", "gate"]
     assert completed("devices ls --verdict un") == ["unwatched"]
     assert completed("events --kind ver") == ["verdict"]
     assert completed("sta") == ["status"]
+    monkeypatch.delenv("NOMAD_WATCHDOG_ADDR")
+    assert completed("explain cam") == []
+    assert completed(f"--address {served} explain cam-1") == ["cam-1"]
+    assert completed(f"explain --address {served} cam-1") == ["cam-1"]
 
 
-def test_without_a_service_nothing_is_completed(capsys: pytest.CaptureFixture[str]) -> None:
-    """Neither an error nor a traceback disturbs the prompt."""
+def test_other_ids_with_the_same_text_hide_none(served: str) -> None:
+    """IDs are listed from the typed text on, not those that contain it."""
+    from nomad_watchdog.cli import _complete
+
+    for n in range(5):
+        assert _code(["devices", "add", f"a-pump-{n}", "--address", "127.0.0.9"]) == 0
+    assert _code(["devices", "add", "pump-1", "--address", "127.0.0.9"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_complete, "MAX_SHOWN", 3)
+        assert completed("explain pump-") == ["pump-1"]
+
+
+def test_a_key_stroke_sends_no_token_to_a_device(served: str) -> None:
+    """The option `--address` of `devices add` is a device's: nothing is asked there, whatever is completed."""
+    with socket.create_server(("127.0.0.1", 0)) as device:
+        device.settimeout(0.2)
+        address = f"127.0.0.1:{device.getsockname()[1]}"
+        completed(f"devices add x --address {address} --class d")
+        with pytest.raises(TimeoutError):
+            device.accept()
+
+
+def test_without_a_service_nothing_is_completed(
+    served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither an error nor a traceback disturbs the prompt, whatever is wrong."""
     assert completed("--address 127.0.0.1:1 explain c") == []
     assert completed("explain --address file:///x c") == []
+    assert completed("explain --address http://x..y:1 c") == []
+    monkeypatch.delenv("NOMAD_WATCHDOG_ADDR")
+    (tmp_path / "nomad-watchdog.hcl").write_text('prob "icmp" {}\n')
+    assert completed("explain c") == []
     assert capsys.readouterr() == ("", "")
+
+
+def test_an_address_without_a_value_is_an_error(
+    served: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--address $UNSET` after a command must not mean the default service."""
+    for argv in (["status", "--address"], ["devices", "ls", "--config"], ["--address"]):
+        assert _code(argv) == 64
+        assert "requires an argument" in capsys.readouterr().err
+    assert _code(["status", "--address", "http://x..y:1"]) == 69
 
 
 def test_every_kind_of_event_is_completed() -> None:

@@ -121,3 +121,28 @@ def test_mistakes_are_named_and_nothing_is_sent(
     assert _code(["devices", "import", str(file), "--format", "csv"]) == 64
     assert "line 3: 1 cells, but 2 columns" in capsys.readouterr().err
     assert _code(["devices", "get", "cam"]) == 66
+
+
+@pytest.mark.usefixtures("served")
+def test_an_incomplete_file_removes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither one without devices, nor one of which the service rejects a device."""
+    assert _code(["devices", "add", "old", "--address", "10.0.0.7"]) == 0
+    for name, text in (
+        ("a.csv", ""),
+        ("b.csv", "id,address\n"),
+        ("c.json", "[]"),
+        ("d.hcl", "# none\n"),
+    ):
+        file = tmp_path / name
+        file.write_text(text)
+        assert _code(["devices", "import", str(file), "--prune", "--auto-approve"]) == 64
+        assert "lists no device" in capsys.readouterr().err
+    file = tmp_path / "renamed.csv"
+    file.write_text("id,address,class\nnew,10.0.0.7,defualt\ngood,10.0.0.8,\n")
+    assert _code(["devices", "import", str(file), "--prune", "--auto-approve"]) == 64
+    told = capsys.readouterr().err
+    assert "1 device registered" in told
+    assert "nothing was removed" in told
+    assert _code(["devices", "get", "old"]) == 0

@@ -24,7 +24,7 @@ GOOD = {
     "ready": True,
     "reason": "",
     "devices": 20,
-    "verdicts": {"watched": 19, "offline": 1, "suspect": 0},
+    "verdicts": {"watched": 19, "offline": 1, "suspect": 0, "departed": 3},
     "placements": 20,
     "backend": "local",
     "replica": "r1",
@@ -67,7 +67,7 @@ def test_a_quiet_fleet_takes_six_lines() -> None:
     """Each line is one fact, and nothing is said about what is well."""
     assert status_lines(GOOD) == [
         "ready:    yes",
-        "devices:  20 (19 watched, 1 offline)",
+        "devices:  20 (19 watched, 1 offline), 3 departed",
         "agents:   20 on local",
         "replica:  r1 holds 1 of 1 shards, version 0.1.0",
         "on hold:  nothing",
@@ -131,14 +131,14 @@ def test_a_device_is_explained_in_four_sentences() -> None:
     assert explained(answer | {"next_in_s": 130.0}) == [
         "verdict: cam is offline.",
         "since:   25s ago.",
-        "why:     No route.",
-        "next:    Held: x. In 2m.",
+        "why:     no route.",
+        "next:    held: x. In 2m.",
     ]
     assert explained({"id": "cam", "verdict": "departed"}) == [
         "verdict: cam is departed.",
         "since:   not known.",
-        "why:     No reason is known.",
-        "next:    Nothing.",
+        "why:     no reason is known.",
+        "next:    nothing.",
     ]
 
 

@@ -299,6 +299,7 @@ def test_the_example_of_roll_outs_is_valid(tmp_path: Path) -> None:
         ),
         ('analysis {\n url = "http://p"\n query = " "\n max = 1\n }', "analysis > query"),
         ('analysis {\n url = "http://p"\n query = "q"\n }', "analysis needs min or max"),
+        ('analysis {\n url = "http://p"\n query = "q"\n max = 1\n }', "analysis needs steps"),
         (
             'analysis {\n url = "http://p"\n query = "q"\n min = 2\n max = 1\n }',
             "min (2) is more than max (1)",
@@ -320,6 +321,7 @@ def test_a_query_judges_the_roll_outs_of_all_classes(tmp_path: Path) -> None:
     """The limits that are not given are open."""
     text = """
     rollout {
+      step { count = 1 }
       analysis {
         url   = "http://127.0.0.1:9090"
         query = "sum(rate(errors_total[5m]))"

@@ -85,3 +85,22 @@ async def test_only_the_leader_asks_and_only_for_hosts_without_pressure(site: Si
     await controller.poll()
     assert not list(site.fleet.hosts.usages())
     assert len(scheduler.asked) == 3
+
+
+async def test_what_can_not_be_read_is_asked_for_less_often(site: Site) -> None:
+    """The pause doubles up to ten minutes while nothing is read, and ends with the first statistics."""
+    scheduler = Statistics()
+    scheduler.fails = True
+    controller = HostUsageController(
+        site.fleet, cast("Scheduler", scheduler), ShardOwnership(Held())
+    )
+    (north,) = site.add(1, "north")
+    await site.say(north, pressure=BLIND)
+    pauses = []
+    for _ in range(7):
+        await controller.poll()
+        pauses.append(controller._pause_s)
+    assert pauses == [60.0, 120.0, 240.0, 480.0, 600.0, 600.0, 600.0]
+    scheduler.fails = False
+    await controller.poll()
+    assert controller._pause_s == 30.0

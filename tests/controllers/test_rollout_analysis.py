@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,12 +43,13 @@ class Queried(StagedFleet):
 
     async def tick(self) -> None:
         await super().tick()
-        await self.rollouts.analyse(self.read)
+        async with asyncio.TaskGroup() as group:
+            self.rollouts.analyse(self.read, group)
 
 
-async def queried(registry: SqliteRegistry) -> Queried:
+async def queried(registry: SqliteRegistry, strategy: Strategy = STRATEGY) -> Queried:
     """Version 2 is rolled out; nothing was asked for version 1."""
-    fleet = Queried(registry, STRATEGY)
+    fleet = Queried(registry, strategy)
     await fleet.begin()
     assert fleet.asked == 0
     fleet.restart_control_plane("2")
@@ -63,7 +66,7 @@ async def test_a_value_within_its_limit_lets_the_steps_pass(registry: SqliteRegi
 
 async def test_values_above_the_limit_take_the_version_back(registry: SqliteRegistry) -> None:
     """Three in a row do, although all devices are well; two with one below between them do not."""
-    fleet = await queried(registry)
+    fleet = await queried(registry, replace(STRATEGY, steps=(RolloutStep(count=3, soak_s=90.0),)))
     await fleet.until(lambda: fleet.asked > 0)
     for value in (0.2, 0.2, 0.01, 0.2, 0.2):
         fleet.value, asked = QueryValue(value), fleet.asked
@@ -129,3 +132,39 @@ async def test_only_the_leader_asks(registry: SqliteRegistry) -> None:
     fleet.restart_control_plane()
     await fleet.until(lambda: fleet.state() == "complete")
     assert fleet.asked > 0
+
+
+async def test_a_leader_that_comes_back_begins_to_count_anew(registry: SqliteRegistry) -> None:
+    """Neither a failed query nor the time since it counts, as others have read the query meanwhile. Meanwhile it says
+    who reads it."""
+    fleet = await queried(registry)
+    fleet.value = QueryValue(None, "no answer within 5 s")
+    await fleet.until(lambda: fleet.asked > 0)
+    await fleet.until(lambda: fleet.state() == "soaking")
+    fleet.leases, asked = Onlooker(), fleet.asked
+    fleet.rollouts._leases = fleet.leases
+    for _ in range(int(2 * STRATEGY.progress_deadline_s)):
+        await fleet.tick()
+    assert (fleet.asked, fleet.state()) == (asked, "soaking")
+    assert "the leader reads the query" in str(fleet.requests.item(CLASS)["reason"])
+    fleet.rollouts._leases, fleet.value = SoleOwner(), QueryValue(0.01)
+    await fleet.until(lambda: fleet.state() == "complete")
+
+
+async def test_a_query_that_takes_long_delays_no_other(registry: SqliteRegistry) -> None:
+    """While one is being read, it is not read a second time, and nothing waits for it."""
+    fleet = await queried(registry)
+    answer = asyncio.Event()
+
+    async def slow(_of: Analysis) -> QueryValue:
+        fleet.asked += 1
+        await answer.wait()
+        return QueryValue(0.01)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(40):
+            await StagedFleet.tick(fleet)
+            fleet.rollouts.analyse(slow, group)
+        await asyncio.sleep(0)
+        assert fleet.asked == 1
+        answer.set()

@@ -102,6 +102,32 @@ def test_a_replacement_in_progress_takes_room_although_it_is_not_wanted_any_more
         assert [one.slug for one in made.actions] == begun
 
 
+def test_a_replacement_in_progress_takes_room_although_it_may_not_begin_now() -> None:
+    """It is in the hands of the executor, whether its class was halted, or its request has begun to wait, since."""
+    for halted, waits_for in ((True, ""), (False, "a place")):
+        found = [
+            replace(placement("d0", 1, spec=OLD_SPEC), agent_class="other"),
+            placement("d1", 1, spec=OLD_SPEC),
+        ]
+        began, other = found[0].slug, found[1].slug
+        records = [record("d0", epoch=1), record("d1", epoch=1)]
+        records[0] = replace(records[0], device=replace(records[0].device, agent_class="other"))
+        world = World(records, found)
+        request = MoveRequest(Move.DRAIN, found[0].ref, "draining", waits_for)
+        requested = {} if halted else {began: request}
+        halts = frozenset({"other"}) if halted else frozenset()
+        hashes = {**GOALS.spec_hashes, "other": SPEC}
+        for leaving, begun in ((frozenset({began}), []), (frozenset(), [other])):
+            made = plan(
+                world.records,
+                world.placements,
+                replace(GOALS, spec_hashes=hashes, requested=requested),
+                Limits(replace_at_once=1),
+                readiness=Readiness(leaving=leaving, halted=halts),
+            )
+            assert [one.slug for one in made.actions] == begun, (halted, leaving)
+
+
 @settings(max_examples=200, deadline=None)
 @given(fleets())
 def test_a_request_is_met_once(fleet: tuple[World, dict[Slug, MoveRequest]]) -> None:

@@ -112,12 +112,13 @@ class Fleet:
         )
 
     def round(self, limits: Limits) -> None:
-        """Each replica makes a pass and performs it, and then the scheduler does its part."""
-        for number, ours in enumerate(self.replicas):
+        """Each replica looks, makes a pass and performs it, and then the scheduler does its part."""
+        decisions = [self.decide(number) for number in range(len(self.replicas))]
+        for ours, decision in zip(self.replicas, decisions, strict=True):
             made = plan(
                 {s: r for s, r in self.records.items() if shard(s) in ours},
                 {s: p for s, p in self.placements.items() if shard(s) in ours},
-                Goals(HASHES, requested=self.decide(number).requested),
+                Goals(HASHES, requested=decision.requested),
                 limits,
                 readiness=Readiness(self.unready()),
                 resting=self.rests,

@@ -90,7 +90,7 @@ agent_class "camera" {{
         ("i.hcl", ('device "a" {\n  address = "10.0.0.1"\n  class = "camera"\n}\n'
          'device "b" {\n  address = "10.0.0.2"\n}\n'), 'line 5: device "b": no agent class "default"'),
         ("i.json", ('[{"id": "a", "address": "10.0.0.1", "class": "camera"},'
-         ' {"id": "b", "address": "10.0.0.2", "class": "cameras"}]'), "item 2: device"),
+         ' {"id": "b", "address": "10.0.0.2", "class": "cameras"}]'), 'line 1: device "b"'),
         ("i.json", "", "lists no device"),
         ("i.json", f'{{"id": "a", "address": "10.0.0.1", "ttl": {"9" * 5000}}}\n',
          "line 1: not a JSON object: a number has too many digits"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,3 +85,15 @@ def test_statistics_in_shares_of_the_capacity() -> None:
     used = {"metadata": {"name": "n"}, "usage": {"cpu": "500m", "memory": "3Gi"}}
     assert usage_of(used, {"cpu": "2", "memory": "2Gi"}) == HostUsage(25.0, 100.0)  # type: ignore[arg-type]
     assert usage_of(used, {"cpu": "x"}) == HostUsage()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [None, [], "x", 3, {"CPU": 3}, {"CPU": [None]}, {"CPU": [{"Idle": None}]}, {"CPU": {"a": 1}},
+     {"Memory": []}, {"Memory": {"Available": None, "Total": 3}}, {"Memory": {"Available": 1, "Total": "3"}}],
+)  # fmt: skip
+def test_statistics_of_another_form_say_nothing(body: Any) -> None:
+    """Nomad answers `null` for a client that can't collect them; whatever a server answers, nothing is raised."""
+    assert nomad_usage.usage_of(body) == HostUsage()
+    assert usage_of({"usage": body}, {"cpu": "2", "memory": "2Gi"}) == HostUsage()  # type: ignore[typeddict-item]
+    assert usage_of(body, {"cpu": "2", "memory": "2Gi"}) == HostUsage()

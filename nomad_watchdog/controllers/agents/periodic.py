@@ -94,8 +94,10 @@ class PeriodicJobs:
 
     async def _analyse_for_ever(self) -> None:
         """Read the queries of roll-outs: apart from their judgement, which must not wait for a server."""
-        async with RolloutQueries() as queries:
-            await every(ANALYSE_EVERY_S, lambda: self.classes.rollouts.analyse(queries.read))
+        async with RolloutQueries() as queries, asyncio.TaskGroup() as group:
+            while True:
+                await asyncio.sleep(ANALYSE_EVERY_S)
+                self.classes.rollouts.analyse(queries.read, group)
 
     async def _judge_for_ever(self) -> None:
         took_s = 0.0

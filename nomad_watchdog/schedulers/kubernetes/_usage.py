@@ -29,14 +29,18 @@ async def read_usage(client: KubernetesClient, hosts: Collection[str]) -> Mappin
     except (WatchdogError, TimeoutError) as error:
         log.debug("host statistics not read", extra={"reason": str(error)})
         return {}
-    used: dict[str, NodeMetrics] = {
-        one["metadata"]["name"]: one for one in metrics.get("items") or ()
-    }
-    return {
-        name: usage_of(used[name], (node.get("status") or {}).get("capacity") or {})
-        for node in nodes.items
-        if (name := node["metadata"]["name"]) in used and name in hosts
-    }
+    try:
+        used: dict[str, NodeMetrics] = {
+            one["metadata"]["name"]: one for one in metrics.get("items") or ()
+        }
+        return {
+            name: usage_of(used[name], (node.get("status") or {}).get("capacity") or {})
+            for node in nodes.items
+            if (name := node["metadata"]["name"]) in used and name in hosts
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        log.debug("host statistics of another form", extra={"reason": repr(error)})
+        return {}
 
 
 def usage_of(used: NodeMetrics, capacity: Mapping[str, str]) -> HostUsage:
@@ -45,6 +49,6 @@ def usage_of(used: NodeMetrics, capacity: Mapping[str, str]) -> HostUsage:
     for name in ("cpu", "memory"):
         try:
             shares.append(percent(number(used["usage"][name]), number(capacity[name])))
-        except (KeyError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             shares.append(None)
     return HostUsage(*shares)

@@ -45,8 +45,16 @@ async def read_usage(
     return found
 
 
-def usage_of(stats: ClientStats) -> HostUsage:
-    """From the answer of /v1/client/stats."""
+def usage_of(stats: ClientStats | None) -> HostUsage:
+    """From the answer of /v1/client/stats; nothing is known from one of another form, such as `null` of a client that
+    can't collect them."""
+    try:
+        return _usage(stats or {})
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return HostUsage(None, None)
+
+
+def _usage(stats: ClientStats) -> HostUsage:
     idle = [one["Idle"] for one in stats.get("CPU") or () if "Idle" in one]
     memory = stats.get("Memory") or {}
     total = memory.get("Total", 0)
