@@ -166,7 +166,7 @@ def end_processes(run: bytes, folder: Path, grace_s: float) -> dict[int, str]:
         left = _marked(run, folder)
         if not left or time.monotonic() > deadline + _KILL_S:
             return ended
-        named = {pid: _command(pid) for pid in left if pid not in ended}
+        named = {pid: _command(pid, folder) for pid in left if pid not in ended}
         for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 if number == signal.SIGKILL or pid not in ended:
@@ -193,15 +193,16 @@ def _marked(run: bytes, folder: Path) -> list[int]:
     return [pid for _, pid in sorted(found, reverse=True)]
 
 
-def _command(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return (
-            (_PROC / str(pid) / "cmdline")
-            .read_bytes()
-            .replace(b"\0", b" ")
-            .decode(errors="replace")[:200]
-        )
-    return "ended"
+def _command(pid: int, folder: Path) -> str:
+    """The command line, and the path below `folder` that its environment names: the test's own folder."""
+    try:
+        argv = (_PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ")
+        environment = (_PROC / str(pid) / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return "ended"
+    paths = (one.partition(b"=")[2] for one in environment if b"PWD=" not in one)
+    path = next((one for one in paths if one.startswith(f"{folder}/".encode())), b"")
+    return f"{argv.decode(errors='replace')[:200]} {path.decode(errors='replace')}"
 
 
 def _await_one(pid: int) -> None:
