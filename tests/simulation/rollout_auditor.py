@@ -209,6 +209,8 @@ class RolloutAuditor(Auditor):
             self.broken("R5", f"step {at.step + 1} of version {at.version} is a pause, and passed")
         if not self._single or not self._turns.current:
             return  # each of several leaders measures the soak; without devices there is none
+        if all(map(self._is_lost, self._turns.current)):
+            return  # a step passes without devices that are out of reach
         if now - self._step_began < step.soak_s - POLL_S:
             took_s = now - self._step_began
             self.broken("R5", f"step {at.step + 1} of version {at.version} took {took_s:.1f} s")
@@ -222,6 +224,10 @@ class RolloutAuditor(Auditor):
         ]
         if len(young) > len(self._turns.current) // TENTH:
             self.broken("R5", f"step {at.step + 1} of version {at.version} passed without {young}")
+
+    def _is_lost(self, slug: Slug) -> bool:
+        """Whether an agent of a device is on a node that does not answer."""
+        return any(not self.cluster.nodes[one.node] for one in self.cluster.alive(slug))
 
     # -- the scheduler --------------------------------------------------------------------------
 
