@@ -187,12 +187,13 @@ def import_devices(  # click hands over one argument an option
         from nomad_watchdog.cli._import_diff import compare
 
         diff = compare(wanted, api.devices(), prune=prune)
-        if dry_run or (diff.removed and not auto_approve):
+        asks = bool(diff.removed) and not auto_approve
+        if dry_run or asks:
             for line in diff.lines():
                 click.echo(line, err=not dry_run)
         if dry_run:
             return
-        if diff.removed and not auto_approve:
+        if asks:
             require_terminal()
             click.confirm(f"remove {len(diff.removed)} devices?", abort=True, err=True)
         removed = diff.removed

@@ -104,12 +104,17 @@ def checked_address(text: str) -> str:
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError("an address must not contain a user, password, query or fragment")
     _check_interface(text, parts)
-    labels = (parts.hostname or "").removesuffix(".").split(".")
-    if ":" not in (parts.hostname or "") and not all(0 < len(one) <= _MAX_LABEL for one in labels):
+    _check_host(text, parts.hostname or "")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+
+
+def _check_host(text: str, host: str) -> None:
+    """Raises ValueError for a name that can't be looked up."""
+    labels = host.removesuffix(".").split(".")
+    if ":" not in host and not all(0 < len(one) <= _MAX_LABEL for one in labels):
         raise ValueError(
             f"{text_files.shown(text)} has a host name that no host can have; {ADDRESS}"
         )
-    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 
 
 def _check_interface(text: str, parts: SplitResult) -> None:
