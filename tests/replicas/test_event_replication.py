@@ -581,3 +581,20 @@ async def test_no_token_is_sent_in_plain_text_where_replicas_use_tls(tmp_path: P
         board.give("a")
         await until(lambda: a.tells)
         assert asked == []
+
+
+@pytest.mark.parametrize("api", ["http://x..y:1", "http://.a:1", f"http://{'a' * 64}:1"])
+async def test_a_replica_whose_name_can_not_be_looked_up_ends_nothing(
+    tmp_path: Path, api: str
+) -> None:
+    """Reports are still sent to the others; an older version may have stored such an address of its own."""
+    board = Board()
+    async with pretender(b"{}") as (good, asked), plane(tmp_path, board, "a") as a:
+        board.there |= {"x": api, "y": good}
+        reports = ReportReplicator(a.fleet, a.leases, lambda: "")
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(reports.run())
+            reports.note_beats(["cam"])
+            await until(lambda: any("/v1/peers/reports" in str(one) for one in asked))
+            assert not task.done()
+            task.cancel()
