@@ -115,7 +115,7 @@ def test_prune_asks_before_it_removes(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_mistakes_are_named_and_nothing_is_sent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also with a format that is given by hand."""
+    """Also with `--format`."""
     file = tmp_path / "fleet.txt"
     file.write_text("id,address\ncam,10.0.0.8\nnew\n")
     assert _code(["devices", "import", str(file), "--format", "csv"]) == 64

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -17,14 +15,6 @@ from tests.controllers.staged_fleet import CLASS, StagedFleet
 from tests.controllers.test_staged_rollout import rolling
 
 WAITS = Strategy(steps=(RolloutStep(count=3, soak_s=20.0),), defers_upgrades=True)
-
-
-@pytest.fixture
-async def registry(tmp_path: Path) -> AsyncIterator[SqliteRegistry]:
-    found = SqliteRegistry(path=tmp_path / "registry.db")
-    await found.initialise()
-    yield found
-    await found.close()
 
 
 class ChangedFleet(StagedFleet):

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
-
-import pytest
 
 from nomad_watchdog.core.rollout_analysis import Analysis, QueryValue
 from nomad_watchdog.core.rollout_steps import RolloutStep, Strategy
@@ -20,14 +16,6 @@ QUERY = Analysis("http://prometheus", "errors", maximum=0.05, failures=3, interv
 STRATEGY = Strategy(
     steps=(RolloutStep(count=3, soak_s=20.0),), analysis=QUERY, progress_deadline_s=60.0
 )
-
-
-@pytest.fixture
-async def registry(tmp_path: Path) -> AsyncIterator[SqliteRegistry]:
-    found = SqliteRegistry(path=tmp_path / "registry.db")
-    await found.initialise()
-    yield found
-    await found.close()
 
 
 class Queried(StagedFleet):

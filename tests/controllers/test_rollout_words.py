@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
-
 import pytest
 
 from nomad_watchdog.api.status_page import _rendered
@@ -20,14 +17,6 @@ STEPS = (
     RolloutStep(pause=True),
     RolloutStep(fraction=0.5, soak_s=10.0),
 )
-
-
-@pytest.fixture
-async def registry(tmp_path: Path) -> AsyncIterator[SqliteRegistry]:
-    found = SqliteRegistry(path=tmp_path / "registry.db")
-    await found.initialise()
-    yield found
-    await found.close()
 
 
 def sentences(fleet: StagedFleet) -> dict[str, set[Slug]]:

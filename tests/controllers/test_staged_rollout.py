@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -25,14 +23,6 @@ STEPS = (
     RolloutStep(pause=True),
     RolloutStep(fraction=0.5, soak_s=10.0),
 )
-
-
-@pytest.fixture
-async def registry(tmp_path: Path) -> AsyncIterator[SqliteRegistry]:
-    found = SqliteRegistry(path=tmp_path / "registry.db")
-    await found.initialise()
-    yield found
-    await found.close()
 
 
 async def rolling(registry: SqliteRegistry, strategy: Strategy, **more: object) -> StagedFleet:

@@ -16,7 +16,6 @@ Replay: ``python -m tests.simulation.outages --seed N``.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
 from collections import defaultdict
@@ -37,7 +36,14 @@ from nomad_watchdog.model import (
 )
 from tests.simulation.cluster import Process
 from tests.simulation.replica import Replica
-from tests.simulation.simulator import CONVERGES_S, FAULTS_S, Outcome, World, outcome_of, play
+from tests.simulation.simulator import (
+    CONVERGES_S,
+    Outcome,
+    World,
+    outcome_of,
+    play,
+    replay,
+)
 
 MISSES: Final = 3
 SETTLES_S: Final = 60.0
@@ -285,24 +291,5 @@ def run_seed(seed: int, metrics: Metrics | None = None) -> Outcome:
     return outcome_of(seed, play(seed, lambda: OutageWorld(seed, metrics or Metrics())))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run seeds and print what did not hold; exit code 1 if anything did not."""
-    parser = argparse.ArgumentParser(prog="python -m tests.simulation.outages")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed")
-    parser.add_argument("--count", type=int, default=1, help="number of seeds")
-    parser.add_argument("--trace", action="store_true", help="print every step")
-    options = parser.parse_args(arguments)
-    bad = 0
-    for seed in range(options.seed, options.seed + options.count):
-        outcome = run_seed(seed)
-        if options.trace:
-            print("\n".join(outcome.lines))
-        for line in outcome.wrong:
-            print(f"seed {seed}: {line}")
-        bad += bool(outcome.wrong)
-    print(f"{options.count} seeds, {bad} broken; {FAULTS_S:.0f} s of faults each")
-    return 1 if bad else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(replay("tests.simulation.outages", run_seed))

@@ -6,7 +6,6 @@ Replay one seed with its trace: ``python -m tests.simulation.rollouts --seed N -
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import random
 import sys
@@ -32,7 +31,7 @@ from nomad_watchdog.registry import RegistryDocument
 from tests.simulation.cluster import FAILS, Process
 from tests.simulation.replica import Replica, WatchedScheduler
 from tests.simulation.rollout_auditor import FORMAT, RolloutAuditor
-from tests.simulation.simulator import SPEC, Outcome, World, outcome_of, play
+from tests.simulation.simulator import SPEC, Outcome, World, outcome_of, play, replay
 from tests.simulation.virtual_time import LoopWithThreads
 
 CLASS: Final = SPEC.agent_class
@@ -314,24 +313,5 @@ def run_seed(seed: int, metrics: Metrics | None = None) -> Outcome:
     return outcome_of(seed, play(seed, lambda: RolloutWorld(seed, metrics or Metrics())))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run seeds and print what did not hold; exit code 1 if anything did not."""
-    parser = argparse.ArgumentParser(prog="python -m tests.simulation.rollouts")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed")
-    parser.add_argument("--count", type=int, default=1, help="number of seeds")
-    parser.add_argument("--trace", action="store_true", help="print every step")
-    options = parser.parse_args(arguments)
-    bad = 0
-    for seed in range(options.seed, options.seed + options.count):
-        outcome = run_seed(seed)
-        if options.trace:
-            print("\n".join(outcome.lines))
-        for line in outcome.wrong:
-            print(f"seed {seed}: {line}")
-        bad += bool(outcome.wrong)
-    print(f"{options.count} seeds, {bad} broken")
-    return 1 if bad else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(replay("tests.simulation.rollouts", run_seed))

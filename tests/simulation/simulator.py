@@ -371,6 +371,25 @@ def check_seeds(first: int, count: int) -> list[Outcome]:
     return outcomes
 
 
+def replay(program: str, run: Callable[[int], Outcome]) -> int:
+    """The command line of a simulation: run seeds and print what did not hold; exit code 1 if anything did not."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program}")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--count", type=int, default=1, help="number of seeds")
+    parser.add_argument("--trace", action="store_true", help="print every step")
+    options = parser.parse_args()
+    bad = 0
+    for seed in range(options.seed, options.seed + options.count):
+        outcome = run(seed)
+        if options.trace:
+            print("\n".join(outcome.lines))
+        for line in outcome.wrong:
+            print(f"seed {seed}: {line}")
+        bad += bool(outcome.wrong)
+    print(f"{options.count} seeds, {bad} broken")
+    return 1 if bad else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run seeds and print what did not hold."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation.simulator")
